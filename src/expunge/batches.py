@@ -1,0 +1,253 @@
+"""What data looks like to the library: batches, and examples that keep their position for life.
+
+Any object that can be iterated again and again over batches will do. Data with positions does better: a
+gradient pass then puts every example into the same micro-batch, ``position // size``, however many others
+were deleted, and micro-batches that nothing was deleted from cancel *exactly* in a difference of two passes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+
+from expunge.errors import ConfigError, MismatchError
+
+Batch = Any  # whatever the caller's loss takes: a tensor, or tensors in a tuple, list or dictionary
+LossTerms = Callable[[nn.Module, Batch], Tensor]  # unreduced losses, shape (terms,), in nats
+Rows = Int[Tensor, " rows"]
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """Examples at known positions, in ascending order."""
+
+    positions: Rows  # where each example stood in the original data
+
+    def fetch(self, rows: Sequence[Rows]) -> Iterator[Batch]:
+        """One batch for each of the given lists of rows (0 to len(positions) - 1)."""
+        ...
+
+
+class Examples:
+    """Examples in memory as tensors that share their first dimension.
+
+    Args:
+        *tensors: For example inputs and labels; the batch a loss sees is the tuple of their rows.
+        positions: Where each example stood in the original data, counted from 0 and ascending; by default
+            0, 1, 2, … Keep them with the data when records are deleted (``without`` does).
+
+    Raises:
+        MismatchError: Lengths that differ.
+        ConfigError: No tensor, or positions that do not ascend.
+    """
+
+    def __init__(self, *tensors: Tensor, positions: Tensor | None = None) -> None:
+        if not tensors or any(tensor.ndim == 0 for tensor in tensors):
+            raise ConfigError("Examples() needs at least one tensor with one row an example, such as (x, y).")
+        count = len(tensors[0])
+        positions = torch.arange(count) if positions is None else positions
+        lengths = [len(tensor) for tensor in (*tensors, positions)]
+        if set(lengths) != {count}:
+            raise MismatchError(
+                f"the tensors and positions have {lengths} rows; every example needs one row in each of them."
+            )
+        self.tensors = tensors
+        self.positions = _ascending(positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def fetch(self, rows: Sequence[Rows]) -> Iterator[tuple[Tensor, ...]]:
+        """One tuple of tensors for each list of rows; neighbouring rows come as a view, not a copy."""
+        for each in rows:
+            start, stop = int(each[0]), int(each[-1]) + 1
+            adjacent = stop - start == len(each) and bool((each.diff() == 1).all())
+            index = slice(start, stop) if adjacent else each
+            yield tuple(
+                tensor[index if isinstance(index, slice) else index.to(tensor.device)] for tensor in self.tensors
+            )
+
+    def only(self, positions: Tensor) -> "Examples":
+        """The examples at these positions."""
+        return self._where(torch.isin(self.positions, self._known(positions)))
+
+    def without(self, positions: Tensor) -> "Examples":
+        """The examples that are left when those at these positions are deleted."""
+        return self._where(~torch.isin(self.positions, self._known(positions)))
+
+    def to(self, device: torch.device | str) -> "Examples":
+        """The same examples on another device."""
+        return Examples(*(tensor.to(device) for tensor in self.tensors), positions=self.positions)
+
+    def _where(self, mask: Tensor) -> "Examples":
+        return Examples(*(t[mask.to(t.device)] for t in self.tensors), positions=self.positions[mask])
+
+    def _known(self, positions: Tensor) -> Tensor:
+        positions = torch.as_tensor(positions, dtype=torch.int64)
+        unknown = positions[~torch.isin(positions, self.positions)]
+        if len(unknown):
+            raise ConfigError(
+                f"position {int(unknown[0])} is not among these {len(self)} examples ({len(unknown)} such). "
+                "Positions count from 0 in the original data and stay with their records."
+            )
+        return positions
+
+
+@dataclass
+class _FromDataset:
+    """A map-style dataset, read by a DataLoader in the order we ask for."""
+
+    dataset: Dataset[Any]
+    positions: Rows
+    indices: Rows  # what to ask the dataset for
+    options: dict[str, Any]
+
+    def fetch(self, rows: Sequence[Rows]) -> Iterator[Batch]:
+        samples = [self.indices[each].tolist() for each in rows]
+        yield from DataLoader(self.dataset, batch_sampler=samples, **self.options)
+
+
+Batches = Examples | Dataset[Any] | Iterable[Batch]
+
+
+def indexed(data: Batches) -> Indexed | None:
+    """The data as examples at known positions, or None if it is just an iterable of batches.
+
+    A map-style ``Dataset`` counts from 0, a ``Subset`` keeps the positions in its parent, and a ``DataLoader``
+    over either is read in the order of its dataset, with its workers and its collate function.
+
+    Raises:
+        ConfigError: A DataLoader that leaves out the last batch, or draws its own samples.
+    """
+    if isinstance(data, Examples):
+        return data
+    options: dict[str, Any] = {}
+    if isinstance(data, DataLoader):
+        if data.drop_last:
+            raise ConfigError(
+                "DataLoader(drop_last=True) leaves out examples, and others after a deletion. "
+                "Every example counts once: use drop_last=False."
+            )
+        whole = type(data.batch_sampler) is BatchSampler and (
+            type(data.sampler) is SequentialSampler
+            or (type(data.sampler) is RandomSampler and not data.sampler.replacement
+                and data.sampler.num_samples == len(data.dataset))  # type: ignore[arg-type]
+        )  # fmt: skip
+        if not whole:
+            return None
+        options = {
+            "num_workers": data.num_workers,
+            "collate_fn": data.collate_fn,
+            "pin_memory": data.pin_memory,
+        }
+        data = data.dataset
+    if not (isinstance(data, Dataset) and hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        return None
+    if not isinstance(data, Subset):
+        everything = torch.arange(len(data))
+        return _FromDataset(data, everything, everything, options)
+    positions, order = torch.as_tensor(data.indices, dtype=torch.int64).sort()
+    return _FromDataset(data, _ascending(positions), order, options)
+
+
+def require_reiterable(data: Batches, what: str) -> None:
+    """Refuse data that is used up by one pass, or that is empty.
+
+    Raises:
+        ConfigError: An iterator, something that cannot be iterated, or data without a batch.
+    """
+    known = indexed(data)
+    if known is None:
+        if not hasattr(data, "__iter__"):
+            raise ConfigError(
+                f"{what} is a {type(data).__name__}, which holds no batches. Give Examples(x, y), a Dataset, a "
+                "DataLoader, or a list of batches."
+            )
+        if iter(data) is data:
+            raise ConfigError(
+                f"{what} is a {type(data).__name__} that can be read only once, and unlearning reads the data "
+                "several times. Give Examples(x, y), a DataLoader, or a list of batches."
+            )
+    if not (len(known.positions) if known is not None else any(True for _ in plain(data))):
+        raise ConfigError(f"{what} is empty: there is nothing left to learn from.")
+
+
+def plain(data: Batches) -> Iterable[Batch]:
+    """Data without positions, as the iterable of batches that it is."""
+    assert isinstance(data, Iterable)
+    return data
+
+
+def _count(data: Batches) -> int | None:
+    return len(data) if isinstance(data, Sized) else None
+
+
+def micro_batches(data: Batches, size: int) -> tuple[int | None, Iterator[tuple[int, Batch]]]:
+    """Batches for a gradient pass: how many (if known), and each with its number.
+
+    For data with positions, batch number ``position // size``; numbers without an example are skipped. For
+    other data its own batches, counted from 0.
+    """
+    known = indexed(data)
+    if known is None:
+        return _count(data), enumerate(plain(data))
+    groups, counts = torch.unique_consecutive(known.positions // size, return_counts=True)
+    rows = torch.arange(len(known.positions)).split(counts.tolist())
+    return len(groups), zip(groups.tolist(), known.fetch(rows), strict=True)
+
+
+def shuffled(data: Batches, size: int, generator: torch.Generator) -> tuple[int | None, Iterator[Batch]]:
+    """Batches for a training epoch: how many (if known), and the batches in a random order.
+
+    Data without positions keeps its own batches in its own order. A last batch of one example joins the one
+    before it, since BatchNorm cannot train on one.
+    """
+    known = indexed(data)
+    if known is None:
+        return _count(data), iter(plain(data))
+    rows = list(torch.randperm(len(known.positions), generator=generator).split(size))
+    if len(rows) > 1 and len(rows[-1]) == 1:
+        rows[-2:] = [torch.cat(rows[-2:])]
+    return len(rows), known.fetch(rows)
+
+
+def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """Apply a function to every tensor of a batch, keeping its structure."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, dict):
+        return {key: map_tensors(value, change) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, change) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(value, change) for value in batch)
+    return batch
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Every tensor of a batch, in order."""
+    found: list[Tensor] = []
+    map_tensors(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _ascending(positions: Tensor) -> Tensor:
+    positions = positions.cpu()
+    if positions.is_floating_point() or positions.ndim != 1 or not bool((positions.diff() > 0).all()):
+        raise ConfigError(
+            "positions must be whole numbers in ascending order without repetition: where each example stood in "
+            f"the original data. Got dtype {positions.dtype}, shape {tuple(positions.shape)}, starting "
+            f"{positions.flatten()[:5].tolist()}."
+        )
+    if len(positions) and int(positions[0]) < 0:
+        raise ConfigError(f"positions start at {int(positions[0])}: they count from 0.")
+    return positions.to(torch.int64)

@@ -1,0 +1,1 @@
+"""Experiments: configurations, stages, stored rows."""

@@ -1,0 +1,236 @@
+"""The gradient cache: one safetensors file with the gradient of all data and what it belongs to.
+
+``docs/cache-format.md`` is the specification. The file is personal data until it is destroyed: from a deletion
+of one record, cache and weights together can give that record back.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from expunge import params
+from expunge.batches import LossTerms
+from expunge.errors import ConfigError, CorruptCache, MismatchError
+from expunge.files import save_tensors
+from expunge.gradient import Gradient, MicroBatches, Origin
+
+FORMAT, VERSION = "expunge-gradient", 1
+_ROUNDOFF = {torch.float64: 0.0, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a cache file says of itself."""
+
+    version: int
+    count: int  # terms
+    loss: float  # sum over terms, nats
+    loss_terms: str
+    weights: str  # fingerprints
+    buffers: str
+    roundoff: float
+    micro_batch: int | None  # positions a micro-batch; None if the passes cannot be aligned
+    expunge: str  # versions that wrote it
+    torch: str
+    created: str  # UTC, ISO 8601
+    parameters: int = 0  # tensors, and entries over all of them
+    entries: int = 0
+
+
+def save(path: Path | str, gradient: Gradient, *, dtype: torch.dtype = torch.float64) -> None:
+    """Write a gradient to a file, whole or not at all.
+
+    Args:
+        path: The file; one that exists is replaced once the new one is complete.
+        gradient: As `gradient()` made it, of all data at the trained weights.
+        dtype: The type of the totals. Less than float64 saves space and costs accuracy (float32: the difference
+            is about ten times coarser); it protects no one.
+
+    Raises:
+        ConfigError: A type that is no floating type, or a gradient without its rounding floor.
+        NotFinite: NaN or infinity in the gradient, also after rounding to ``dtype``.
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    if dtype not in _ROUNDOFF:
+        raise ConfigError(f"dtype={dtype}: a cache is stored in one of {', '.join(map(str, _ROUNDOFF))}.")
+    if gradient.noise is None:
+        raise ConfigError("this gradient has no rounding floor. Save what gradient() returned, unchanged.")
+    tensors = {f"total/{name}": tensor.to(dtype) for name, tensor in gradient.total.items()}
+    params.require_finite(tensors, f"saving the cache as {dtype}")
+    tensors |= {f"noise/{name}": tensor for name, tensor in gradient.noise.items()}
+    groups = gradient.micro_batches
+    if groups is not None:
+        tensors |= {
+            "micro_batches/numbers": groups.numbers,
+            "micro_batches/counts": groups.counts,
+            "micro_batches/losses": groups.losses,
+        }
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "count": gradient.count,
+        "loss": gradient.loss,
+        "loss_terms": gradient.origin.loss_terms,
+        "weights": gradient.origin.weights,
+        "buffers": gradient.origin.buffers,
+        "roundoff": gradient.roundoff,
+        "micro_batch": groups.size if groups is not None else None,
+        "expunge": version("expunge"),
+        "torch": torch.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    header = {key: json.dumps(value) for key, value in fields.items()}
+    save_tensors(path, tensors, {**header, "checksum": _checksum(header, tensors)})
+
+
+def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
+    """Read a gradient and verify that it is undamaged and belongs to this model and loss.
+
+    Args:
+        path: A file that `save` wrote.
+        model: With the weights and buffers that the gradient was taken at.
+        loss_terms: The loss it was taken of (compared by name).
+
+    Returns:
+        The gradient, on the CPU, in float64.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CorruptCache: Truncated, altered, or not a gradient cache.
+        MismatchError: Made for other parameters, shapes, weights, buffers, or another loss.
+    """
+    header, tensors = _read(path)
+    total = {n.removeprefix("total/"): t for n, t in tensors.items() if n.startswith("total/")}
+    noise = {n.removeprefix("noise/"): t for n, t in tensors.items() if n.startswith("noise/")}
+    owned = {n: p.detach() for n, p in params.named_parameters(model, lambda _, __: True).items()}
+    unknown = [name for name in total if name not in owned]
+    if unknown:
+        missing = [name for name, p in params.named_parameters(model).items() if name not in total]
+        raise MismatchError(
+            f"{path} holds gradients of {params.listed(unknown)}, which the model does not have; the model has "
+            f"{params.listed(missing)} instead. Build the architecture that was cached, with its parameter names."
+        )
+    params.require_same_names(total, {name: owned[name] for name in total}, "the cache", "the model")
+    origin = Origin(header.weights, header.buffers, header.loss_terms)
+    origin.require(Origin.of(model, loss_terms), f"the gradient in {path}")
+    stored = next(iter(total.values())).dtype
+    groups = None
+    if header.micro_batch is not None:
+        groups = MicroBatches(
+            header.micro_batch,
+            tensors["micro_batches/numbers"],
+            tensors["micro_batches/counts"],
+            tensors["micro_batches/losses"],
+        )
+    return Gradient(
+        total={name: tensor.double() for name, tensor in total.items()},
+        count=header.count,
+        loss=header.loss,
+        noise=noise,
+        roundoff=header.roundoff,
+        origin=origin,
+        micro_batches=groups,
+        storage_roundoff=_ROUNDOFF[stored],
+    )
+
+
+def read_header(path: Path | str) -> Header:
+    """What a cache says of itself, after verifying that it is undamaged.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CorruptCache: Truncated, altered, or not a gradient cache.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path | str) -> tuple[Header, dict[str, Tensor]]:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such cache. Make one with gradient() and cache.save().")
+    try:
+        with safe_open(path, "pt") as file:
+            fields: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except (SafetensorError, OSError) as error:
+        raise CorruptCache(
+            f"{path} cannot be read as safetensors ({error}): it is truncated, damaged, or another kind of file. "
+            "Restore it from a copy; it cannot be computed again once records are deleted."
+        ) from error
+    if "format" not in fields or fields["format"] != json.dumps(FORMAT):
+        raise CorruptCache(
+            f"{path} is a safetensors file but not a gradient cache (its header names the format "
+            f"{fields.get('format', 'nowhere')}). Did you give the weights instead of the cache?"
+        )
+    checksum = fields.pop("checksum", "none")
+    if checksum != _checksum(fields, tensors):
+        raise CorruptCache(
+            f"{path} does not match its checksum {checksum[:12]}…: it was altered after it was written. Restore it "
+            "from a copy; it cannot be computed again once records are deleted."
+        )
+    return _checked_header(path, fields, tensors), tensors
+
+
+def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str, Tensor]) -> Header:
+    """The header, after comparing what it says with what the file holds."""
+
+    def require(condition: bool, lie: str) -> None:
+        if not condition:
+            raise CorruptCache(f"{path}: {lie}. The file was not written by cache.save(); make it again.")
+
+    values = {key: json.loads(value) for key, value in fields.items()}
+    require(
+        values.get("version") == VERSION,
+        f"format version {values.get('version')!r}, this library reads {VERSION}",
+    )
+    total = {n.removeprefix("total/"): t for n, t in tensors.items() if n.startswith("total/")}
+    del values["format"]
+    try:
+        header = Header(**values, parameters=len(total), entries=params.size(total))
+    except TypeError as error:
+        raise CorruptCache(f"{path}: its header is incomplete ({error}). Make the cache again.") from error
+    noise = {n.removeprefix("noise/"): t for n, t in tensors.items() if n.startswith("noise/")}
+    require(bool(total), "it holds no gradient")
+    require({t.dtype for t in total.values()} <= set(_ROUNDOFF), "its totals are not of a floating type")
+    require(
+        {n: t.shape for n, t in total.items()} == {n: t.shape for n, t in noise.items()},
+        "its totals and rounding floors have different names or shapes",
+    )
+    require(isinstance(header.count, int) and header.count > 0, f"it counts {header.count!r} terms")
+    require(math.isfinite(header.loss), f"its loss is {header.loss!r}")
+    require(all(bool(t.isfinite().all()) for t in total.values()), "its gradient is not finite")
+    if header.micro_batch is not None:
+        counts, losses = tensors.get("micro_batches/counts"), tensors.get("micro_batches/losses")
+        require(
+            counts is not None and losses is not None and "micro_batches/numbers" in tensors,
+            "no micro-batches",
+        )
+        assert counts is not None
+        assert losses is not None
+        require(
+            int(counts.sum()) == header.count,
+            f"it counts {header.count} terms, its micro-batches {counts.sum()}",
+        )
+        require(
+            math.isclose(math.fsum(losses.tolist()), header.loss, rel_tol=1e-9),
+            f"its loss is {header.loss}, that of its micro-batches {math.fsum(losses.tolist())}",
+        )
+    return header
+
+
+def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    lines = "".join(f"{key}={header[key]}\n" for key in sorted(header))
+    return hashlib.sha256(f"{lines}{params.fingerprint(tensors)}\n".encode()).hexdigest()
+
+
+def as_dict(header: Header) -> dict[str, Any]:
+    """The header as plain values, for JSON."""
+    return asdict(header)

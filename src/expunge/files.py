@@ -1,0 +1,64 @@
+"""Files that are written whole or not at all."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Write to a temporary file beside ``path``; at the end sync it and rename it into place.
+
+    Whatever goes wrong inside the block (a full disk, Ctrl-C, a killed process), the file that was there before
+    is untouched.
+
+    Yields:
+        The temporary path to write to.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as temporary:
+            save_file(apart, temporary, metadata=header)
+    except SafetensorError as error:
+        raise OSError(
+            f"could not write {path}: {error}. Free some space or choose another folder; a file that was there "
+            "before is unchanged."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,395 @@
+"""`gradient()`: the sum of per-term gradients over data, exact enough that two of them can be subtracted.
+
+What was removed shows up in a difference of two large, nearly equal sums, so everything here serves that
+difference: the model in eval mode, unreduced losses, micro-batches that are the same in both passes, float64
+accumulation, and a rounding floor for every entry that says what the difference cannot show.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from expunge import losses, params, progress
+from expunge.batches import (
+    Batch,
+    Batches,
+    LossTerms,
+    indexed,
+    map_tensors,
+    micro_batches,
+    plain,
+    require_reiterable,
+    tensors_of,
+    to_device,
+)
+from expunge.errors import ConfigError, MismatchError, NonDeterministicLoss, NotFinite
+from expunge.params import Params
+
+MICRO_BATCH = 128
+_PROBE_EXAMPLES, _PROBE_BATCHES = 8, 2
+_WITHOUT_FLOAT64 = ("mps",)  # device types that cannot hold float64: accumulate on the CPU
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Which groups of positions a pass went through, and what it saw in each."""
+
+    size: int  # micro-batch number = position // size
+    numbers: Int[Tensor, " groups"]  # ascending; groups without an example are absent
+    counts: Int[Tensor, " groups"]  # terms
+    losses: Float[Tensor, " groups"]  # sums, nats, float64
+
+    def touched_by(self, part: "MicroBatches") -> int:
+        """How many of these groups the other pass saw differently, or not at all."""
+        at = torch.searchsorted(self.numbers, part.numbers).clamp(max=len(self.numbers) - 1)
+        if not torch.equal(self.numbers[at], part.numbers):
+            stranger = int(part.numbers[self.numbers[at] != part.numbers][0])
+            raise MismatchError(
+                f"the retain data has examples at positions {stranger * self.size} to "
+                f"{(stranger + 1) * self.size - 1}, where the cached data had none. Positions must be those of "
+                "the data that was cached: keep them with the records when others are deleted."
+            )
+        same = (self.counts[at] == part.counts) & (self.losses[at] == part.losses)
+        return len(self.numbers) - int(same.sum())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where and of what a gradient was taken; gradients of different origin must not be subtracted."""
+
+    weights: str  # fingerprints, see params.fingerprint
+    buffers: str
+    loss_terms: str  # name
+
+    @classmethod
+    def of(cls, model: nn.Module, loss_terms: LossTerms) -> "Origin":
+        """The present state of a model."""
+        return cls(params.weights_fingerprint(model), params.buffers_fingerprint(model), losses.name_of(loss_terms))
+
+    def require(self, now: "Origin", what: str) -> None:
+        """Refuse another origin.
+
+        Raises:
+            MismatchError: Says which of weights, buffers and loss differ.
+        """
+        if self.weights != now.weights:
+            raise MismatchError(
+                f"{what} was taken at weights {self.weights[:12]}…, the model has {now.weights[:12]}…. One more "
+                "update, a checkpoint in lower precision or a cast is enough. Load the weights that were cached, "
+                "bit for bit."
+            )
+        if self.buffers != now.buffers:
+            raise MismatchError(
+                f"{what} was taken with buffers {self.buffers[:12]}…, the model has {now.buffers[:12]}…: BatchNorm "
+                "statistics (or another buffer) have moved since. Load the buffers saved with the weights, and run "
+                "no data through the model in train mode."
+            )
+        if self.loss_terms != now.loss_terms:
+            raise MismatchError(
+                f"{what} is of the loss {self.loss_terms!r}, and now {now.loss_terms!r} is used. Use the same loss."
+            )
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of a sum of loss terms.
+
+    ``full - retain`` is the gradient of what was removed (for corrected data: of the old version, minus that
+    of the new).
+    """
+
+    total: Params  # sum over terms, float64
+    count: int  # terms
+    loss: float  # sum over terms, nats
+    noise: Params | None  # rounding floor of each entry of total, in the same unit, float32
+    roundoff: float  # unit roundoff of the arithmetic that made it: 2**-24 for float32
+    origin: Origin  # the point it was taken at
+    micro_batches: MicroBatches | None = None  # None: no positions, or a backward pass that does not repeat
+    storage_roundoff: float = 0.0  # unit roundoff of the type the total was stored in, 0 for float64
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats a term."""
+        return self.loss / max(self.count, 1)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether untouched micro-batches cancel exactly in a difference with another aligned pass."""
+        return self.micro_batches is not None
+
+    def relative_noise(self) -> float:
+        """The predicted relative error: norm of the rounding floor over norm of the total."""
+        assert self.noise is not None
+        length = params.norm(self.total)
+        return params.norm(self.noise) / length if length else math.inf
+
+    def informative(self) -> dict[str, Bool[Tensor, "..."]]:
+        """Mark the entries that stand above their rounding floor."""
+        assert self.noise is not None
+        return {name: self.total[name].abs() > self.noise[name] for name in self.total}
+
+    def __sub__(self, part: "Gradient") -> "Gradient":
+        """The gradient of what this one has and the part does not.
+
+        The rounding floor of the result depends on how the two passes were made. Micro-batches that both saw
+        alike cancel exactly, so that only the touched ones contribute; without a record of them every
+        micro-batch of both passes does.
+
+        Raises:
+            MismatchError: Another origin or other parameters, more terms than this one, or positions unknown
+                to it.
+        """
+        self.origin.require(part.origin, "the cached gradient")
+        params.require_same_names(self.total, part.total, "the cached gradient", "the gradient of the retain data")
+        if part.count > self.count:
+            raise MismatchError(
+                f"the retain data has {part.count} terms and the cached data had {self.count}. What is left "
+                "cannot be more than what there was: check that this cache belongs to this data."
+            )
+        return Gradient(
+            total=params.subtract(self.total, part.total),
+            count=self.count - part.count,
+            loss=self.loss - part.loss,
+            noise=self._noise_of_difference(part),
+            roundoff=max(self.roundoff, part.roundoff),
+            origin=self.origin,
+        )
+
+    def _noise_of_difference(self, part: "Gradient") -> Params | None:
+        if self.noise is None or part.noise is None:
+            return None
+        noise = {}
+        mine, theirs = self.micro_batches, part.micro_batches
+        if mine is not None and theirs is not None and mine.size == theirs.size:
+            # A touched micro-batch was rounded once in each pass. The typical size of its rounding is the
+            # average over all of them; its own is not known for those that were deleted altogether.
+            groups = len(mine.numbers)
+            touched = 2 * mine.touched_by(theirs) / groups
+            accumulation = 2**-54 * math.sqrt(groups) / self.roundoff  # of the float64 sums
+            noise = {name: floor * (touched + accumulation) for name, floor in self.noise.items()}
+        else:
+            noise = {name: floor + part.noise[name].to(floor.device) for name, floor in self.noise.items()}
+        if self.storage_roundoff:
+            noise = {name: n + (self.total[name].abs() * self.storage_roundoff).to(n) for name, n in noise.items()}
+        return noise
+
+
+def gradient(
+    model: nn.Module,
+    loss_terms: LossTerms,
+    data: Batches,
+    *,
+    parameters: params.Select | None = None,
+    micro_batch: int = MICRO_BATCH,
+) -> Gradient:
+    """Sum the gradients of all loss terms over the data, once through, in eval mode.
+
+    The model is left as it was found: its weights, ``.grad``, ``requires_grad`` and training flags. A few
+    examples are tried first, to refuse a loss under which a difference of gradients would mean nothing.
+
+    Args:
+        model: Any module. For a cache: the trained model, after its last update.
+        loss_terms: Unreduced losses of a batch, shape (terms,).
+        data: `Examples`, a map-style `Dataset`, a `DataLoader`, or any re-iterable of batches.
+        parameters: Names, or a predicate of name and parameter. By default all that require a gradient.
+        micro_batch: Positions a micro-batch, for data with positions; other data keeps its own batches.
+
+    Returns:
+        Float64 sums on the model's device (on the CPU for devices without float64).
+
+    Raises:
+        ConfigError: Nothing trainable, no data, an unusable loss or micro-batch.
+        NonDeterministicLoss: Dropout, noise, random augmentation, or a loss that depends on the batch.
+        NotFinite: NaN or infinity in the weights, a loss (names the batch) or the gradient (names the tensor).
+    """
+    if micro_batch < 1:
+        raise ConfigError(f"micro_batch={micro_batch}: a micro-batch holds at least one position.")
+    require_reiterable(data, "the data")
+    chosen = params.named_parameters(model, parameters)
+    params.require_finite({**dict(model.named_parameters()), **dict(model.named_buffers())}, "before the gradient pass")
+    device = next(iter(chosen.values())).device
+    with _only_gradients_of(model, chosen):
+        _probe(model, loss_terms, data, device)
+        return _accumulate(model, loss_terms, data, chosen, micro_batch, device)
+
+
+def _accumulate(
+    model: nn.Module,
+    loss_terms: LossTerms,
+    data: Batches,
+    chosen: dict[str, nn.Parameter],
+    micro_batch: int,
+    device: torch.device,
+) -> Gradient:
+    home = torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+    total = {name: torch.zeros(p.shape, dtype=torch.float64, device=home) for name, p in chosen.items()}
+    magnitude = {name: torch.zeros(p.shape, dtype=torch.float32, device=home) for name, p in chosen.items()}
+    numbers: list[int] = []
+    counts: list[int] = []
+    sums: list[Tensor] = []
+    repeats = True
+    batches, stream = micro_batches(data, micro_batch)
+    with progress.task("gradient", batches) as advance:
+        for number, batch in stream:
+            terms = _terms(loss_terms(model, to_device(batch, device)))
+            terms.sum().backward()
+            if not numbers and device.type != "cpu":
+                repeats = _backward_repeats(model, loss_terms, to_device(batch, device), chosen)
+            for name, p in chosen.items():
+                if p.grad is not None:
+                    grad = (p.grad.to_dense() if p.grad.is_sparse else p.grad).to(home)
+                    total[name] += grad
+                    magnitude[name] += grad.abs_()
+                    p.grad = None
+            numbers.append(number)
+            counts.append(len(terms))
+            sums.append(terms.detach().to(home).sum(dtype=torch.float64))
+            advance()
+    loss = torch.stack(sums).cpu()
+    _require_finite_losses(loss, numbers, micro_batch if indexed(data) else None)
+    params.require_finite(total, "after the gradient pass")
+    roundoff = max(torch.finfo(p.dtype).eps for p in chosen.values()) / 2
+    groups = MicroBatches(micro_batch, torch.tensor(numbers), torch.tensor(counts), loss)
+    return Gradient(
+        total=total,
+        count=sum(counts),
+        loss=math.fsum(loss.tolist()),
+        noise={name: m.mul_(4 * roundoff) for name, m in magnitude.items()},
+        roundoff=roundoff,
+        origin=Origin.of(model, loss_terms),
+        micro_batches=groups if indexed(data) is not None and repeats else None,
+    )
+
+
+def _backward_repeats(model: nn.Module, loss_terms: LossTerms, batch: Batch, chosen: dict[str, nn.Parameter]) -> bool:
+    """Whether a second backward pass gives the same bits, as kernels with atomic additions do not."""
+    first = {name: p.grad for name, p in chosen.items()}
+    for p in chosen.values():
+        p.grad = None
+    loss_terms(model, batch).sum().backward()
+    same = all((first[name] is None) == (p.grad is None) for name, p in chosen.items()) and all(
+        p.grad is None or torch.equal(p.grad, first[name])  # type: ignore[arg-type]
+        for name, p in chosen.items()
+    )
+    for name, p in chosen.items():
+        p.grad = first[name]
+    return same
+
+
+@contextmanager
+def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Eval mode, and gradients of the chosen parameters only; everything restored behind the block."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    wanted = {id(p) for p in chosen.values()}
+    for p, _, _ in before:
+        p.requires_grad_(id(p) in wanted)
+        p.grad = None
+    try:
+        with params.restoring_modes(model), torch.enable_grad():
+            model.eval()
+            yield
+    finally:
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad
+
+
+def _terms(terms: object) -> Tensor:
+    if not isinstance(terms, Tensor) or terms.ndim != 1 or not terms.is_floating_point():
+        got = f"shape {tuple(terms.shape)}, {terms.dtype}" if isinstance(terms, Tensor) else type(terms).__name__
+        raise ConfigError(
+            f"loss_terms returned {got}; it must return one loss a term, shape (terms,). Use reduction='none': a "
+            "mean weighs a micro-batch by its size, and the difference of two passes would be meaningless."
+        )
+    if not terms.requires_grad:
+        raise ConfigError(
+            "loss_terms returned a loss without a gradient: it does not depend on the selected parameters. Look "
+            "for .detach(), torch.no_grad(), or a wrong choice of parameters."
+        )
+    return terms
+
+
+def _probe(model: nn.Module, loss_terms: LossTerms, data: Batches, device: torch.device) -> None:
+    """Refuse data that changes between readings, and losses that change between calls or with the batch."""
+    for first, again in zip(_few(data), _few(data), strict=True):
+        a, b = tensors_of(first), tensors_of(again)
+        if len(a) != len(b) or not all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True)):
+            raise NonDeterministicLoss(
+                "reading the data twice gave two different first batches. Switch off random augmentation and "
+                "shuffling for unlearning: every example once, always with the same preprocessing."
+            )
+        batch = to_device(first, device)
+        with torch.random.fork_rng(), torch.no_grad():
+            terms, repeated = loss_terms(model, batch), loss_terms(model, batch)
+            same = torch.equal(terms, repeated) if device.type == "cpu" else torch.allclose(terms, repeated, 1e-4)
+            if not same:
+                raise NonDeterministicLoss(
+                    f"the same {len(a[0])} examples gave two different losses in eval mode (first term "
+                    f"{float(terms.flatten()[0]):.7g}, then {float(repeated.flatten()[0]):.7g}). Look for dropout "
+                    "as a function (pass training=self.training) or noise in forward()."
+                )
+            halves = _halves(batch)
+            if halves is not None and terms.ndim == 1:
+                _require_additive(terms, *(loss_terms(model, half) for half in halves))
+
+
+def _few(data: Batches) -> Iterator[Batch]:
+    """The first few examples of the first few batches."""
+    known = indexed(data)
+    if known is not None:
+        count = min(len(known.positions), _PROBE_EXAMPLES * _PROBE_BATCHES)
+        yield from known.fetch(torch.arange(count).split(_PROBE_EXAMPLES))
+        return
+    for batch in itertools.islice(plain(data), _PROBE_BATCHES):
+        yield _rows(batch, 0, _PROBE_EXAMPLES) if _length(batch) else batch
+
+
+def _length(batch: Batch) -> int | None:
+    """The number of examples, if every tensor has the same first dimension."""
+    lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(batch)}
+    return lengths.pop() if len(lengths) == 1 and -1 not in lengths else None
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    return map_tensors(batch, lambda tensor: tensor[start:stop])
+
+
+def _halves(batch: Batch) -> tuple[Batch, Batch] | None:
+    length = _length(batch)
+    if length is None or length < 2:
+        return None
+    return _rows(batch, 0, length // 2), _rows(batch, length // 2, length)
+
+
+def _require_additive(whole: Tensor, first: Tensor, second: Tensor) -> None:
+    if len(whole) != len(first) + len(second):
+        raise ConfigError(
+            f"loss_terms returned {len(whole)} terms for a few examples, and {len(first)} + {len(second)} for their "
+            "two halves. It must return one loss an example (or a token), not a mean: use reduction='none'."
+        )
+    sums, parts = float(whole.double().sum()), float(first.double().sum() + second.double().sum())
+    scale = float(whole.double().abs().sum())
+    tolerance = max(1e-3, 64 * torch.finfo(whole.dtype).eps)
+    if abs(sums - parts) > tolerance * scale:
+        raise NonDeterministicLoss(
+            f"a few examples have a summed loss of {sums:.7g} together and {parts:.7g} in two halves: the loss of "
+            "an example depends on its batch. Look for BatchNorm without running statistics, a mean over the "
+            "batch, or other examples of the batch used as negatives."
+        )
+
+
+def _require_finite_losses(losses: Tensor, numbers: list[int], size: int | None) -> None:
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if bad:
+        number = numbers[bad[0]]
+        where = f" (positions {number * size} to {(number + 1) * size - 1})" if size else ""
+        raise NotFinite(
+            f"the loss of batch {number}{where} is {float(losses[bad[0]])}; {len(bad)} of {len(losses)} batches are "
+            "not finite. Look at the inputs and targets of that batch."
+        )

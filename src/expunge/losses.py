@@ -1,0 +1,49 @@
+"""Loss terms for common models: unreduced, in nats where the loss is a log-likelihood.
+
+A `LossTerms` takes a model and a batch and returns one loss a term, never a mean: sums of terms are what makes
+the gradient of all data minus the gradient of what is left equal to the gradient of what was removed. A term
+is an example, or for language models a target token.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from expunge.batches import Batch
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
+    """Classification: the batch is (inputs, class numbers), the model returns logits. Nats an example."""
+    inputs, labels = batch
+    return functional.cross_entropy(model(inputs), labels, reduction="none")
+
+
+def squared_error(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
+    """Regression: the batch is (inputs, targets). Squared units of the target, summed over its dimensions."""
+    inputs, targets = batch
+    errors: Tensor = (model(inputs) - targets).square()
+    return errors.flatten(1).sum(1) if errors.ndim > 1 else errors
+
+
+def causal_lm(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
+    """Causal language models: nats a target token.
+
+    The batch is a dictionary with ``input_ids``, ``labels`` (-100 where there is no target, padding included)
+    and optionally ``attention_mask``, each (examples, tokens). The model returns logits, or an object that has
+    them. Tokens are shifted here, and positions without a target give no term: a mean over the padded batch
+    would weigh examples by the company they keep.
+    """
+    inputs = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+    output = model(**inputs)
+    logits: Tensor = getattr(output, "logits", output)
+    labels: Tensor = batch["labels"][:, 1:]
+    terms = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100
+    )
+    return terms[(labels != -100).flatten()]
+
+
+def name_of(loss_terms: object) -> str:
+    """The name a cache records for a loss: that of the function, or of the type of a callable object."""
+    named = loss_terms if hasattr(loss_terms, "__qualname__") else type(loss_terms)
+    return str(named.__qualname__)

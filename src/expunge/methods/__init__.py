@@ -1,0 +1,64 @@
+"""The table of methods: one file each, one line here.
+
+A method is a frozen dataclass of settings and a function ``(model, given, config, *, seed, trace) -> model``,
+which may change the model it is given. Whether ``given`` is annotated `Blind` or `Sighted` decides what it gets.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from expunge.access import Blind, Sighted
+from expunge.errors import ConfigError
+from expunge.methods.fine_tune import FineTune, fine_tune
+from expunge.methods.gradient_ascent import GradientAscent, gradient_ascent
+from expunge.methods.reload import Reload, reload
+from expunge.methods.retrain import Retrain, retrain
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    name: str  # on the command line and in tables
+    config: type[Any]
+    run: Callable[..., nn.Module]
+
+    @property
+    def access(self) -> type[Blind]:
+        """`Blind` or `Sighted`: the annotation of the function's second argument."""
+        annotation = list(inspect.signature(self.run, eval_str=True).parameters.values())[1].annotation
+        assert issubclass(annotation, Blind), f"{self.name}: annotate the second argument as Blind or Sighted"
+        return Sighted if issubclass(annotation, Sighted) else Blind
+
+    @property
+    def blind(self) -> bool:
+        """Whether it works without the removed records."""
+        return self.access is Blind
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("reload", Reload, reload),
+        Method("retrain", Retrain, retrain),
+        Method("fine-tune", FineTune, fine_tune),
+        Method("gradient-ascent", GradientAscent, gradient_ascent),
+    )
+}
+
+
+def method_of(config: object) -> Method:
+    """The method that a configuration belongs to.
+
+    Raises:
+        ConfigError: It belongs to none.
+    """
+    for method in METHODS.values():
+        if type(config) is method.config:
+            return method
+    known = ", ".join(method.config.__name__ for method in METHODS.values())
+    raise ConfigError(f"{config!r} is not the configuration of a method. Give one of {known}.")

@@ -1,0 +1,28 @@
+"""Retraining from scratch on what is left: the yardstick, and the only exact answer.
+
+Source: by definition (Cao & Yang, 2015, call it the naive solution). Deviations: none.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from expunge.access import Blind
+from expunge.trace import Trace
+from expunge.training import Recipe, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrain:
+    """Train an untrained model on what is left, with the recipe of the original."""
+
+    recipe: Recipe
+
+
+def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace: Trace) -> nn.Module:
+    """Fresh weights for every module, then training; the trained model only says which device."""
+    device = next(model.parameters()).device
+    with trace.stage("train", model):
+        model = given.fresh_model(seed).to(device)
+        train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace)
+    return model

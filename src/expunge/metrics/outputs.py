@@ -1,0 +1,83 @@
+"""The one forward pass: what a model says about a split, from which every metric is computed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from expunge import params
+from expunge.batches import Batch, Batches, micro_batches, to_device
+from expunge.errors import ConfigError, NotFinite
+
+Logits = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # -> logits (examples, classes), labels (examples,)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Logits and labels of a split, in the order of its examples."""
+
+    logits: Float[np.ndarray, "examples classes"]  # float64
+    labels: Int[np.ndarray, " examples"]
+
+    @cached_property
+    def log_probabilities(self) -> Float[np.ndarray, "examples classes"]:
+        """Log-softmax of the logits, nats."""
+        shifted = self.logits - self.logits.max(axis=1, keepdims=True)
+        result: Float[np.ndarray, "examples classes"] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        return result
+
+    @cached_property
+    def losses(self) -> Float[np.ndarray, " examples"]:
+        """Cross-entropy of each example, nats."""
+        result: Float[np.ndarray, " examples"] = -self.log_probabilities[np.arange(len(self.labels)), self.labels]
+        return result
+
+    @cached_property
+    def correct(self) -> Bool[np.ndarray, " examples"]:
+        """Whether the largest logit is that of the label."""
+        result: Bool[np.ndarray, " examples"] = self.logits.argmax(axis=1) == self.labels
+        return result
+
+
+def images_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits and labels for a batch that is (inputs, class numbers)."""
+    inputs, labels = batch
+    return model(inputs), labels
+
+
+def outputs(model: nn.Module, data: Batches, logits: Logits = images_and_labels, *, batch_size: int = 512) -> Outputs:
+    """Run a model over a split in eval mode, without gradients.
+
+    Args:
+        model: Left as it was found.
+        data: The split, once through, in its own order.
+        logits: How to get logits and labels from a batch.
+        batch_size: Positions a batch, for data with positions.
+
+    Raises:
+        ConfigError: The split is empty, or logits and labels do not fit together.
+        NotFinite: NaN or infinity in the logits.
+    """
+    device = next(model.parameters()).device
+    parts = []
+    with params.restoring_modes(model), torch.no_grad():
+        model.eval()
+        for _, batch in micro_batches(data, batch_size)[1]:
+            values, labels = logits(model, to_device(batch, device))
+            if values.ndim != 2 or labels.shape != values.shape[:1]:
+                raise ConfigError(
+                    f"logits of shape {tuple(values.shape)} with labels of shape {tuple(labels.shape)}: metrics need "
+                    "(examples, classes) and (examples,). Give logits=… to say where they are in your batches."
+                )
+            parts.append((values.float().cpu().numpy().astype(np.float64), labels.cpu().numpy()))
+    if not parts:
+        raise ConfigError("the split to measure on is empty.")
+    result = Outputs(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+    if not np.isfinite(result.logits).all():
+        bad = int((~np.isfinite(result.logits).all(axis=1)).sum())
+        raise NotFinite(f"the model's logits are NaN or infinite for {bad} of {len(result.labels)} examples.")
+    return result

@@ -1,0 +1,250 @@
+"""`Params`: vectors over a model's parameters, keyed by name and never flattened.
+
+Everything that has one number per weight (a gradient, a score, a mask) is such a dictionary: it is what
+``state_dict`` and safetensors speak, and it keeps the layers visible.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from expunge.errors import ConfigError, MismatchError, NotFinite
+
+Params = dict[str, Tensor]
+Select = Iterable[str] | Callable[[str, nn.Parameter], bool]
+
+_COMPILED = "_orig_mod."  # what torch.compile puts in front of a name
+_PIECE = 1 << 18  # entries a streaming step looks at: small enough for a core's cache
+_SAMPLE = 1 << 18  # entries whose ranks bracket the threshold
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module inside a `torch.compile` wrapper; any other module as it is. The two share storage."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+@contextmanager
+def restoring_modes(model: nn.Module) -> Iterator[None]:
+    """Put the training flag of every module back behind the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def named_parameters(model: nn.Module, select: Select | None = None) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by name; a tied parameter once, under its first name.
+
+    Args:
+        model: Any module; names are the same whether it is compiled or not.
+        select: Names, or a predicate of name and parameter. Without it, every parameter that requires a
+            gradient.
+
+    Raises:
+        ConfigError: A name that does not exist, or nothing left to train.
+    """
+    everything = {name.replace(_COMPILED, ""): p for name, p in model.named_parameters()}
+    if select is None:
+        chosen = {name: p for name, p in everything.items() if p.requires_grad}
+    elif callable(select):
+        chosen = {name: p for name, p in everything.items() if select(name, p)}
+    else:
+        wanted = list(select)
+        unknown = [name for name in wanted if name not in everything]
+        if unknown:
+            raise ConfigError(f"parameters={unknown!r}: the model has no such parameter. It has {listed(everything)}.")
+        chosen = {name: everything[name] for name in everything if name in set(wanted)}
+    if not chosen:
+        raise ConfigError(
+            f"{type(plain(model)).__name__} has nothing trainable: {len(everything)} parameters, none of which "
+            "requires a gradient and was selected. Call requires_grad_(True) on those that training moved."
+        )
+    return chosen
+
+
+def snapshot(parameters: Mapping[str, nn.Parameter]) -> Params:
+    """A copy of the values, detached from the model."""
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def size(params: Mapping[str, Tensor]) -> int:
+    """How many entries there are over all tensors."""
+    return sum(tensor.numel() for tensor in params.values())
+
+
+def norm(params: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm over all entries, accumulated in float64."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in params.values()))
+
+
+def subtract(a: Params, b: Params) -> Params:
+    """Entry by entry, a - b; both must have the same names and shapes."""
+    require_same_names(a, b, "the first", "the second")
+    return {name: a[name] - b[name].to(a[name].device) for name in a}
+
+
+def require_same_names(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_is: str, b_is: str) -> None:
+    """Refuse two vectors over different parameters.
+
+    Raises:
+        MismatchError: Names that only one of them has, or the first name whose shapes differ.
+    """
+    only_a, only_b = [n for n in a if n not in b], [n for n in b if n not in a]
+    if only_a or only_b:
+        raise MismatchError(
+            f"{a_is} and {b_is} do not have the same parameters: only {a_is} has {listed(only_a)}; only {b_is} "
+            f"has {listed(only_b)}. Use the model (and the subset of parameters) the first was made with."
+        )
+    for name in a:
+        if a[name].shape != b[name].shape:
+            raise MismatchError(
+                f"parameter {name!r} has shape {tuple(a[name].shape)} in {a_is} and {tuple(b[name].shape)} in "
+                f"{b_is}. Use the same architecture for both."
+            )
+
+
+def require_finite(params: Mapping[str, Tensor], what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NotFinite: Names the first tensor that holds one, and how many.
+    """
+    for name, tensor in params.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NotFinite(
+                f"{what}: tensor {name!r} has {bad} of {tensor.numel()} entries that are NaN or infinite. "
+                "Find the step that produced them; nothing computed from them would mean anything."
+            )
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes; the order of the names does not matter.
+
+    ``docs/cache-format.md`` specifies it, so that another program can compute it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of all parameters, trainable or not."""
+    return fingerprint({n.replace(_COMPILED, ""): p for n, p in model.named_parameters()})
+
+
+def buffers_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of the buffers that a checkpoint keeps (BatchNorm statistics and the like)."""
+    kept = set(model.state_dict())
+    return fingerprint({n.replace(_COMPILED, ""): b for n, b in model.named_buffers() if n in kept})
+
+
+def smallest(scores: Params, k: int) -> dict[str, Bool[Tensor, "..."]]:
+    """Mark the k entries with the smallest scores over all tensors, exactly.
+
+    Entries with equal scores are taken in order: by tensor, then by position inside it. A score of +infinity
+    means "never": such entries are not marked, so fewer than k may be.
+
+    A random sample brackets the k-th smallest score, one pass over the scores counts what lies below the
+    bracket and keeps the few entries inside it, and the answer is selected among those: no sort, no copy of
+    the scores, any size (``torch.quantile`` refuses more than 2^24 entries). The sample decides the speed,
+    never the result.
+
+    Args:
+        scores: One real number per parameter entry.
+        k: How many to mark, 0 or more.
+
+    Returns:
+        A mask per tensor, on the device of its scores.
+
+    Raises:
+        ConfigError: k is negative.
+        NotFinite: A score is NaN.
+    """
+    if k < 0:
+        raise ConfigError(f"k={k}: the number of entries to choose cannot be negative.")
+    masks = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
+    k = min(k, size(scores))
+    if k == 0:
+        return masks
+    threshold = _kth_smallest(scores, k)
+    below_or_tied = 0
+    for score, mask in zip(_pieces(scores), _pieces(masks), strict=True):
+        torch.le(score, threshold, out=mask) if threshold < math.inf else torch.lt(score, threshold, out=mask)
+        below_or_tied += int(mask.count_nonzero())
+    # Of the entries equal to the threshold, the last ones do not fit in: take them out again, from the end.
+    surplus = below_or_tied - k
+    for score, mask in zip(reversed([*_pieces(scores)]), reversed([*_pieces(masks)]), strict=True):
+        if surplus <= 0:
+            break
+        tied = (score == threshold).nonzero().squeeze(1)[-surplus:]
+        mask[tied] = False
+        surplus -= len(tied)
+    return masks
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield from tensor.view(-1).split(_PIECE)
+
+
+def _kth_smallest(scores: Params, k: int) -> float:
+    total = size(scores)
+    sample = _sample(scores, min(total, _SAMPLE)).sort().values
+    # A sampled rank is off by at most sqrt(sample) / 2 in standard deviation: eight of those on either side.
+    middle, margin = k / total * len(sample), 4 * math.sqrt(len(sample))
+    while True:
+        low_rank, high_rank = math.floor(middle - margin), math.ceil(middle + margin)
+        low = float(sample[low_rank]) if low_rank >= 0 else -math.inf
+        high = float(sample[high_rank]) if high_rank < len(sample) else math.inf
+        upto_low, inside = 0, []
+        for piece in _pieces(scores):
+            if bool(piece.max().isnan()):
+                name = next(name for name, score in scores.items() if bool(score.isnan().any()))
+                raise NotFinite(f"a score of {name!r} is NaN, so it has no rank. Check the selector.")
+            at_most_low = piece <= low
+            upto_low += int(at_most_low.count_nonzero())
+            if low < high:
+                inside.append(piece[at_most_low ^ (piece < high)].to(sample.device))
+        kept = torch.cat(inside) if inside else sample[:0]
+        if k > upto_low + len(kept):
+            if high == math.inf or k <= sum(int((piece <= high).count_nonzero()) for piece in _pieces(scores)):
+                return high
+        elif k > upto_low:
+            return float(kept.kthvalue(k - upto_low).values)
+        elif low == -math.inf or k > sum(int((piece < low).count_nonzero()) for piece in _pieces(scores)):
+            return low
+        margin *= 8  # the bracket missed
+
+
+def _sample(scores: Params, count: int) -> Tensor:
+    """Scores at random positions, with repetition; the same ones for the same shapes."""
+    ends = torch.tensor([score.numel() for score in scores.values()]).cumsum(0)
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(int(ends[-1]), (count,), generator=generator).sort().values
+    parts, start = [], 0
+    for score, end in zip(scores.values(), ends.tolist(), strict=True):
+        mine = positions[(positions >= start) & (positions < end)] - start
+        parts.append(score.view(-1)[mine.to(score.device)].cpu())
+        start = end
+    return torch.cat(parts)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first few names, for an error message."""
+    names = list(names)
+    shown = ", ".join(repr(name) for name in names[:most]) or "none"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,1 @@
+"""Stored rows in, tables and one self-contained page out."""

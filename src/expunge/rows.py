@@ -1,0 +1,62 @@
+"""Rows: every measured number on a line of its own, with what it takes to know what it means."""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from expunge.errors import ConfigError
+from expunge.files import replacing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number."""
+
+    run: str
+    experiment: str
+    dataset: str
+    model: str
+    scenario: str
+    method: str
+    blind: bool
+    seed: int
+    split: str  # retain, forget, test, or "" where none applies
+    metric: str
+    value: float
+    unit: str  # "%", "points", "nats", "fraction", "ratio", "s"
+    n: int  # examples the number was measured on
+    seconds: float  # wall time of the method, 0 where none applies
+    source: str = "measured"  # or "paper, Table 3"
+
+
+def write_rows(path: Path | str, rows: Iterable[Row]) -> None:
+    """Write rows as CSV, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_rows(path: Path | str) -> list[Row]:
+    """Read rows that `write_rows` wrote.
+
+    Raises:
+        ConfigError: The file has other columns.
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = [field.name for field in fields(Row)]
+        if reader.fieldnames != names:
+            raise ConfigError(f"{path} has the columns {reader.fieldnames}; rows have {names}.")
+        return [
+            Row(
+                **{
+                    **row,
+                    "blind": row["blind"] == "True",
+                    **{name: int(row[name]) for name in ("seed", "n")},
+                    **{name: float(row[name]) for name in ("value", "seconds")},
+                }
+            )
+            for row in reader
+        ]

@@ -1,0 +1,1 @@
+"""What is removed or corrected: pure functions from labels and a seed to positions."""

@@ -1,0 +1,30 @@
+"""Streams of randomness by name, so that no part of a run shifts the random numbers of another."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derive(seed: int, *names: str | int) -> int:
+    """A 63-bit seed for one purpose: the same for the same seed and names, unrelated for any others."""
+    digest = hashlib.sha256("\0".join(str(part) for part in (seed, *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def stream(seed: int, *names: str | int) -> torch.Generator:
+    """A CPU generator for one purpose, for example ``stream(seed, "shuffle", epoch)``."""
+    return torch.Generator().manual_seed(derive(seed, *names))
+
+
+@contextmanager
+def seeded(seed: int, *names: str | int) -> Iterator[None]:
+    """Seed the global generators of torch inside the block and restore them behind it.
+
+    For code that draws from the global generators: initialisation of modules, dropout.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive(seed, *names))
+        yield

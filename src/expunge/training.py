@@ -1,0 +1,201 @@
+"""One training loop for everything that trains: the original, retraining from scratch, fine-tuning."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from expunge import params, progress
+from expunge.batches import Batches, LossTerms, micro_batches, shuffled, to_device
+from expunge.errors import ConfigError, NotFinite
+from expunge.seeds import seeded, stream
+from expunge.trace import Trace
+
+StopRule = Callable[[nn.Module, float], str | None]  # after each epoch, given its mean loss: a reason, or go on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train: SGD with momentum or AdamW, a learning rate and its schedule.
+
+    Raises:
+        ConfigError: A value that cannot work.
+    """
+
+    epochs: int  # at most; 0 trains not at all
+    lr: float  # learning rate on the mean loss of a batch
+    batch_size: int = 128  # examples; data without positions keeps its own batches
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9  # SGD only, Nesterov
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "step", "cosine", "one-cycle"] = "cosine"
+    milestones: tuple[int, ...] = ()  # epochs at which "step" multiplies the learning rate by 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
+
+    def factor(self, position: float) -> float:
+        """What multiplies the learning rate after ``position`` epochs, a fraction inside an epoch."""
+        share = position / max(self.epochs, 1)
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * share))
+        if self.schedule == "one-cycle":  # up for 30 % of the time, then down to zero
+            return share / 0.3 if share < 0.3 else (1 - share) / 0.7
+        if self.schedule == "step":
+            return float(0.1 ** sum(position >= milestone for milestone in self.milestones))
+        return 1.0
+
+
+def train(
+    model: nn.Module,
+    data: Batches,
+    loss_terms: LossTerms,
+    recipe: Recipe,
+    *,
+    seed: int,
+    trace: Trace | None = None,
+    stop: StopRule | None = None,
+    freeze_statistics: bool = False,
+) -> Trace:
+    """Minimise the mean loss, in place.
+
+    The same seed gives the same bits on a CPU: every epoch draws its order and its dropout from streams of its
+    own, and the global generators are left alone.
+
+    Args:
+        model: Parameters that require a gradient are trained; training flags are restored at the end.
+        data: With positions: shuffled every epoch.
+        loss_terms: Unreduced losses of a batch.
+        recipe: How.
+        seed: Names the streams of randomness.
+        trace: Where to record; a new one by default.
+        stop: Asked after each epoch whether to end.
+        freeze_statistics: Keep BatchNorm's running statistics, for data the model must not absorb.
+
+    Returns:
+        The trace, with the reason why training ended in ``stopped``.
+
+    Raises:
+        ConfigError: Nothing trainable.
+        NotFinite: A loss became NaN or infinite; names the epoch and the step.
+    """
+    trace = trace or Trace("train", seed)
+    trainable = params.named_parameters(model)
+    device = next(iter(trainable.values())).device
+    optimizer = _optimizer(list(trainable.values()), recipe)
+    trace.stopped = f"all {recipe.epochs} epochs done"
+    with params.restoring_modes(model), progress.task(trace.method, recipe.epochs) as advance:
+        _train_mode(model, freeze_statistics)
+        for epoch in range(recipe.epochs):
+            losses: list[Tensor] = []
+            count, batches = shuffled(data, recipe.batch_size, stream(seed, "shuffle", epoch))
+            with seeded(seed, "train", epoch):
+                for step, batch in enumerate(batches):
+                    for group in optimizer.param_groups:
+                        group["lr"] = recipe.lr * recipe.factor(epoch + (step / count if count else 0.0))
+                    terms = loss_terms(model, to_device(batch, device))
+                    loss = terms.mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.detach())
+                    trace.backwarded += len(terms)
+            mean = _record(trace, losses, epoch)
+            advance()
+            trace.show(f"epoch {epoch + 1}", model)
+            reason = stop(model, mean) if stop else None
+            if reason:
+                trace.stopped = reason
+                break
+    return trace
+
+
+def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Trace | None = None) -> float:
+    """The mean loss a term in eval mode, without gradients."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with params.restoring_modes(model), torch.no_grad():
+        model.eval()
+        for _, batch in micro_batches(data, 512)[1]:
+            terms = loss_terms(model, to_device(batch, device))
+            total += float(terms.sum())
+            count += len(terms)
+    if trace is not None:
+        trace.forwarded += count
+    return total / max(count, 1)
+
+
+def until_converged(
+    data: Batches, loss_terms: LossTerms, *, target: float, tolerance: float, patience: int, trace: Trace
+) -> StopRule:
+    """End when the mean loss on the data is down to that of the original model on its own, or on a plateau.
+
+    Args:
+        data: What is fine-tuned on.
+        loss_terms: Its loss.
+        target: Mean loss, nats a term, that the original model had reached on all of its data.
+        tolerance: Share of the target by which the loss may stay above it.
+        patience: Epochs without a new lowest training loss that make a plateau; 0 for never.
+        trace: Counts the extra forward passes.
+    """
+    best, waited = math.inf, 0
+    enough = target * (1 + tolerance)
+
+    def stop(model: nn.Module, training_loss: float) -> str | None:
+        nonlocal best, waited
+        # The training loss is an average over moving weights, an upper estimate: look closer once it is near.
+        if training_loss <= 4 * enough:
+            reached = mean_loss(model, data, loss_terms, trace)
+            if reached <= enough:
+                return f"loss {reached:.4g} reached the original's {target:.4g} (tolerance {tolerance:.0%})"
+        waited = 0 if training_loss < best else waited + 1
+        best = min(best, training_loss)
+        return f"plateau: no lower loss for {patience} epochs" if patience and waited >= patience else None
+
+    return stop
+
+
+def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+        fused=True,
+    )
+
+
+def _train_mode(model: nn.Module, freeze_statistics: bool) -> None:
+    model.train()
+    if freeze_statistics:
+        for module in model.modules():
+            if getattr(module, "track_running_stats", False):
+                module.eval()
+
+
+def _record(trace: Trace, losses: list[Tensor], epoch: int) -> float:
+    values = torch.stack(losses).double().cpu()
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise NotFinite(
+            f"{trace.method}: the loss became {float(values[bad[0]])} in epoch {epoch + 1}, step {bad[0] + 1} of "
+            f"{len(values)}. Lower the learning rate, or look at that batch."
+        )
+    trace.losses += values.tolist()
+    trace.epoch_ends.append(len(trace.losses))
+    return float(values.mean())
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value!r}: must be {allowed}.")

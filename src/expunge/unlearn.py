@@ -1,0 +1,59 @@
+"""`unlearn()`: the front door to every method."""
+
+import copy
+from dataclasses import dataclass, fields
+
+from torch import nn
+
+from expunge import params
+from expunge.access import Blind, Sighted
+from expunge.errors import ForgetSetAccessed
+from expunge.gradient import Origin
+from expunge.methods import method_of
+from expunge.trace import Trace, Watch
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """The result of an unlearning."""
+
+    model: nn.Module
+    trace: Trace
+
+
+def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, watch: Watch | None = None) -> Unlearned:
+    """Remove the influence of deleted records, or of faults that were corrected in the retain data.
+
+    Args:
+        model: The trained model; it is copied, not changed. A compiled model comes back uncompiled.
+        given: What the method may see. A method that is blind gets no more than a `Blind`, whatever is given.
+        config: A method's settings, for example ``Reload(reset_fraction=0.2)``; its type names the method.
+        seed: Names the streams of randomness; the same seed gives the same bits on a CPU.
+        watch: Called with a name and the model after every stage and epoch, off the clock.
+
+    Returns:
+        The unlearned model and the trace of what was done.
+
+    Raises:
+        ForgetSetAccessed: The method needs the removed records and was given none.
+        MismatchError: The cached gradient was not taken at this model's weights and buffers.
+        NotFinite: NaN or infinity in the model, or in what came out.
+        ConfigError: Settings that belong to no method, and whatever the method refuses.
+    """
+    method = method_of(config)
+    if not isinstance(given, method.access):
+        raise ForgetSetAccessed(
+            f"{method.name} needs the removed records and was given {type(given).__name__}. Give "
+            "Sighted(forget=…), or take a blind method: their records are gone by design."
+        )
+    if method.blind and isinstance(given, Sighted):
+        given = Blind(**{field.name: getattr(given, field.name) for field in fields(Blind)})
+    inner = params.plain(model)
+    params.require_finite(dict(inner.named_parameters()), "the model to unlearn from")
+    if given.full is not None:
+        given.full.origin.require(Origin.of(inner, given.loss_terms), "the cached gradient")
+    trace = Trace(method.name, seed, watch=watch)
+    unlearned = method.run(copy.deepcopy(inner), given, config, seed=seed, trace=trace)
+    unlearned.zero_grad(set_to_none=True)
+    params.require_finite(dict(unlearned.named_parameters()), f"the result of {method.name}")
+    return Unlearned(unlearned, trace)
