@@ -18,7 +18,7 @@ from expunge.errors import ConfigError, MismatchError
 
 Batch = Any  # whatever the caller's loss takes: a tensor, or tensors in a tuple, list or dictionary
 LossTerms = Callable[[nn.Module, Batch], Tensor]  # unreduced losses, shape (terms,), in nats
-Rows = Int[Tensor, " rows"]
+Rows = Int[Tensor, " _"]  # numbers of rows; lengths may differ
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from expunge.errors import ConfigError
 from expunge.files import replacing
@@ -49,14 +50,12 @@ def read_rows(path: Path | str) -> list[Row]:
         names = [field.name for field in fields(Row)]
         if reader.fieldnames != names:
             raise ConfigError(f"{path} has the columns {reader.fieldnames}; rows have {names}.")
-        return [
-            Row(
-                **{
-                    **row,
-                    "blind": row["blind"] == "True",
-                    **{name: int(row[name]) for name in ("seed", "n")},
-                    **{name: float(row[name]) for name in ("value", "seconds")},
-                }
-            )
-            for row in reader
-        ]
+        return [_row(row) for row in reader]
+
+
+def _row(texts: dict[str, str]) -> Row:
+    values: dict[str, Any] = dict(texts)
+    values |= {"blind": texts["blind"] == "True"}
+    values |= {name: int(texts[name]) for name in ("seed", "n")}
+    values |= {name: float(texts[name]) for name in ("value", "seconds")}
+    return Row(**values)
