@@ -50,7 +50,8 @@ class Blind:
         Raises:
             MismatchError: ``fresh`` builds another architecture.
         """
-        untrained = params.named_parameters(self.fresh_model(seed), lambda name, _: name in like)
+        everything = params.named_parameters(self.fresh_model(seed), lambda *_: True)
+        untrained = {name: p for name, p in everything.items() if name in like}
         params.require_same_names(dict(like), dict(untrained), "the model", "what fresh() builds")
         return {name: untrained[name].detach().to(p) for name, p in like.items()}
 

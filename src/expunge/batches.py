@@ -5,6 +5,7 @@ gradient pass then puts every example into the same micro-batch, ``position // s
 were deleted, and micro-batches that nothing was deleted from cancel *exactly* in a difference of two passes.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,23 +13,31 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from expunge.errors import ConfigError, MismatchError
 
 Batch = Any  # whatever the caller's loss takes: a tensor, or tensors in a tuple, list or dictionary
 LossTerms = Callable[[nn.Module, Batch], Tensor]  # unreduced losses, shape (terms,), in nats
-Rows = Int[Tensor, " _"]  # numbers of rows; lengths may differ
+Rows = slice | Int[Tensor, " _"]  # of the examples at hand, counted from 0
 
 
 @runtime_checkable
 class Indexed(Protocol):
     """Examples at known positions, in ascending order."""
 
-    positions: Rows  # where each example stood in the original data
+    positions: Int[Tensor, " _"]  # where each example stood in the original data
 
     def fetch(self, rows: Sequence[Rows]) -> Iterator[Batch]:
-        """One batch for each of the given lists of rows (0 to len(positions) - 1)."""
+        """One batch for each of the given selections of rows."""
         ...
 
 
@@ -62,14 +71,12 @@ class Examples:
         return len(self.positions)
 
     def fetch(self, rows: Sequence[Rows]) -> Iterator[tuple[Tensor, ...]]:
-        """One tuple of tensors for each list of rows; neighbouring rows come as a view, not a copy."""
+        """One tuple of tensors for each selection of rows; a slice comes as a view, not a copy."""
         for each in rows:
-            start, stop = int(each[0]), int(each[-1]) + 1
-            adjacent = stop - start == len(each) and bool((each.diff() == 1).all())
-            index = slice(start, stop) if adjacent else each
-            yield tuple(
-                tensor[index if isinstance(index, slice) else index.to(tensor.device)] for tensor in self.tensors
-            )
+            if isinstance(each, slice):
+                yield tuple(tensor[each] for tensor in self.tensors)
+            else:
+                yield tuple(tensor[each.to(tensor.device)] for tensor in self.tensors)
 
     def only(self, positions: Tensor) -> "Examples":
         """The examples at these positions."""
@@ -87,7 +94,12 @@ class Examples:
         return Examples(*(t[mask.to(t.device)] for t in self.tensors), positions=self.positions[mask])
 
     def _known(self, positions: Tensor) -> Tensor:
-        positions = torch.as_tensor(positions, dtype=torch.int64)
+        positions = torch.as_tensor(positions)
+        if positions.numel() and (positions.dtype == torch.bool or positions.is_floating_point()):
+            raise ConfigError(
+                f"positions are whole numbers, not {positions.dtype}. For a mask, give mask.nonzero()[:, 0]."
+            )
+        positions = positions.to(self.positions)
         unknown = positions[~torch.isin(positions, self.positions)]
         if len(unknown):
             raise ConfigError(
@@ -102,8 +114,8 @@ class _FromDataset:
     """A map-style dataset, read by a DataLoader in the order we ask for."""
 
     dataset: Dataset[Any]
-    positions: Rows
-    indices: Rows  # what to ask the dataset for
+    positions: Int[Tensor, " _"]
+    indices: Int[Tensor, " _"]  # what to ask the dataset for
     options: dict[str, Any]
 
     def fetch(self, rows: Sequence[Rows]) -> Iterator[Batch]:
@@ -117,8 +129,8 @@ Batches = Examples | Dataset[Any] | Iterable[Batch]
 def indexed(data: Batches) -> Indexed | None:
     """The data as examples at known positions, or None if it is just an iterable of batches.
 
-    A map-style ``Dataset`` counts from 0, a ``Subset`` keeps the positions in its parent, and a ``DataLoader``
-    over either is read in the order of its dataset, with its workers and its collate function.
+    A map-style ``Dataset`` counts from 0, a ``Subset`` (also of a subset) keeps the positions in the whole, and a
+    ``DataLoader`` over either is read in the order of its dataset, with its workers and its collate function.
 
     Raises:
         ConfigError: A DataLoader that leaves out the last batch, or draws its own samples.
@@ -145,12 +157,12 @@ def indexed(data: Batches) -> Indexed | None:
             "pin_memory": data.pin_memory,
         }
         data = data.dataset
-    if not (isinstance(data, Dataset) and hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    if not (isinstance(data, Dataset) and hasattr(data, "__len__")) or isinstance(data, IterableDataset):
         return None
-    if not isinstance(data, Subset):
-        everything = torch.arange(len(data))
-        return _FromDataset(data, everything, everything, options)
-    positions, order = torch.as_tensor(data.indices, dtype=torch.int64).sort()
+    positions, within = torch.arange(len(data)), data
+    while isinstance(within, Subset):
+        positions, within = torch.as_tensor(within.indices, dtype=torch.int64)[positions], within.dataset
+    positions, order = positions.sort()
     return _FromDataset(data, _ascending(positions), order, options)
 
 
@@ -196,7 +208,8 @@ def micro_batches(data: Batches, size: int) -> tuple[int | None, Iterator[tuple[
     if known is None:
         return _count(data), enumerate(plain(data))
     groups, counts = torch.unique_consecutive(known.positions // size, return_counts=True)
-    rows = torch.arange(len(known.positions)).split(counts.tolist())
+    bounds = [0, *counts.cumsum(0).tolist()]
+    rows = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
     return len(groups), zip(groups.tolist(), known.fetch(rows), strict=True)
 
 
@@ -241,8 +254,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _ascending(positions: Tensor) -> Tensor:
-    positions = positions.cpu()
-    if positions.is_floating_point() or positions.ndim != 1 or not bool((positions.diff() > 0).all()):
+    positions, dtype = positions.cpu(), positions.dtype
+    whole = not positions.is_floating_point() and dtype != torch.bool and positions.ndim == 1
+    if not whole or not bool((positions.to(torch.int64).diff() > 0).all()):
         raise ConfigError(
             "positions must be whole numbers in ascending order without repetition: where each example stood in "
             f"the original data. Got dtype {positions.dtype}, shape {tuple(positions.shape)}, starting "

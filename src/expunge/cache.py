@@ -24,7 +24,7 @@ from expunge.files import save_tensors
 from expunge.gradient import Gradient, MicroBatches, Origin
 
 FORMAT, VERSION = "expunge-gradient", 1
-_ROUNDOFF = {torch.float64: 0.0, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+_ROUNDOFF = {torch.float64: 0.0, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
             tensors["micro_batches/losses"],
         )
     return Gradient(
-        total={name: tensor.double() for name, tensor in total.items()},
+        total={name: total[name].double() for name in owned if name in total},  # in the model's order
         count=header.count,
         loss=header.loss,
         noise=noise,
@@ -186,7 +186,10 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
         if not condition:
             raise CorruptCache(f"{path}: {lie}. The file was not written by cache.save(); make it again.")
 
-    values = {key: json.loads(value) for key, value in fields.items()}
+    try:
+        values = {key: json.loads(value) for key, value in fields.items()}
+    except ValueError as error:
+        raise CorruptCache(f"{path}: its header cannot be read ({error}). Make the cache again.") from error
     require(
         values.get("version") == VERSION,
         f"format version {values.get('version')!r}, this library reads {VERSION}",
@@ -197,6 +200,8 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
         header = Header(**values, parameters=len(total), entries=params.size(total))
     except TypeError as error:
         raise CorruptCache(f"{path}: its header is incomplete ({error}). Make the cache again.") from error
+    for name, kind in Header.__annotations__.items():
+        require(isinstance(getattr(header, name), kind), f"its header has {name} = {getattr(header, name)!r}")
     noise = {n.removeprefix("noise/"): t for n, t in tensors.items() if n.startswith("noise/")}
     require(bool(total), "it holds no gradient")
     require({t.dtype for t in total.values()} <= set(_ROUNDOFF), "its totals are not of a floating type")
@@ -204,17 +209,19 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
         {n: t.shape for n, t in total.items()} == {n: t.shape for n, t in noise.items()},
         "its totals and rounding floors have different names or shapes",
     )
-    require(isinstance(header.count, int) and header.count > 0, f"it counts {header.count!r} terms")
+    require(header.count > 0, f"it counts {header.count} terms")
+    require(0 < header.roundoff < 1, f"its roundoff is {header.roundoff}")
     require(math.isfinite(header.loss), f"its loss is {header.loss!r}")
     require(all(bool(t.isfinite().all()) for t in total.values()), "its gradient is not finite")
     if header.micro_batch is not None:
-        counts, losses = tensors.get("micro_batches/counts"), tensors.get("micro_batches/losses")
-        require(
-            counts is not None and losses is not None and "micro_batches/numbers" in tensors,
-            "no micro-batches",
+        numbers, counts, losses = (
+            tensors.get(f"micro_batches/{n}", torch.empty(0)) for n in ("numbers", "counts", "losses")
         )
-        assert counts is not None
-        assert losses is not None
+        require(header.micro_batch > 0, f"its micro-batches have {header.micro_batch} positions")
+        require(
+            numbers.shape == counts.shape == losses.shape == (numbers.numel(),) and bool((numbers.diff() > 0).all()),
+            "its micro-batches are incomplete or out of order",
+        )
         require(
             int(counts.sum()) == header.count,
             f"it counts {header.count} terms, its micro-batches {counts.sum()}",

@@ -42,3 +42,7 @@ class ForgetSetAccessed(ExpungeError, PermissionError):
 
 class MissingExtra(ExpungeError, ImportError):
     """An optional dependency that this call needs is not installed."""
+
+
+class IncompleteRun(ExpungeError, RuntimeError):
+    """A run that did not finish, or whose folder lacks a part."""

@@ -190,8 +190,8 @@ def gradient(
 ) -> Gradient:
     """Sum the gradients of all loss terms over the data, once through, in eval mode.
 
-    The model is left as it was found: its weights, ``.grad``, ``requires_grad`` and training flags. A few
-    examples are tried first, to refuse a loss under which a difference of gradients would mean nothing.
+    Everything is left as it was found: weights, ``.grad``, ``requires_grad``, training flags, global generators.
+    A few examples are tried first, to refuse a loss under which a difference of gradients would mean nothing.
 
     Args:
         model: Any module. For a cache: the trained model, after its last update.
@@ -210,11 +210,12 @@ def gradient(
     """
     if micro_batch < 1:
         raise ConfigError(f"micro_batch={micro_batch}: a micro-batch holds at least one position.")
-    require_reiterable(data, "the data")
     chosen = params.named_parameters(model, parameters)
-    params.require_finite({**dict(model.named_parameters()), **dict(model.named_buffers())}, "before the gradient pass")
+    buffers = {n: b.nan_to_num(math.nan, 0, 0) for n, b in model.named_buffers()}  # a mask may hold infinity
+    params.require_finite(dict(model.named_parameters()) | buffers, "before the gradient pass")
     device = next(iter(chosen.values())).device
-    with _only_gradients_of(model, chosen):
+    with torch.random.fork_rng([device] * (device.type == "cuda")), _only_gradients_of(model, chosen):
+        require_reiterable(data, "the data")  # within the fork: a DataLoader draws from the global generator
         _probe(model, loss_terms, data, device)
         return _accumulate(model, loss_terms, data, chosen, micro_batch, device)
 
@@ -251,6 +252,10 @@ def _accumulate(
             counts.append(len(terms))
             sums.append(terms.detach().to(home).sum(dtype=torch.float64))
             advance()
+    if not sum(counts):
+        raise ConfigError(
+            f"{len(counts)} batches gave no loss term. Are all targets masked, or is the data read only once?"
+        )
     loss = torch.stack(sums).cpu()
     _require_finite_losses(loss, numbers, micro_batch if indexed(data) else None)
     params.require_finite(total, "after the gradient pass")
@@ -307,7 +312,7 @@ def _terms(terms: object) -> Tensor:
             f"loss_terms returned {got}; it must return one loss a term, shape (terms,). Use reduction='none': a "
             "mean weighs a micro-batch by its size, and the difference of two passes would be meaningless."
         )
-    if not terms.requires_grad:
+    if torch.is_grad_enabled() and not terms.requires_grad:
         raise ConfigError(
             "loss_terms returned a loss without a gradient: it does not depend on the selected parameters. Look "
             "for .detach(), torch.no_grad(), or a wrong choice of parameters."
@@ -317,34 +322,39 @@ def _terms(terms: object) -> Tensor:
 
 def _probe(model: nn.Module, loss_terms: LossTerms, data: Batches, device: torch.device) -> None:
     """Refuse data that changes between readings, and losses that change between calls or with the batch."""
-    for first, again in zip(_few(data), _few(data), strict=True):
-        a, b = tensors_of(first), tensors_of(again)
-        if len(a) != len(b) or not all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True)):
-            raise NonDeterministicLoss(
-                "reading the data twice gave two different first batches. Switch off random augmentation and "
-                "shuffling for unlearning: every example once, always with the same preprocessing."
-            )
-        batch = to_device(first, device)
-        with torch.random.fork_rng(), torch.no_grad():
-            terms, repeated = loss_terms(model, batch), loss_terms(model, batch)
-            same = torch.equal(terms, repeated) if device.type == "cpu" else torch.allclose(terms, repeated, 1e-4)
-            if not same:
+    firsts, agains = list(_few(data)), list(_few(data))
+    a, b = tensors_of(firsts), tensors_of(agains)
+    if len(firsts) != len(agains) or len(a) != len(b) or not all(map(_same, a, b)):
+        raise NonDeterministicLoss(
+            "reading the data twice gave two different first batches. Switch off random augmentation and "
+            "shuffling for unlearning: every example once, always with the same preprocessing."
+        )
+    for number, batch in enumerate(to_device(firsts, device)):
+        with torch.no_grad():
+            terms, repeated = _terms(loss_terms(model, batch)), _terms(loss_terms(model, batch))
+            if not _same(terms, repeated, tolerance=0 if device.type == "cpu" else 1e-4):
                 raise NonDeterministicLoss(
-                    f"the same {len(a[0])} examples gave two different losses in eval mode (first term "
-                    f"{float(terms.flatten()[0]):.7g}, then {float(repeated.flatten()[0]):.7g}). Look for dropout "
-                    "as a function (pass training=self.training) or noise in forward()."
+                    f"the same {_length(batch) or 'few'} examples gave two different losses in eval mode (summed "
+                    f"{float(terms.sum()):.7g}, then {float(repeated.sum()):.7g}). Look for dropout as a function "
+                    "(pass training=self.training) or noise in forward()."
                 )
-            halves = _halves(batch)
-            if halves is not None and terms.ndim == 1:
-                _require_additive(terms, *(loss_terms(model, half) for half in halves))
+            halves = _halves(batch) if number == 0 else None  # a property of the loss: once is enough
+            if halves:
+                _require_additive(terms, *(_terms(loss_terms(model, half)) for half in halves))
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float = 0) -> bool:
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, tolerance, 1e-4 * tolerance, equal_nan=True)
+    )
 
 
 def _few(data: Batches) -> Iterator[Batch]:
     """The first few examples of the first few batches."""
     known = indexed(data)
     if known is not None:
-        count = min(len(known.positions), _PROBE_EXAMPLES * _PROBE_BATCHES)
-        yield from known.fetch(torch.arange(count).split(_PROBE_EXAMPLES))
+        starts = range(0, min(len(known.positions), _PROBE_EXAMPLES * _PROBE_BATCHES), _PROBE_EXAMPLES)
+        yield from known.fetch([slice(start, start + _PROBE_EXAMPLES) for start in starts])
         return
     for batch in itertools.islice(plain(data), _PROBE_BATCHES):
         yield _rows(batch, 0, _PROBE_EXAMPLES) if _length(batch) else batch

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expunge.batches import Batch
+from expunge.errors import MismatchError
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
@@ -19,9 +20,19 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
-    """Regression: the batch is (inputs, targets). Squared units of the target, summed over its dimensions."""
+    """Regression: the batch is (inputs, targets). Squared units of the target, summed over its dimensions.
+
+    Raises:
+        MismatchError: The model's outputs and the targets have different shapes.
+    """
     inputs, targets = batch
-    errors: Tensor = (model(inputs) - targets).square()
+    outputs: Tensor = model(inputs)
+    if outputs.shape != targets.shape:
+        raise MismatchError(
+            f"the model returns shape {tuple(outputs.shape)} and the targets have {tuple(targets.shape)}: their "
+            "difference would compare examples with each other. Reshape one of them."
+        )
+    errors: Tensor = (outputs - targets).square()
     return errors.flatten(1).sum(1) if errors.ndim > 1 else errors
 
 

@@ -175,6 +175,7 @@ def smallest(scores: Params, k: int) -> dict[str, Bool[Tensor, "..."]]:
     """
     if k < 0:
         raise ConfigError(f"k={k}: the number of entries to choose cannot be negative.")
+    scores = {name: score.contiguous() for name, score in scores.items()}
     masks = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
     k = min(k, size(scores))
     if k == 0:

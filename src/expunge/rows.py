@@ -1,7 +1,7 @@
 """Rows: every measured number on a line of its own, with what it takes to know what it means."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,15 @@ class Row:
 
 def write_rows(path: Path | str, rows: Iterable[Row]) -> None:
     """Write rows as CSV, whole or not at all."""
+    write_csv(path, [field.name for field in fields(Row)], (list(asdict(row).values()) for row in rows))
+
+
+def write_csv(path: Path | str, columns: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    """Write any table as CSV, whole or not at all."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(lines)
 
 
 def read_rows(path: Path | str) -> list[Row]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from expunge.errors import ConfigError, NotFinite
 from expunge.seeds import seeded, stream
 from expunge.trace import Trace
 
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["constant", "step", "cosine", "one-cycle"]
 StopRule = Callable[[nn.Module, float], str | None]  # after each epoch, given its mean loss: a reason, or go on
 
 
@@ -28,15 +30,17 @@ class Recipe:
     epochs: int  # at most; 0 trains not at all
     lr: float  # learning rate on the mean loss of a batch
     batch_size: int = 128  # examples; data without positions keeps its own batches
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Optimizer = "sgd"
     momentum: float = 0.9  # SGD only, Nesterov
     weight_decay: float = 5e-4
-    schedule: Literal["constant", "step", "cosine", "one-cycle"] = "cosine"
+    schedule: Schedule = "cosine"
     milestones: tuple[int, ...] = ()  # epochs at which "step" multiplies the learning rate by 0.1
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
+        _require(self.optimizer in get_args(Optimizer), "optimizer", self.optimizer, f"one of {get_args(Optimizer)}")
+        _require(self.schedule in get_args(Schedule), "schedule", self.schedule, f"one of {get_args(Schedule)}")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")

@@ -1,9 +1,10 @@
 """`unlearn()`: the front door to every method."""
 
 import copy
+import importlib
 from dataclasses import dataclass, fields
 
-from torch import nn
+from torch import Tensor, nn
 
 from expunge import params
 from expunge.access import Blind, Sighted
@@ -49,11 +50,17 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     if method.blind and isinstance(given, Sighted):
         given = Blind(**{field.name: getattr(given, field.name) for field in fields(Blind)})
     inner = params.plain(model)
-    params.require_finite(dict(inner.named_parameters()), "the model to unlearn from")
+    params.require_finite(_tensors(inner), "the model to unlearn from")
     if given.full is not None:
         given.full.origin.require(Origin.of(inner, given.loss_terms), "the cached gradient")
+    # torch imports its compiler at the first optimiser step, a second that belongs to no method: do it off the clock.
+    importlib.import_module("torch._dynamo")
     trace = Trace(method.name, seed, watch=watch)
     unlearned = method.run(copy.deepcopy(inner), given, config, seed=seed, trace=trace)
     unlearned.zero_grad(set_to_none=True)
-    params.require_finite(dict(unlearned.named_parameters()), f"the result of {method.name}")
+    params.require_finite(_tensors(unlearned), f"the result of {method.name}")
     return Unlearned(unlearned, trace)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

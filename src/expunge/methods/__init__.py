@@ -6,7 +6,7 @@ which may change the model it is given. Whether ``given`` is annotated `Blind` o
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import nn
@@ -33,6 +33,19 @@ class Method:
         annotation = list(inspect.signature(self.run, eval_str=True).parameters.values())[1].annotation
         assert issubclass(annotation, Blind), f"{self.name}: annotate the second argument as Blind or Sighted"
         return Sighted if issubclass(annotation, Sighted) else Blind
+
+    @property
+    def summary(self) -> str:
+        """The first sentence about its settings."""
+        return (inspect.getdoc(self.config) or "").splitlines()[0]
+
+    def defaults(self) -> dict[str, Any]:
+        """Its settings with their defaults, as plain values; None where one must be given."""
+        filled: dict[str, Any] = {}
+        for setting in fields(self.config):
+            default = None if setting.default is MISSING else setting.default
+            filled[setting.name] = asdict(default) if is_dataclass(default) else default  # type: ignore[arg-type]
+        return filled
 
     @property
     def blind(self) -> bool:

@@ -73,6 +73,8 @@ class Reload:
             raise ConfigError(f"eps={self.eps}: must be positive, or 'auto'.")
         if not 0 <= self.tolerance < math.inf or self.patience < 0:
             raise ConfigError(f"tolerance={self.tolerance}, patience={self.patience}: must be 0 or more.")
+        if self.selector not in SELECTORS:
+            raise ConfigError(f"selector={self.selector!r}: choose from {', '.join(SELECTORS)}.")
         unknown = set(self.published_code) - set(PUBLISHED_CODE)
         if unknown:
             raise ConfigError(f"published_code={sorted(unknown)}: choose from {', '.join(PUBLISHED_CODE)}.")
@@ -171,11 +173,10 @@ def _choose(
     removed: Gradient, full: Gradient, eps: float, config: Reload, seed: int, trace: Trace
 ) -> dict[str, Tensor]:
     """Mark the entries to re-initialise, and record where they are."""
-    fraction = config.reset_fraction
+    fraction = Fraction(repr(float(config.reset_fraction)))  # its decimal digits: as floats, 0.29 x 100 is below 29
     if "scaled-fraction" in config.published_code:
-        fraction = max(min(fraction * removed.count / full.count, 1), 0.05)
-    total = params.size(removed.total)
-    wanted = math.floor(Fraction(repr(fraction)) * total)
+        fraction = max(min(fraction * removed.count / full.count, Fraction(1)), Fraction(1, 20))
+    wanted = math.floor(fraction * params.size(removed.total))
     scores = SELECTORS[config.selector](removed.total, full.total, eps, seed)
     to_the_letter = params.smallest(scores, wanted)
     touched = removed.informative()

@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from expunge.errors import ConfigError, MissingExtra
 
-FOLDS = 5
+FOLDS, DRAWS = 5, 10
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ def loss_attack(
     """FMIA and AUC: a logistic regression on the loss of each record, members 1, unseen records 0.
 
     As in the released code of the RELOAD paper: equally many of both (the larger side is sampled down), five
-    stratified splits; each record is judged by a regression that was fitted without it.
+    stratified splits; each record is judged by a regression that was fitted without it. All of this ten times with
+    other samples, since one sample of a few records says little.
 
     Formula: share of records judged correctly; area under the ROC curve of its scores. Unit: fraction in [0, 1].
     Direction: close to the retrained model's, which is near 0.5. 0.5 means: the loss tells nothing. Misses: attacks
@@ -49,17 +50,15 @@ def loss_attack(
     count = min(len(members), len(unseen))
     if count < FOLDS:
         raise ConfigError(f"{len(members)} members and {len(unseen)} unseen records: an attack needs {FOLDS} of each.")
-    generator = np.random.default_rng(seed)
-    members, unseen = (
-        losses if len(losses) == count else losses[np.sort(generator.choice(len(losses), count, replace=False))]
-        for losses in (members, unseen)
-    )
-    losses = np.concatenate([members, unseen])[:, None]
     truth = np.repeat([1, 0], count)
     right, areas = 0, []
-    for fit, judge in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(losses, truth):
-        attack = LogisticRegression().fit(losses[fit], truth[fit])
-        scores = attack.decision_function(losses[judge])
-        right += int(((scores > 0) == truth[judge]).sum())
-        areas.append(roc_auc_score(truth[judge], scores))
-    return Attack(right / (2 * count), float(np.mean(areas)), count)
+    for draw in range(DRAWS):
+        generator = np.random.default_rng([seed, draw])
+        drawn = [generator.choice(side, count, replace=False) for side in (members, unseen)]
+        losses = np.concatenate(drawn)[:, None]
+        for fit, judge in StratifiedKFold(FOLDS, shuffle=True, random_state=draw).split(losses, truth):
+            attack = LogisticRegression().fit(losses[fit], truth[fit])
+            scores = attack.decision_function(losses[judge])
+            right += int(((scores > 0) == truth[judge]).sum())
+            areas.append(roc_auc_score(truth[judge], scores))
+    return Attack(right / (2 * count * DRAWS), float(np.mean(areas)), count)

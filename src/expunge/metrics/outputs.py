@@ -73,7 +73,7 @@ def outputs(model: nn.Module, data: Batches, logits: Logits = images_and_labels,
                     f"logits of shape {tuple(values.shape)} with labels of shape {tuple(labels.shape)}: metrics need "
                     "(examples, classes) and (examples,). Give logits=… to say where they are in your batches."
                 )
-            parts.append((values.float().cpu().numpy().astype(np.float64), labels.cpu().numpy()))
+            parts.append((values.cpu().double().numpy(), labels.cpu().numpy()))
     if not parts:
         raise ConfigError("the split to measure on is empty.")
     result = Outputs(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))

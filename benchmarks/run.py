@@ -1,0 +1,212 @@
+"""Speed and memory as ratios in one run: prints a table and writes benchmarks/results.md.
+
+python benchmarks/run.py            everything, about three minutes on two cores
+python benchmarks/run.py gradient   what starts with this name
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from expunge import Blind, Examples, Recipe, Reload, cross_entropy, gradient, seeded, stream, train, unlearn
+from expunge.files import write_text
+from expunge.models.convnet import ConvNet
+from expunge.models.resnet import ResNet18
+from expunge.params import smallest
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """A ratio and what it must be."""
+
+    what: str
+    against: str
+    ratio: float
+    required: str
+    met: bool
+
+
+def fastest(*contestants: Callable[[], object]) -> list[float]:
+    """The shortest wall time of each, in seconds, taken in turns so that a busy moment hits all of them."""
+    times: list[list[float]] = [[] for _ in contestants]
+    for _ in range(REPEATS):
+        for mine, contestant in zip(times, contestants, strict=True):
+            start = time.perf_counter()
+            contestant()
+            mine.append(time.perf_counter() - start)
+    return [min(mine) for mine in times]
+
+
+def at_least(what: str, against: str, ratio: float, required: float) -> Result:
+    return Result(what, against, ratio, f"at least {required:g}", ratio >= required)
+
+
+def at_most(what: str, against: str, ratio: float, required: float) -> Result:
+    return Result(what, against, ratio, f"at most {required:g}", ratio <= required)
+
+
+def images(count: int, channels: int, side: int) -> Examples:
+    noise = torch.rand(count, channels, side, side, generator=stream(0, "images"))
+    return Examples(noise, torch.randint(10, (count,), generator=stream(0, "labels")))
+
+
+def gradient_pass() -> Iterator[Result]:
+    """`gradient()` against forward and backward and nothing else, at the same batch size."""
+    for name, model, data in (
+        ("ResNet-18 of width 16, 1,024 images of 3 x 32 x 32", ResNet18(width=16), images(1024, 3, 32)),
+        ("the demo's network, 4,096 images of 1 x 8 x 8", ConvNet(widths=(16, 32)), images(4096, 1, 8)),
+    ):
+        inputs, labels = data.tensors
+
+        def bare(model: nn.Module = model, inputs: torch.Tensor = inputs, labels: torch.Tensor = labels) -> None:
+            model.eval()
+            for x, y in zip(inputs.split(128), labels.split(128), strict=True):
+                model.zero_grad()
+                functional.cross_entropy(model(x), y, reduction="sum").backward()  # type: ignore[no-untyped-call]
+
+        def ours(model: nn.Module = model, data: Examples = data) -> None:
+            gradient(model, cross_entropy, data)
+
+        ours()
+        theirs, mine = fastest(bare, ours)
+        yield at_least(f"gradient(): throughput, {name}", "bare forward and backward", theirs / mine, 0.9)
+
+
+def selection() -> Iterator[Result]:
+    """The smallest 10 % of 1e8 scores, in time and in memory."""
+    count = 10**8
+    scores = torch.rand(count, dtype=torch.float64, generator=stream(0, "scores"))
+    array = scores.numpy()
+    mine, partition = fastest(
+        lambda: smallest({"weight": scores}, count // 10), lambda: np.partition(array, count // 10)
+    )
+    start = time.perf_counter()
+    scores.argsort().argsort() < count // 10
+    double = time.perf_counter() - start
+    yield at_most("selection of 10 % of 1e8: time", "double argsort", mine / double, 1 / 15)
+    yield at_most("selection of 10 % of 1e8: time", "numpy.partition", mine / partition, 1.2)
+    extra = {kind: _extra_memory(kind) for kind in ("smallest", "argsort")}
+    yield at_most("selection of 10 % of 1e8: extra memory", "double argsort", extra["smallest"] / extra["argsort"], 0.4)
+
+
+def _extra_memory(kind: str) -> float:
+    """Peak bytes over those of the scores, in a process of its own."""
+    code = f"""
+import resource, torch
+from expunge.params import smallest
+scores = torch.rand(10**8, dtype=torch.float64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+smallest({{"weight": scores}}, 10**7) if {kind!r} == "smallest" else scores.argsort().argsort() < 10**7
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def pieces() -> Iterator[Result]:
+    """1e9 scores, in float32 and ten tensors: does it work, and at what memory?"""
+    code = """
+import resource, torch
+from expunge.params import smallest
+scores = {str(i): torch.rand(10**8) for i in range(10)}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+chosen = sum(int(mask.count_nonzero()) for mask in smallest(scores, 10**8).values())
+assert chosen == 10**8, chosen
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 4e9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    yield at_most("selection of 10 % of 1e9 float32: extra memory", "the scores", float(done.stdout), 0.4)
+
+
+def reload_without_fine_tuning() -> Iterator[Result]:
+    """Everything of RELOAD but step 5, in epochs of training."""
+    data = images(2048, 3, 32)
+    with seeded(0):
+        model = ResNet18(width=16)
+    recipe = Recipe(epochs=1, lr=0.01)
+    full = gradient(model, cross_entropy, data)
+    retain = data.without(torch.arange(0, 2048, 10))
+    given = Blind(retain=retain, loss_terms=cross_entropy, fresh=lambda _: ResNet18(width=16), full=full)
+    config = Reload(fine_tune=Recipe(epochs=0, lr=0.1))
+    epoch, steps = fastest(
+        lambda: train(ResNet18(width=16), retain, cross_entropy, recipe, seed=0),
+        lambda: unlearn(model, given, config),
+    )
+    yield at_most("RELOAD without fine-tuning, ResNet-18 of width 16", "an epoch of training", steps / epoch, 2.0)
+
+
+def start_up() -> Iterator[Result]:
+    """What `import expunge` adds to `import torch`, in seconds."""
+
+    def seconds(statement: str) -> float:
+        code = f"import time; s = time.perf_counter(); {statement}; print(time.perf_counter() - s)"
+        run = [sys.executable, "-c", code]
+        return min(
+            float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(REPEATS)
+        )
+
+    added = seconds("import torch; import expunge") - seconds("import torch")
+    yield at_most("import expunge: seconds added", "import torch", added, 0.3)
+
+
+BENCHMARKS = {
+    "gradient": gradient_pass,
+    "selection": selection,
+    "pieces": pieces,
+    "reload": reload_without_fine_tuning,
+    "import": start_up,
+}
+
+
+def main(wanted: str) -> int:
+    """Run, print, write; the exit code says whether everything required was met."""
+    results: list[Result] = []
+    for name, benchmark in BENCHMARKS.items():
+        if name.startswith(wanted):
+            for result in benchmark():
+                print(f"{result.ratio:8.3f}  ({result.required})  {result.what} / {result.against}", flush=True)
+                results.append(result)
+    if not wanted:
+        write_text(Path(__file__).with_name("results.md"), _markdown(results))
+    return 0 if all(result.met for result in results) else 1
+
+
+def _markdown(results: list[Result]) -> str:
+    lines = [
+        "# Benchmarks",
+        "",
+        f"`make bench` on {datetime.now(UTC).date()}: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+        f"threads, Python {platform.python_version()}, torch {torch.__version__}. Times are the shortest of {REPEATS} "
+        "runs taken in turns; every ratio is of two times (or sizes) of the same run.",
+        "",
+        "| what | against | ratio | required | met |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {r.what} | {r.against} | {r.ratio:.3f} | {r.required} | {'yes' if r.met else '**no**'} |"
+            for r in results
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))

@@ -1,0 +1,328 @@
+"""The command line: `expunge cache | unlearn | evaluate | show | methods | demo`.
+
+Exit codes: 0 done, 2 a mistake of the user (said on standard error), 1 a mistake of ours (with a traceback), 130
+interrupted.
+"""
+
+import functools
+import json
+import operator
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import tyro
+from torch import nn
+
+from expunge import cache as cache_file
+from expunge.access import Blind, Sighted
+from expunge.errors import ConfigError, ExpungeError
+from expunge.files import write_text
+from expunge.gradient import MICRO_BATCH, gradient
+from expunge.methods import METHODS, Method, method_of
+from expunge.metrics.compare import Measured, distances, profile
+from expunge.metrics.outputs import outputs
+from expunge.setup import Setup, load_setup
+from expunge.unlearn import unlearn as unlearn_model
+from expunge.weights import load_weights, save_weights
+
+if TYPE_CHECKING:
+    MethodConfig = object
+else:
+    _each = (Annotated[m.config, tyro.conf.subcommand(m.name, description=m.summary)] for m in METHODS.values())
+    MethodConfig = Annotated[functools.reduce(operator.or_, _each), tyro.conf.arg(name="")]
+
+SetupFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SETUP")]
+Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+def cache(
+    setup: SetupFile,
+    *,
+    weights: Path,
+    out: Path,
+    micro_batch: int = MICRO_BATCH,
+    dtype: str = "float64",
+    device: str = "auto",
+    json: Json = False,
+) -> None:
+    """Cache the gradient of all data at the trained weights, before anything is deleted.
+
+    Args:
+        setup: Python file with model(seed), original() and loss_terms.
+        weights: The trained weights (safetensors; .pt with tensors only).
+        out: Where the cache goes. It is personal data: encrypt it, and destroy it after use.
+        micro_batch: Positions a micro-batch.
+        dtype: float64, or float32 for half the size and a coarser difference.
+        device: auto, cpu, cuda, cuda:1, …
+        json: Print the header as JSON.
+    """
+    stored = getattr(torch, dtype, None)
+    if not isinstance(stored, torch.dtype):
+        raise ConfigError(f"dtype={dtype!r}: must be float64 or float32.")
+    loaded = load_setup(setup)
+    model = _trained(loaded, weights, device)
+    full = gradient(model, loaded.loss_terms, loaded.data("original"), micro_batch=micro_batch)
+    cache_file.save(out, full, dtype=stored)
+    _show_header(out, json)
+
+
+def show(path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")], *, json: Json = False) -> None:
+    """Say what a cache holds, after verifying that it is undamaged.
+
+    Args:
+        path: A cache file.
+        json: Print JSON.
+    """
+    _show_header(path, json)
+
+
+def unlearn(
+    setup: SetupFile,
+    method: MethodConfig,
+    *,
+    weights: Path,
+    out: Path,
+    cache: Path | None = None,
+    seed: int = 0,
+    snapshots: Path | None = None,
+    device: str = "auto",
+    json: Json = False,
+) -> None:
+    """Remove what was deleted, or corrected, since the weights were trained.
+
+    Writes the unlearned weights to OUT and what was done to OUT with the ending .trace.json.
+
+    Args:
+        setup: Python file with model(seed), retain() and loss_terms; forget() for methods that are not blind.
+        method: The method and its settings.
+        weights: The trained weights that the cache was made at.
+        out: Where the unlearned weights go.
+        cache: The gradient cache, for methods that need it.
+        seed: Names the streams of randomness.
+        snapshots: A folder for the weights after every stage and epoch, to look into what happened.
+        device: auto, cpu, cuda, cuda:1, …
+        json: Print the trace as JSON.
+    """
+    loaded, row = load_setup(setup), method_of(method)
+    model = _trained(loaded, weights, device)
+    full = cache_file.load(cache, model, loaded.loss_terms) if cache is not None else None
+    shared: dict[str, Any] = {
+        "retain": loaded.data("retain"),
+        "loss_terms": loaded.loss_terms,
+        "fresh": loaded.model,
+        "full": full,
+    }
+    given = Blind(**shared) if row.blind else _sighted(loaded, row, shared)
+    taken = 0
+
+    def snapshot(moment: str, model: nn.Module) -> None:
+        nonlocal taken
+        assert snapshots is not None
+        save_weights(snapshots / f"{taken:03d} {moment}.safetensors", model)
+        taken += 1
+
+    result = unlearn_model(model, given, method, seed=seed, watch=snapshot if snapshots else None)
+    trace = {**result.trace.as_dict(), "config": asdict(method)}  # type: ignore[call-overload]
+    save_weights(out, result.model, {"unlearned_with": row.name, "seed": str(seed)})
+    write_text(out.with_suffix(".trace.json"), _json(trace) + "\n")
+    if json:
+        print(_json(trace))
+        return
+    print(f"{row.name}: {sum(result.trace.seconds.values()):.2f} s ({_stages(result.trace.seconds)})")
+    print(f"ended because: {result.trace.stopped}")
+    print(f"weights: {out}\ntrace:   {out.with_suffix('.trace.json')}")
+    print("The cache is personal data: destroy it now, and cache again if more deletions may come." if cache else "")
+
+
+def evaluate(
+    setup: SetupFile,
+    *,
+    weights: Path,
+    retrained: tuple[Path, ...] = (),
+    device: str = "auto",
+    json: Json = False,
+) -> None:
+    """Measure a model, and how far it is from one that was retrained from scratch.
+
+    Every split that the setup file defines is used: retain(), forget(), test(). Without forget(), what can be said
+    about the removed records is nothing.
+
+    Args:
+        setup: Python file with model(seed) and the splits; logits(model, batch) if a batch is not (inputs, labels).
+        weights: The model to measure.
+        retrained: Weights of retrained models: the first is the reference, the others show how far two retrained
+            models are apart (the noise floor).
+        device: auto, cpu, cuda, cuda:1, …
+        json: Print JSON.
+    """
+    loaded = load_setup(setup)
+    splits = [split for split in ("retain", "forget", "test") if loaded.has(split)]
+    if not splits:
+        raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
+    profiles = []
+    for path in (weights, *retrained):
+        model = _trained(loaded, path, device)
+        profiles.append(profile({split: outputs(model, loaded.data(split), loaded.logits) for split in splits}))
+    report = {str(weights): profiles[0].values}
+    if retrained:
+        reference = profiles[1]
+        report[str(weights)] = profiles[0].values + distances(profiles[0], reference)
+        report[f"{retrained[0]} (reference)"] = reference.values
+        for path, other in zip(retrained[1:], profiles[2:], strict=True):
+            report[f"{path} (noise floor)"] = other.values + distances(other, reference)
+    if json:
+        print(_json({name: [asdict(each) for each in values] for name, values in report.items()}))
+        return
+    _print_measured(report)
+    if "forget" not in splits:
+        print(f"{setup} defines no forget(): nothing was measured on the removed records.")
+
+
+def methods(*, json: Json = False) -> None:
+    """List the methods, what they may see and what they do.
+
+    Args:
+        json: Print JSON, with the settings and their defaults.
+    """
+    if json:
+        table = [
+            {"name": m.name, "blind": m.blind, "summary": m.summary, "settings": m.defaults()} for m in METHODS.values()
+        ]
+        print(_json(table))
+        return
+    from rich.table import Table
+
+    columns = Table("method", "sees the removed records", "what it does")
+    for method in METHODS.values():
+        columns.add_row(method.name, "no (blind)" if method.blind else "yes", method.summary)
+    _print(columns)
+
+
+def demo(*, out: Path = Path("runs/demo"), seeds: int = 6) -> None:
+    """The main job on handwritten digits: train, cache, delete, unlearn, retrain, compare.
+
+    Args:
+        out: Folder of the run; a finished seed in it is not computed again.
+        seeds: How many times everything is repeated with another seed, at least 3.
+    """
+    from expunge.bench import demo as digits_demo  # its libraries are extras, and slow to import
+
+    page = digits_demo.run(out, seeds)
+    _print(*digits_demo.tables(out))
+    print(f"\nThe page with pictures: {page.resolve()}")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "cache": cache,
+    "unlearn": unlearn,
+    "evaluate": evaluate,
+    "show": show,
+    "methods": methods,
+    "demo": demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    warnings.showwarning = _warn
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="expunge",
+            description="Remove deleted or corrected training data from a trained PyTorch model, without that data.",
+            args=arguments,
+        )
+    except (ExpungeError, OSError) as error:
+        print(f"expunge: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("expunge: interrupted; every file is either complete or as it was before.", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # argument errors and --help
+        return stop.code if isinstance(stop.code, int) else 2
+    except Exception:
+        traceback.print_exc()
+        print("expunge: this is a mistake of ours. Please report it with the lines above.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _trained(setup: Setup, weights: Path, device: str) -> nn.Module:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    model = load_weights(setup.model(0), weights)
+    try:
+        return model.to(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _sighted(setup: Setup, method: Method, shared: dict[str, Any]) -> Sighted:
+    if not setup.has("forget"):
+        raise ConfigError(
+            f"{method.name} needs the removed records, and {setup.path} defines no forget(). Take a blind method if "
+            "they are gone (expunge methods lists them)."
+        )
+    original = setup.data("original") if setup.has("original") else None
+    return Sighted(**shared, forget=setup.data("forget"), original=original)
+
+
+def _show_header(path: Path, as_json: bool) -> None:
+    header = cache_file.read_header(path)
+    if as_json:
+        print(_json({"path": str(path), **asdict(header)}))
+        return
+    from rich.table import Table
+
+    rows = Table("field", "value", title=str(path))
+    explained = {
+        "count": f"{header.count} loss terms",
+        "loss": f"{header.loss:.6g} nats in all, {header.loss / header.count:.4g} a term",
+        "micro_batch": f"{header.micro_batch} positions" if header.micro_batch else "data without positions",
+        "entries": f"{header.entries} in {header.parameters} tensors",
+    }
+    for name, value in asdict(header).items():
+        rows.add_row(name, explained.get(name, str(value)))
+    _print(rows)
+
+
+def _print_measured(report: Mapping[str, list[Measured]]) -> None:
+    from rich.table import Table
+
+    table = Table("metric", "split", "n", *report)
+    for first in next(iter(report.values())):
+        cells = []
+        for values in report.values():
+            same = [each for each in values if each.metric == first.metric]
+            cells.append(f"{same[0].value:.4g} {same[0].unit}" if same else "")
+        table.add_row(first.metric, first.split, str(first.n), *cells)
+    _print(table)
+
+
+def _print(*renderables: object) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for each in renderables:
+        console.print(each)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _stages(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items())
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"expunge: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""A run in plain words: what changed, on how much data, and what the methods found out."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from expunge.report.definitions import FACTS, define, split_names
+from expunge.report.stored import Fact
+from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, at_floor, label, number
+from expunge.rows import Row
+
+_LEADING = ("Accuracy on corrected", "FA")  # the number a reader asks for first
+
+_SPACE = "\N{NO-BREAK SPACE}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the runs of a method found out, in words."""
+
+    fact: str
+    value: str
+    meaning: str
+
+
+def subject(methods: Iterable[str]) -> str | None:
+    """The method that a report is about: RELOAD, or else the first that unlearns."""
+    unlearning = [method for method in methods if method not in (ORIGINAL, REFERENCE, FLOOR)]
+    return "reload" if "reload" in unlearning else next(iter(unlearning), None)
+
+
+def sentences(summaries: Sequence[Summary], scenario: str, method: str) -> str:
+    """Two sentences about a method in a scenario: what it changed, and how far from retraining that is."""
+    found = {(s.method, s.metric): s for s in summaries if s.scenario == scenario}
+    own = [metric for who, metric in found if who == method and define(metric).kind == "value"]
+    leading = next((metric for metric in _LEADING if metric in own), next(iter(own), None))
+    said = [] if leading is None else [_change(found, leading, method)]
+    relative = [metric for who, metric in found if who == method and define(metric).kind == "distance"]
+    if any((FLOOR, metric) in found for metric in relative):
+        counts = {
+            who: sum((who, m) in found and at_floor(found[who, m], found.get((FLOOR, m))) for m in relative)
+            for who in (method, ORIGINAL)
+        }
+        said.append(
+            f"On {counts[method] or 'none'} of {len(relative)} distances it is as close to retraining as a second "
+            f"retrained model is (the original: on {counts[ORIGINAL] or 'none'})"
+        )
+    cost = found.get((method, "Cost"))
+    if cost is not None:
+        took = f"took {100 * cost.mean:.3g}{_SPACE}% of the time of retraining"
+        said = [*said[:-1], f"{said[-1].rstrip('.')}; it {took}"] if len(said) > 1 else [*said, f"It {took}"]
+    return " ".join(sentence.rstrip(".") + "." for sentence in said)
+
+
+def sizes(rows: Iterable[Row], scenario: str) -> str:
+    """On how many records the numbers of a scenario stand, each seed."""
+    counts: dict[str, set[int]] = {}
+    for row in rows:
+        if row.scenario == scenario and row.split:
+            counts.setdefault(row.split, set()).add(row.n)
+    names = split_names(scenario)
+    parts = [
+        f"{min(found):,} {names.get(split, split)}"
+        if len(found) == 1
+        else f"{min(found):,} to {max(found):,} {names.get(split, split)}"
+        for split, found in sorted(counts.items(), key=lambda item: [*names, item[0]].index(item[0]))
+    ]
+    return f"{', '.join(parts[:-1])} and {parts[-1]} records" if len(parts) > 1 else f"{''.join(parts)} records"
+
+
+def findings(facts: Iterable[Fact]) -> dict[tuple[str, str], list[Finding]]:
+    """Facts by scenario and method: mean and range of numbers, and how often each text was said."""
+    grouped: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for fact in facts:
+        grouped.setdefault((fact.scenario, fact.method), {}).setdefault(fact.fact, []).append(fact.value)
+    return {
+        key: [Finding(name, _over_seeds(values), FACTS.get(name, "")) for name, values in named.items()]
+        for key, named in grouped.items()
+    }
+
+
+def _change(found: dict[tuple[str, str], Summary], metric: str, method: str) -> str:
+    def value(who: str) -> str:
+        summary = found[who, metric]
+        return f"{number(summary.mean, summary.unit)}{_SPACE}{summary.unit}"
+
+    text = f"{label(method)} changed the {define(metric).name}"
+    text += f" from {value(ORIGINAL)} (original)" if (ORIGINAL, metric) in found else ""
+    text += f" to {value(method)}"
+    text += f"; retraining gives {value(REFERENCE)}" if (REFERENCE, metric) in found else ""
+    apart = _apart(found, metric)
+    return text + (f", and two retrains differ by {apart}." if apart else ".")
+
+
+def _apart(found: dict[tuple[str, str], Summary], metric: str) -> str:
+    """How far two retrained models are apart in a metric, mean over seeds."""
+    if (FLOOR, f"Δ{metric}") in found:
+        floor = found[FLOOR, f"Δ{metric}"]
+        return f"{number(floor.mean, floor.unit)}{_SPACE}{floor.unit}"
+    pair = [found.get((who, metric)) for who in (REFERENCE, FLOOR)]
+    first, second = pair
+    if first is None or second is None or first.n != second.n:
+        return ""
+    gap = fmean(abs(a - b) for a, b in zip(first.values, second.values, strict=True))
+    unit = "points" if first.unit == "%" else first.unit
+    return f"{number(gap, unit)}{_SPACE}{unit}"
+
+
+def _over_seeds(values: Sequence[str]) -> str:
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return _texts(values)
+    whole = all(each.is_integer() and abs(each) >= 10 for each in numbers)
+    low, mean, high = (
+        f"{each:,.0f}" if whole else f"{each:.3g}" for each in (min(numbers), fmean(numbers), max(numbers))
+    )
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _texts(values: Sequence[str]) -> str:
+    """Texts that differ in their numbers alone are one text, with … where they differ."""
+    kinds: dict[str, list[list[str]]] = {}
+    for value in values:
+        kinds.setdefault(re.sub(r"\d[\d.e+-]*", "#", value), []).append(value.split())
+    said = []
+    for texts in kinds.values():
+        words = [words[0] if len(set(words)) == 1 else "…" for words in zip(*texts, strict=True)]
+        said.append(f"{' '.join(words)} ({len(texts)} of {len(values)} seeds)")
+    return "; ".join(said)

@@ -1,0 +1,123 @@
+"""One self-contained HTML page from the files of a run: no network, no scripts, the same bytes for the same files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from expunge.errors import MissingExtra
+from expunge.files import write_text
+from expunge.report.definitions import anchor, define, slug
+from expunge.report.overview import findings, sentences, sizes, subject
+from expunge.report.stored import Run, read_run
+from expunge.report.summaries import FLOOR, REFERENCE, Summary, label, seeds, summarise
+from expunge.report.tables import Table, tables
+
+NAME = "report.html"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says about a scenario."""
+
+    slug: str
+    title: str
+    summary: str
+    about: str | None  # the method that the summary and the figures are about
+    sizes: str
+    tables: list[Table]
+    drawings: list[Any]  # of `figures.Drawing`, which needs Matplotlib
+
+
+def write_page(run: Path | str) -> Path:
+    """Write ``report.html`` into a run folder.
+
+    Args:
+        run: A folder as `stored.read_run` wants it.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ConfigError: A file of the run is missing or damaged; the message names it.
+        MissingExtra: Jinja2 or Matplotlib is not installed.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise MissingExtra("the page of a report needs Jinja2: pip install 'expunge[report]'.") from error
+    stored = read_run(run)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("expunge.report") / "page.html.j2").read_text(encoding="utf-8"))
+    path = Path(run) / NAME
+    write_text(path, template.render(_context(stored)) + "\n")
+    return path
+
+
+def _context(run: Run) -> dict[str, Any]:
+    summaries = summarise(run.rows)
+    first = next(row for row in run.rows if row.source == "measured")
+    metrics = list(dict.fromkeys(summary.metric for summary in summaries))
+    return {
+        "experiment": first.experiment,
+        "dataset": first.dataset,
+        "model": first.model,
+        "seeds": seeds(summaries),
+        "date": run.environment.get("date", ""),
+        "standards": (REFERENCE, FLOOR),
+        "sections": [_section(run, summaries, name) for name in dict.fromkeys(s.scenario for s in summaries)],
+        "findings": {(_title(s), label(m)): found for (s, m), found in findings(run.facts).items()},
+        "definitions": {metric: define(metric) for metric in metrics},
+        "anchor": anchor,
+        "widths": _widths,
+        "config": list(_flat(run.config)),
+        "environment": list(_flat(run.environment)),
+    }
+
+
+def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
+    from expunge.report import curves, figures
+
+    summaries = [summary for summary in summaries if summary.scenario == scenario]
+    about = subject(summary.method for summary in summaries)
+    drawings = []
+    if about is not None:
+        drawings = [
+            figures.distances(summaries, scenario, about),
+            curves.steps(run.curves, run.losses, scenario, about),
+            figures.resets(run.resets, scenario, about),
+            figures.histograms(run.losses, scenario, about),
+        ]
+    return Section(
+        slug=f"scenario-{slug(scenario)}",
+        title=_title(scenario),
+        summary=sentences(summaries, scenario, about) if about else "",
+        about=about,
+        sizes=f"{sizes(run.rows, scenario)} a seed, {seeds(summaries)}",
+        tables=tables(run.rows, scenario),
+        drawings=[drawing for drawing in drawings if drawing is not None],
+    )
+
+
+def _title(scenario: str) -> str:
+    return scenario.replace("-", " ").capitalize()
+
+
+def _widths(table: Table) -> list[int]:
+    """The longest spread of each column, to which the others are padded so that numbers line up."""
+    return [
+        max((len(cell.sd) for cell in cells if cell), default=0)
+        for cells in zip(*(line.cells for line in table.lines), strict=True)
+    ]
+
+
+def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as lines: ``reload.fine_tune.epochs``, 10."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        yield name, ", ".join(str(each) for each in value) or "none"
+    else:
+        yield name, "none" if value is None or value == {} else str(value)

@@ -1,0 +1,128 @@
+"""A run folder as a demo or an experiment wrote it, read and checked."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from expunge.errors import ConfigError
+from expunge.rows import Row, read_rows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The mean loss on a split at a moment of an unlearning; a line of curves.csv, in order of time."""
+
+    scenario: str
+    method: str
+    seed: int
+    moment: str  # "original", "ascend", "re-initialise", "epoch 1", …
+    step: int  # fine-tuning steps so far
+    split: str
+    loss: float  # nats
+
+
+@dataclass(frozen=True)
+class Reset:
+    """How much of a tensor was re-initialised; a line of reset.csv."""
+
+    scenario: str
+    method: str
+    seed: int
+    parameter: str
+    share: float  # in [0, 1]
+    entries: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one record; a line of losses.csv."""
+
+    scenario: str
+    method: str
+    seed: int
+    split: str
+    loss: float  # nats
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something a method found out; a line of facts.csv."""
+
+    scenario: str
+    method: str
+    seed: int
+    fact: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything in a run folder."""
+
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[Row]
+    curves: list[Point]
+    resets: list[Reset]
+    losses: list[Loss]
+    facts: list[Fact]
+
+
+def read_run(folder: Path | str) -> Run:
+    """Read a run folder.
+
+    Args:
+        folder: With config.json, env.json, rows.csv, curves.csv, reset.csv, losses.csv and facts.csv. A table that a
+            run has nothing for holds its header alone.
+
+    Raises:
+        ConfigError: A file is missing, is not what its name says, or there are no rows.
+    """
+    folder = Path(folder)
+    run = Run(
+        config=_checked(folder / "config.json", _object),
+        environment=_checked(folder / "env.json", _object),
+        rows=_checked(folder / "rows.csv", read_rows),
+        curves=_checked(folder / "curves.csv", lambda path: _table(path, Point)),
+        resets=_checked(folder / "reset.csv", lambda path: _table(path, Reset)),
+        losses=_checked(folder / "losses.csv", lambda path: _table(path, Loss)),
+        facts=_checked(folder / "facts.csv", lambda path: _table(path, Fact)),
+    )
+    if not any(row.source == "measured" for row in run.rows):
+        raise ConfigError(f"{folder / 'rows.csv'} holds no measured row: there is nothing to report. Finish the run.")
+    return run
+
+
+def _checked(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} is missing: a report is drawn from a whole run folder. Finish the run; a table that it has "
+            "nothing for is a file with its header alone."
+        ) from error
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Run again to write it anew.") from error
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}; a JSON object is expected.")
+    return value
+
+
+def _table(path: Path, line: type[T]) -> list[T]:
+    types = get_type_hints(line)
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(types):
+            raise ConfigError(f"{path} has the columns {reader.fieldnames}; expected are {list(types)}.")
+        return [line(**{name: types[name](text) for name, text in texts.items()}) for texts in reader]

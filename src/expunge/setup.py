@@ -1,0 +1,97 @@
+"""A setup file: Python that says what the command line cannot know about one's own model and data.
+
+It defines ``model(seed)`` and ``loss_terms``, and of the following what a command needs: ``original()`` to cache,
+``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``test()`` for evaluation,
+``logits(model, batch)`` where a batch is not (inputs, labels). Only what is needed is called.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from expunge.batches import Batches, LossTerms
+from expunge.errors import ConfigError, ExpungeError
+from expunge.metrics.outputs import Logits, images_and_labels
+from expunge.seeds import seeded
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A loaded setup file."""
+
+    path: Path
+    module: ModuleType
+
+    def model(self, seed: int) -> nn.Module:
+        """An untrained model."""
+        with seeded(seed, "fresh"):
+            model = self._call("model", seed)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"{self.path}: model({seed}) returned {type(model).__name__}, not a torch.nn.Module.")
+        return model
+
+    @property
+    def loss_terms(self) -> LossTerms:
+        """Unreduced losses of a batch."""
+        loss_terms: LossTerms = self._get("loss_terms", "def loss_terms(model, batch): …, one loss a term")
+        return loss_terms
+
+    @property
+    def logits(self) -> Logits:
+        """Where logits and labels are in a batch."""
+        logits: Logits = getattr(self.module, "logits", images_and_labels)
+        return logits
+
+    def has(self, split: str) -> bool:
+        """Whether the file defines a split: original, retain, forget or test."""
+        return hasattr(self.module, split)
+
+    def data(self, split: str) -> Batches:
+        """The data of a split: original, retain, forget or test."""
+        data: Batches = self._call(split)
+        return data
+
+    def _get(self, name: str, example: str) -> Any:
+        if not hasattr(self.module, name):
+            raise ConfigError(f"{self.path} does not define {name}. Add: {example}")
+        return getattr(self.module, name)
+
+    def _call(self, name: str, *arguments: int) -> Any:
+        example = "def model(seed): return MyNetwork()" if name == "model" else f"def {name}(): return Examples(x, y)"
+        function: Callable[..., Any] = self._get(name, example)
+        try:
+            return function(*arguments)
+        except ExpungeError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{self.path}: {name}({', '.join(map(str, arguments))}) failed with {type(error).__name__}: {error}"
+            ) from error
+
+
+def load_setup(path: Path | str) -> Setup:
+    """Run a setup file and look at what it defines.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ConfigError: It is no Python file, or fails when it is run.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such setup file.")
+    spec = importlib.util.spec_from_file_location(f"setup_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: a setup file is Python, and its name ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and worker processes look it up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} failed when it was run, with {type(error).__name__}: {error}") from error
+    return Setup(path, module)

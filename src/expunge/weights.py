@@ -1,0 +1,58 @@
+"""Weights in and out: safetensors, and foreign checkpoints that hold nothing but tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from expunge import params
+from expunge.errors import ConfigError
+from expunge.files import save_tensors
+
+
+def save_weights(path: Path | str, model: nn.Module, header: dict[str, str] | None = None) -> None:
+    """Write all parameters and buffers of a model as safetensors, whole or not at all.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    save_tensors(path, params.plain(model).state_dict(), header)
+
+
+def load_weights(model: nn.Module, path: Path | str) -> nn.Module:
+    """Put stored weights and buffers into a model, bit for bit, and return it.
+
+    Args:
+        model: Changed in place; it takes the types of the stored tensors, so that nothing is rounded.
+        path: Safetensors, or a ``.pt`` / ``.pth`` file that holds a dictionary of tensors and nothing else.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ConfigError: The file cannot be read, or holds more than tensors.
+        MismatchError: Names or shapes of another architecture.
+    """
+    stored = _read(Path(path))
+    state = params.plain(model).state_dict()
+    params.require_same_names(stored, state, f"{path}", "the model")
+    params.plain(model).load_state_dict(stored, assign=True)
+    return model
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such weights.")
+    try:
+        if path.suffix in (".pt", ".pth", ".bin"):
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            stored = load_file(path)
+    except Exception as error:  # a foreign file can fail in many ways, and all have one cure
+        raise ConfigError(
+            f"{path} cannot be read as weights ({str(error).splitlines()[0]}). Save them with "
+            "safetensors.torch.save_file(model.state_dict(), …); files that could run code are not opened."
+        ) from error
+    if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise ConfigError(f"{path} holds more than a dictionary of tensors. Save model.state_dict() alone.")
+    return dict(stored)
