@@ -22,7 +22,7 @@ from expunge.params import norm
 from tests.zoo import classification, flat, network
 
 COUNT = 1500
-FLOOR_TOO_LOW = "in a network close to a perfect fit the floor is too low for some entries"
+FLOOR_TOO_LOW = "the floor of a difference leaves out the rounding of the removed gradient itself, and saturated units"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,6 @@ def too_low(*case) -> object:
         (2, "random 10"),
         (2, "random 100"),
         (10, "random 10"),
-        too_low(2, "hard"),
         too_low(2, "hardest"),
         too_low(10, "hardest"),
         too_low(10, "random 100"),
@@ -133,7 +132,7 @@ def test_what_removed_data_never_touched_is_not_informative(epochs, case):
 
 
 @pytest.mark.parametrize(
-    ("case", "share"), [("easy", 0.9), ("median", 0.97), ("random 10", 0.99), ("random 100", 0.99)]
+    ("case", "share"), [("easy", 0.9), ("median", 0.95), ("random 10", 0.99), ("random 100", 0.99)]
 )
 def test_most_of_what_removed_data_touched_is_informative(case, share):
     result = aligned(2, case)
@@ -264,12 +263,12 @@ def test_the_floor_grows_with_the_micro_batches_that_were_touched():
         full - gradient(model, cross_entropy, data.without(torch.tensor(gone)), micro_batch=8)
         for gone in ([], [3], [3, 5], [3, 12], [3, 12, 20, 30], list(range(0, 64, 8)))
     ]
-    norms = [norm(difference.noise) for difference in floors]
-    assert norms[0] < 1e-6 * norms[1]
-    assert norms[1] == pytest.approx(norms[2], rel=0.2)
-    assert norms[3] > 1.5 * norms[1]
-    assert norms[4] > 1.5 * norms[3]
-    assert norms[5] > 1.5 * norms[4]
+    nothing, one, same_again, two, four, all_eight = (norm(difference.noise) for difference in floors)
+    assert nothing < 1e-6 * one
+    assert one == pytest.approx(same_again, rel=0.5)
+    assert 1.3 * one < two < 2.5 * one
+    assert 1.3 * two < four < 2.5 * two
+    assert 1.3 * four < all_eight < 2.5 * four
 
 
 def test_an_entry_is_informative_above_its_floor_and_not_at_it():

@@ -174,9 +174,10 @@ def test_fresh_values_have_the_type_of_the_model_and_only_the_names_asked_for():
 # The methods that are not RELOAD
 
 
-def test_retraining_shares_no_value_with_the_original():
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_retraining_shares_no_value_with_the_original(epochs):
     here = world()
-    result = unlearn(here.model, here.blind(), quick("retrain"), seed=2).model
+    result = unlearn(here.model, here.blind(), Retrain(recipe=Recipe(epochs=epochs, lr=0.05)), seed=2).model
     for original, retrained in zip(here.model.parameters(), result.parameters(), strict=True):
         assert not torch.isin(retrained, original).any()
 

@@ -36,7 +36,10 @@ class Blind:
             ConfigError: There is none.
         """
         if self.full is None:
-            raise ConfigError("full=None: this method needs the gradient of all data, cached before the deletion.")
+            raise ConfigError(
+                "full=None: this method needs the gradient of all data, cached before the deletion. Give "
+                "full=cache.load(…), on the command line --cache."
+            )
         return self.full
 
     def fresh_model(self, seed: int) -> nn.Module:

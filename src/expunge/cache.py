@@ -196,12 +196,12 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
     )
     total = {n.removeprefix("total/"): t for n, t in tensors.items() if n.startswith("total/")}
     del values["format"]
+    for name, value in values.items():
+        require(isinstance(value, Header.__annotations__.get(name, object)), f"its header has {name} = {value!r}")
     try:
         header = Header(**values, parameters=len(total), entries=params.size(total))
     except TypeError as error:
         raise CorruptCache(f"{path}: its header is incomplete ({error}). Make the cache again.") from error
-    for name, kind in Header.__annotations__.items():
-        require(isinstance(getattr(header, name), kind), f"its header has {name} = {getattr(header, name)!r}")
     noise = {n.removeprefix("noise/"): t for n, t in tensors.items() if n.startswith("noise/")}
     require(bool(total), "it holds no gradient")
     require({t.dtype for t in total.values()} <= set(_ROUNDOFF), "its totals are not of a floating type")

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
@@ -47,7 +47,7 @@ def cache(
     weights: Path,
     out: Path,
     micro_batch: int = MICRO_BATCH,
-    dtype: str = "float64",
+    dtype: Literal["float64", "float32"] = "float64",
     device: str = "auto",
     json: Json = False,
 ) -> None:
@@ -62,13 +62,10 @@ def cache(
         device: auto, cpu, cuda, cuda:1, …
         json: Print the header as JSON.
     """
-    stored = getattr(torch, dtype, None)
-    if not isinstance(stored, torch.dtype):
-        raise ConfigError(f"dtype={dtype!r}: must be float64 or float32.")
     loaded = load_setup(setup)
     model = _trained(loaded, weights, device)
     full = gradient(model, loaded.loss_terms, loaded.data("original"), micro_batch=micro_batch)
-    cache_file.save(out, full, dtype=stored)
+    cache_file.save(out, full, dtype=torch.float64 if dtype == "float64" else torch.float32)
     _show_header(out, json)
 
 
@@ -128,8 +125,9 @@ def unlearn(
         taken += 1
 
     result = unlearn_model(model, given, method, seed=seed, watch=snapshot if snapshots else None)
-    trace = {**result.trace.as_dict(), "config": asdict(method)}  # type: ignore[call-overload]
-    save_weights(out, result.model, {"unlearned_with": row.name, "seed": str(seed)})
+    settings = {"method": row.name, "seed": seed, "config": asdict(method)}  # type: ignore[call-overload]
+    trace = {**result.trace.as_dict(), **settings}
+    save_weights(out, result.model, {"unlearned": _json(settings)})
     write_text(out.with_suffix(".trace.json"), _json(trace) + "\n")
     if json:
         print(_json(trace))

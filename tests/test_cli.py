@@ -1,0 +1,239 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from expunge.cli import main
+from expunge.methods import METHODS
+
+SETUP = """
+import torch
+from torch import nn
+from expunge import Examples, cross_entropy
+
+generator = torch.Generator().manual_seed(0)
+images, labels = torch.randn(60, 6, generator=generator), torch.randint(3, (60,), generator=generator)
+loss_terms = cross_entropy
+data = Examples(images, labels)
+
+def model(seed):
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+def original():
+    return data
+
+def retain():
+    return data.without(torch.arange(6))
+
+def test():
+    return Examples(images.flip(0), labels)
+"""
+RELOAD = ("reload", "--reset-fraction", "0.2", "--fine-tune.epochs", "2", "--fine-tune.lr", "0.05")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a setup file and trained weights; also the current one."""
+    monkeypatch.chdir(tmp_path)
+    Path("setup.py").write_text(SETUP, encoding="utf-8")
+    assert main(["unlearn", *weights_of_nobody(tmp_path), "--out", "w.safetensors", *retrain()]) == 0
+    return tmp_path
+
+
+def weights_of_nobody(folder):
+    names: dict = {}
+    exec(SETUP, names)
+    save_file(names["model"](0).state_dict(), folder / "start.safetensors")
+    return ["setup.py", "--weights", "start.safetensors"]
+
+
+def retrain():
+    return ["retrain", "--recipe.epochs", "3", "--recipe.lr", "0.05"]
+
+
+def cached(*more):
+    return main(["cache", "setup.py", "--weights", "w.safetensors", "--out", "c.safetensors", *more])
+
+
+def unlearned(*more, cache="c.safetensors", weights="w.safetensors", out="u.safetensors"):
+    options = ["--cache", cache] if cache else []
+    return main(["unlearn", "setup.py", "--weights", weights, *options, "--out", out, *more])
+
+
+def test_cache_unlearn_evaluate_and_show_work_together(folder, capsys):
+    assert cached() == 0
+    assert unlearned(*RELOAD) == 0
+    before, after = load_file("w.safetensors"), load_file("u.safetensors")
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["0.weight"], after["0.weight"])
+    trace = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))
+    assert trace["method"] == "reload"
+    assert trace["config"]["fine_tune"]["epochs"] == 2
+    capsys.readouterr()
+    assert main(["evaluate", "setup.py", "--weights", "u.safetensors", "--retrained", "w.safetensors", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {each["metric"] for each in report["u.safetensors"]} == {"NA", "TA", "NSKL"}
+    assert main(["show", "c.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["count"] == 60
+
+
+def test_human_output_names_what_was_written_and_warns_of_the_cache(folder, capsys):
+    cached()
+    unlearned(*RELOAD)
+    out = capsys.readouterr().out
+    assert "u.safetensors" in out
+    assert "personal data" in out
+    assert main(["evaluate", "setup.py", "--weights", "w.safetensors"]) == 0
+    assert "defines no forget()" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_file(folder):
+    cached()
+    unlearned("--seed", "3", *RELOAD, out="a.safetensors")
+    unlearned("--seed", "3", *RELOAD, out="b.safetensors")
+    unlearned("--seed", "4", *RELOAD, out="d.safetensors")
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    assert not torch.equal(load_file("a.safetensors")["0.weight"], load_file("d.safetensors")["0.weight"])
+
+
+def test_snapshots_are_the_weights_after_each_stage(folder):
+    cached()
+    unlearned("--snapshots", "steps", *RELOAD)
+    names = [path.stem.split(" ", 1)[1] for path in sorted(Path("steps").iterdir())]
+    assert names[:5] == ["difference", "ascend", "select", "re-initialise", "epoch 1"]
+    assert names[-1] == "fine-tune"
+    last = load_file(sorted(Path("steps").iterdir())[-1])
+    assert all(torch.equal(last[name], tensor) for name, tensor in load_file("u.safetensors").items())
+
+
+def test_a_foreign_checkpoint_of_tensors_is_read(folder):
+    torch.save(load_file("w.safetensors"), "w.pt")
+    cached()
+    assert unlearned(*RELOAD, weights="w.pt") == 0
+
+
+def test_a_checkpoint_that_could_run_code_is_refused(folder, capsys):
+    torch.save({"model": Path("x")}, "w.pt")
+    cached()
+    assert unlearned(*RELOAD, weights="w.pt") == 2
+    assert "files that could run code are not opened" in capsys.readouterr().err
+
+
+def test_methods_lists_every_method(capsys):
+    assert main(["methods"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in METHODS)
+    assert main(["methods", "--json"]) == 0
+    listed = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert listed["reload"]["blind"]
+    assert listed["reload"]["settings"]["reset_fraction"] == 0.1
+
+
+def test_no_command_for_a_blind_method_can_name_a_forget_set(capsys):
+    for name, method in METHODS.items():
+        if method.blind:
+            assert main(["unlearn", name, "--help"]) == 0
+            options = [word for word in capsys.readouterr().out.split() if word.startswith("--")]
+            assert options
+            assert not [option for option in options if "forget" in option]
+
+
+def test_a_blind_method_never_calls_forget(folder):
+    with Path("setup.py").open("a", encoding="utf-8") as file:
+        file.write("\ndef forget():\n    raise AssertionError('looked at the removed records')\n")
+    cached()
+    assert unlearned(*RELOAD) == 0
+    assert unlearned("gradient-ascent", cache=None, out="g.safetensors") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cache", "nowhere.py", "--weights", "w.safetensors", "--out", "o"], "no such setup file"),
+        (["cache", "setup.py", "--weights", "nowhere", "--out", "o"], "no such weights"),
+        (["cache", "setup.py", "--weights", "setup.py", "--out", "o"], "cannot be read as weights"),
+        (["cache", "setup.py", "--weights", "w.safetensors", "--out", "o", "--dtype", "int7"], "int7"),
+        (["cache", "setup.py", "--weights", "w.safetensors", "--out", "o", "--device", "tpu9"], "device='tpu9'"),
+        (["show", "w.safetensors"], "not a gradient cache"),
+        (["show", "nowhere"], "no such cache"),
+        (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload"], "--cache"),
+        (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "gradient-ascent"], "defines no forget()"),
+        (
+            ["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload", "--reset-fraction", "1"],
+            "reset_fraction=1.0",
+        ),
+        (
+            ["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload", "--fine-tune.lr", "0"],
+            "lr=0.0",
+        ),
+        (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload", "--forget", "f"], "--forget"),
+    ],
+)
+def test_a_mistake_of_the_user_is_said_ends_with_2_and_writes_nothing(folder, capsys, arguments, said):
+    before = sorted(folder.iterdir())
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in " ".join((captured.err + captured.out).replace("│", " ").split())
+    assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("def model(seed):", "def modell(seed):", "does not define model"),
+        ("loss_terms =", "loss =", "does not define loss_terms"),
+        ("def original():", "def originals():", "does not define original"),
+        ("return data\n", "return 1 / 0\n", "original() failed with ZeroDivisionError"),
+        ("import torch\n", "import torhc\n", "failed when it was run, with ModuleNotFoundError"),
+        ("nn.Linear(8, 3)", "nn.Linear(8, 4)", "has shape"),
+        ("return nn.Sequential(", "return list(", "model(0)"),
+    ],
+)
+def test_a_mistake_in_a_setup_file_is_said(folder, capsys, old, new, said):
+    text = Path("setup.py").read_text(encoding="utf-8")
+    assert old in text
+    Path("setup.py").write_text(text.replace(old, new, 1), encoding="utf-8")
+    assert cached() == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_cache_of_other_weights_is_refused_and_nothing_is_written(folder, capsys):
+    cached()
+    assert unlearned(*RELOAD, weights="start.safetensors") == 2
+    assert "taken at weights" in capsys.readouterr().err
+    assert not Path("u.safetensors").exists()
+
+
+def test_ctrl_c_writes_nothing_and_ends_with_130(folder, capsys, monkeypatch):
+    cached()
+    shutil.copy("w.safetensors", "u.safetensors")
+    before = Path("u.safetensors").read_bytes()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("expunge.cli.unlearn_model", interrupted)
+    assert unlearned(*RELOAD) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert Path("u.safetensors").read_bytes() == before
+
+
+def test_a_mistake_of_ours_ends_with_1_and_a_traceback(folder, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("ouch")
+
+    monkeypatch.setattr("expunge.cli.unlearn_model", broken)
+    cached()
+    assert unlearned(*RELOAD) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_warning_is_printed_as_a_line(folder, capsys):
+    with Path("setup.py").open("a", encoding="utf-8") as file:
+        file.write("\nimages[:, 1:] = 0\n")
+    cached()
+    assert unlearned("reload", "--reset-fraction", "0.9", "--fine-tune.epochs", "1") == 0
+    assert "expunge: warning: only" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""The documentation is run, not only read."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/own-model.md"])
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), names)
+    assert (tmp_path / "cache.safetensors").exists()
+    assert any(hasattr(value, "trace") and hasattr(value, "model") for value in names.values())
+
+
+def test_the_commands_for_ones_own_model_run_in_an_empty_folder(tmp_path):
+    commands = blocks("docs/own-model.md", "bash")[0].replace("EXAMPLE", str(ROOT / "examples" / "digits"))
+    for line in commands.splitlines():
+        done = run(*line.split(), folder=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert {"cache.safetensors", "unlearned.safetensors", "unlearned.trace.json"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert "NSKL" in done.stdout
+
+
+def test_the_documentation_agrees_with_the_code():
+    done = run(sys.executable, "tools/check_docs.py", folder=ROOT)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,344 @@
+"""Does the test suite see mistakes? Plant one bug at a time in a copy of the source; the named tests must fail.
+
+Run ``python tools/mutants.py`` for all of them, or name some. A bug that no test sees is printed as SURVIVED, and
+the exit status is 1. The checkout itself is never changed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+AT_ONCE = 2
+LIMIT = 180  # seconds; a mutant that hangs is caught, too
+PASSED, FAILED, WRONG_COPY = 0, 1, 99  # pytest's exit statuses, and that of the guard
+
+# pytest loads this first: the tests must import the copy, not the installed package.
+GUARD = f"""
+import importlib.util, os, pathlib
+spec = importlib.util.find_spec("expunge")
+if not pathlib.Path(spec.origin).is_relative_to(pathlib.Path(__file__).parent):
+    print("the tests would import", spec.origin, flush=True)
+    os._exit({WRONG_COPY})
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug to plant."""
+
+    name: str
+    file: str  # under src/expunge
+    old: str  # must occur exactly once
+    new: str
+    tests: str  # paths under tests, and options of pytest
+
+
+MUTANTS = (
+    Mutant(
+        "the subtraction is reversed",
+        "gradient.py",
+        "params.subtract(self.total, part.total)",
+        "params.subtract(part.total, self.total)",
+        "test_reload.py",
+    ),
+    Mutant(
+        "means instead of sums are accumulated",
+        "gradient.py",
+        " terms.sum().backward()",
+        " terms.mean().backward()",
+        "test_reload_oracle.py",
+    ),
+    Mutant(
+        "gradients are accumulated in float32",
+        "gradient.py",
+        "torch.zeros(p.shape, dtype=torch.float64, device=home)",
+        "torch.zeros(p.shape, dtype=torch.float32, device=home)",
+        "test_reload_oracle.py",
+    ),
+    Mutant(
+        "the model stays in train mode for the gradient pass",
+        "gradient.py",
+        "            model.eval()\n            yield",
+        "            yield",
+        "test_reload_oracle.py",
+    ),
+    Mutant(
+        "touched micro-batches count once in the rounding floor",
+        "gradient.py",
+        "touched = 2 * mine.touched_by",
+        "touched = 1 * mine.touched_by",
+        "test_reload.py",
+    ),
+    Mutant(
+        "batch-norm statistics are not part of the fingerprint",
+        "params.py",
+        "kept = set(model.state_dict())",
+        "kept = set[str]()",
+        "test_unlearn.py",
+    ),
+    Mutant(
+        "ties are taken from the end",
+        "params.py",
+        ".squeeze(1)[-surplus:]",
+        ".squeeze(1)[:surplus]",
+        "test_reload.py",
+    ),
+    Mutant(
+        "the checksum of a cache is not compared",
+        "cache.py",
+        "if checksum != _checksum(fields, tensors):",
+        "if False:",
+        "test_cache.py",
+    ),
+    Mutant(
+        "a file is written in place",
+        "files.py",
+        'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
+        "temporary = path",
+        "test_files.py",
+    ),
+    Mutant(
+        "a failed write leaves its temporary file behind",
+        "files.py",
+        "temporary.unlink(missing_ok=True)",
+        "pass",
+        "test_files.py",
+    ),
+    Mutant(
+        "the last batch of one example is left alone",
+        "batches.py",
+        "if len(rows) > 1 and len(rows[-1]) == 1:",
+        "if len(rows) > 1 and len(rows[-1]) == 0:",
+        "test_training.py",
+    ),
+    Mutant(
+        "the global generators are seeded for good",
+        "seeds.py",
+        "with torch.random.fork_rng(devices=devices):",
+        "for _ in [devices]:",
+        "contract",
+    ),
+    Mutant(
+        "knowledge values are inverted",
+        "selectors.py",
+        "(removed[name].abs() + eps) / (full[name].abs() + eps) for",
+        "(full[name].abs() + eps) / (removed[name].abs() + eps) for",
+        "test_selectors.py",
+    ),
+    Mutant(
+        "the random selector ignores its seed",
+        "selectors.py",
+        'stream(seed, "selector", name)',
+        'stream(0, "selector", name)',
+        "test_selectors.py",
+    ),
+    Mutant(
+        "the seed of untrained models is ignored",
+        "access.py",
+        'with seeded(seed, "fresh"):',
+        'with seeded(0, "fresh"):',
+        "test_unlearn.py",
+    ),
+    Mutant(
+        "the shuffle is the same for every seed",
+        "training.py",
+        'stream(seed, "shuffle", epoch)',
+        'stream(0, "shuffle", epoch)',
+        "test_training.py",
+    ),
+    Mutant(
+        "freeze_statistics is ignored",
+        "training.py",
+        "    if freeze_statistics:",
+        "    if False:",
+        "contract",
+    ),
+    Mutant(
+        "the stop rule forgets its tolerance",
+        "training.py",
+        "enough = target * (1 + tolerance)",
+        "enough = target",
+        "test_training.py",
+    ),
+    Mutant(
+        "the ascent descends",
+        "methods/reload.py",
+        "p.add_((step * direction).to(p))",
+        "p.sub_((step * direction).to(p))",
+        "test_reload.py",
+    ),
+    Mutant(
+        "the ascent is not divided by the number of terms",
+        "methods/reload.py",
+        "in config.published_code else terms)",
+        "in config.published_code else 1)",
+        "test_reload_oracle.py",
+    ),
+    Mutant(
+        "everything but the chosen entries is re-initialised",
+        "methods/reload.py",
+        "torch.where(chosen[name].to(p.device), values[name], p)",
+        "torch.where(chosen[name].to(p.device), p, values[name])",
+        "test_reload.py",
+    ),
+    Mutant(
+        "untouched entries are re-initialised after all",
+        "methods/reload.py",
+        "if config.reset_untouched:",
+        "if True:",
+        "test_reload.py",
+    ),
+    Mutant(
+        "one entry too many is re-initialised",
+        "methods/reload.py",
+        "wanted = math.floor(",
+        "wanted = math.ceil(",
+        "test_reload.py",
+    ),
+    Mutant(
+        "the fraction to re-initialise is a float product",
+        "methods/reload.py",
+        "Fraction(repr(float(config.reset_fraction)))",
+        "Fraction(float(config.reset_fraction))",
+        "test_reload.py",
+    ),
+    Mutant(
+        "retraining starts from the trained weights",
+        "methods/retrain.py",
+        "model = given.fresh_model(seed).to(device).train(model.training)",
+        "model = model.to(device)",
+        "test_unlearn.py",
+    ),
+    Mutant(
+        "gradient ascent descends",
+        "methods/gradient_ascent.py",
+        "return -given.loss_terms(model, batch)",
+        "return given.loss_terms(model, batch)",
+        "test_unlearn.py",
+    ),
+    Mutant(
+        "a blind method is handed the removed records",
+        "unlearn.py",
+        "if method.blind and isinstance(given, Sighted):",
+        "if False:",
+        "contract",
+    ),
+    Mutant(
+        "the model that was given is changed",
+        "unlearn.py",
+        "method.run(copy.deepcopy(inner), given,",
+        "method.run(inner, given,",
+        "contract",
+    ),
+    Mutant(
+        "NaN in the result is returned",
+        "unlearn.py",
+        'params.require_finite(_tensors(unlearned), f"the result of {method.name}")',
+        "pass",
+        "contract",
+    ),
+    Mutant(
+        "the symmetric KL divergence is halved",
+        "metrics/classification.py",
+        "* (log_p - log_q)).sum(axis=1).mean())",
+        "* (log_p - log_q)).sum(axis=1).mean() / 2)",
+        "test_metrics.py",
+    ),
+    Mutant(
+        "the membership attack is judged on what it was fitted on",
+        "metrics/membership.py",
+        "LogisticRegression().fit(losses[fit], truth[fit])",
+        "LogisticRegression().fit(losses[judge], truth[judge])",
+        "test_metrics.py",
+    ),
+)
+
+
+def copy_of_source(folder: Path, mutant: Mutant | None) -> None:
+    """Put the source into a folder, with one bug in it if asked for."""
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "src" / "mutant_guard.py").write_text(GUARD)
+    if mutant is not None:
+        path = folder / "src" / "expunge" / mutant.file
+        path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+
+
+def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """Run tests against the source in a folder: pytest's exit status, and what it printed."""
+    paths = [f"tests/{each}" for each in tests]
+    command = [sys.executable, "-m", "pytest", *paths, "-p", "mutant_guard", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, "-x", "--no-header", "-q"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return FAILED, "FAILED (timed out)"
+    return done.returncode, done.stdout + done.stderr
+
+
+def require_clean(mutants: Sequence[Mutant]) -> None:
+    """Stop unless every bug can be planted, and every test passes without one."""
+    for mutant in mutants:
+        found = (ROOT / "src" / "expunge" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+        if found != 1:
+            sys.exit(f"{mutant.name!r}: {mutant.file} has {mutant.old!r} {found} times, not once. Adapt the mutant.")
+    tests = sorted({mutant.tests for mutant in mutants})
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_source(Path(folder), None)
+        status, output = run_tests(Path(folder), tests)
+    if status != PASSED:
+        sys.exit(f"{output}\nThe tests must pass without a mutant first (pytest's exit status was {status}).")
+
+
+def verdict(mutant: Mutant) -> tuple[str, float, str]:
+    """Whether the tests see a bug, in how many seconds, and which test did."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_source(Path(folder), mutant)
+        status, output = run_tests(Path(folder), [mutant.tests])
+    spent = time.perf_counter() - start
+    saw = next((line.split(" - ")[0] for line in output.splitlines() if line.startswith("FAILED")), "")
+    if status == PASSED:
+        return "SURVIVED", spent, ""
+    if status == FAILED and saw:
+        return "caught", spent, saw.removeprefix("FAILED ").removeprefix("tests/")
+    sys.exit(f"{output}\n{mutant.name!r}: pytest ended with status {status}, so the tests said nothing.")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="words of the names of some mutants; all by default")
+    words = parser.parse_args().names
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    if not chosen:
+        parser.error(f"no mutant has {' or '.join(words)} in its name")
+    start = time.perf_counter()
+    require_clean(chosen)
+    survivors = 0
+    print(f"{'verdict':<9} {'s':>4}  {'planted bug':<57} {'file':<26} seen first by")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for mutant, (said, spent, saw) in zip(chosen, pool.map(verdict, chosen), strict=True):
+            survivors += said == "SURVIVED"
+            print(f"{said:<9} {spent:4.0f}  {mutant.name:<57} {mutant.file:<26} {saw or mutant.tests}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught in {time.perf_counter() - start:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
