@@ -13,10 +13,8 @@ from torch import nn
 
 from expunge.access import Blind, Sighted
 from expunge.errors import ConfigError
-from expunge.methods.fine_tune import FineTune, fine_tune
-from expunge.methods.gradient_ascent import GradientAscent, gradient_ascent
-from expunge.methods.reload import Reload, reload
-from expunge.methods.retrain import Retrain, retrain
+from expunge.methods import fine_tune, gradient_ascent, reload, retrain
+from expunge.space import Space
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,7 @@ class Method:
     name: str  # on the command line and in tables
     config: type[Any]
     run: Callable[..., nn.Module]
+    space: Space  # settings worth trying
 
     @property
     def access(self) -> type[Blind]:
@@ -56,10 +55,12 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("reload", Reload, reload),
-        Method("retrain", Retrain, retrain),
-        Method("fine-tune", FineTune, fine_tune),
-        Method("gradient-ascent", GradientAscent, gradient_ascent),
+        Method("reload", reload.Reload, reload.reload, reload.SPACE),
+        Method("retrain", retrain.Retrain, retrain.retrain, retrain.SPACE),
+        Method("fine-tune", fine_tune.FineTune, fine_tune.fine_tune, fine_tune.SPACE),
+        Method(
+            "gradient-ascent", gradient_ascent.GradientAscent, gradient_ascent.gradient_ascent, gradient_ascent.SPACE
+        ),
     )
 }
 

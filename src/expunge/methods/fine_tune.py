@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from expunge.access import Blind
+from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train
 
@@ -18,6 +19,12 @@ class FineTune:
     """Train the trained model on what is left."""
 
     recipe: Recipe = Recipe(epochs=10, lr=0.01)  # as in SalUn (Fan et al., 2023)
+
+
+SPACE: Space = {
+    "recipe.lr": Range(0.003, 0.3, log=True),
+    "recipe.schedule": Choice(("cosine", "one-cycle")),
+}
 
 
 def fine_tune(model: nn.Module, given: Blind, config: FineTune, *, seed: int, trace: Trace) -> nn.Module:

@@ -1,8 +1,8 @@
 """GA: climb the loss on the removed records.
 
 Source: Thudi et al., "Unrolling SGD" (2022); Graves et al., "Amnesiac Machine Learning" (2021). Deviations:
-ascent has no minimum to converge to, so it ends before the epoch that passes a bound on the loss; BatchNorm statistics stay as they are,
-since the removed records must not enter them.
+ascent has no minimum to converge to, so it ends before the epoch that passes a bound on the loss; BatchNorm statistics
+stay as they are, since the removed records must not enter them.
 """
 
 import math
@@ -15,6 +15,7 @@ from expunge import params
 from expunge.access import Sighted
 from expunge.batches import Batch
 from expunge.errors import ConfigError
+from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, mean_loss, train
 
@@ -33,6 +34,9 @@ class GradientAscent:
     def __post_init__(self) -> None:
         if not 0 < self.loss_bound < math.inf:
             raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
+
+
+SPACE: Space = {"recipe.lr": Range(1e-5, 0.1, log=True), "recipe.epochs": Range(1, 20)}
 
 
 def gradient_ascent(model: nn.Module, given: Sighted, config: GradientAscent, *, seed: int, trace: Trace) -> nn.Module:

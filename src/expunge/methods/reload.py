@@ -30,6 +30,7 @@ from expunge.gradient import MICRO_BATCH, Gradient, gradient
 from expunge.params import Params
 from expunge.seeds import stream
 from expunge.selectors import SELECTORS
+from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train, until_converged
 
@@ -78,6 +79,14 @@ class Reload:
         unknown = set(self.published_code) - set(PUBLISHED_CODE)
         if unknown:
             raise ConfigError(f"published_code={sorted(unknown)}: choose from {', '.join(PUBLISHED_CODE)}.")
+
+
+SPACE: Space = {
+    "priming_lr": Range(0.01, 10.0, log=True),
+    "reset_fraction": Range(0.05, 0.8),
+    "fine_tune.lr": Range(0.003, 0.3, log=True),
+    "fine_tune.schedule": Choice(("cosine", "one-cycle")),
+}
 
 
 def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: Trace) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from expunge.access import Blind
+from expunge.space import Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train
 
@@ -17,6 +18,9 @@ class Retrain:
     """Train an untrained model on what is left, with the recipe of the original."""
 
     recipe: Recipe
+
+
+SPACE: Space = {}  # the recipe is that of the original
 
 
 def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace: Trace) -> nn.Module:

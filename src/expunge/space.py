@@ -1,0 +1,70 @@
+"""Search spaces: which settings of a method are worth trying, declared beside the method."""
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from expunge.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers between two bounds, whole ones if both bounds are."""
+
+    low: float
+    high: float
+    log: bool = False  # uniform in the logarithm
+
+    def draw(self, source: random.Random) -> float:
+        """One of them."""
+        if self.log:
+            value = math.exp(source.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = source.uniform(self.low, self.high + (1 if self._whole else 0))
+        return min(int(value), int(self.high)) if self._whole else value
+
+    @property
+    def _whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few values."""
+
+    options: tuple[Any, ...]
+
+    def draw(self, source: random.Random) -> Any:
+        """One of them."""
+        return source.choice(self.options)
+
+
+Space = Mapping[str, Range | Choice]  # by setting; "recipe.lr" for one inside another
+
+
+def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of a configuration with some settings changed.
+
+    Args:
+        config: A dataclass.
+        values: By setting; "recipe.lr" for one inside another.
+
+    Raises:
+        ConfigError: A setting that it does not have, or a value that it refuses.
+    """
+    for path, value in values.items():
+        name, _, inner = path.partition(".")
+        if not hasattr(config, name):
+            raise ConfigError(f"{path!r}: {type(config).__name__} has no such setting.")
+        new = with_settings(getattr(config, name), {inner: value}) if inner else value
+        config = replace(config, **{name: new})  # type: ignore[type-var]
+    return config
+
+
+def random_settings(space: Space, source: random.Random) -> dict[str, Any]:
+    """A value for every setting of a space."""
+    return {name: values.draw(source) for name, values in space.items()}
