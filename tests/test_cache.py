@@ -59,10 +59,7 @@ def test_a_cache_comes_back_bit_for_bit(kind, tmp_path):
     assert {name: (t.dtype, t.shape) for name, t in loaded.total.items()} == {
         name: (torch.float64, t.shape) for name, t in full.total.items()
     }
-    full = dataclasses.replace(full, total=dict(sorted(full.total.items())), noise=dict(sorted(full.noise.items())))
-    loaded = dataclasses.replace(
-        loaded, total=dict(sorted(loaded.total.items())), noise=dict(sorted(loaded.noise.items()))
-    )
+    full = dataclasses.replace(full, noise={name: full.noise[name] for name in loaded.noise})  # in any order
     assert equal(full, loaded)
     assert loaded.storage_roundoff == 0
 
@@ -240,6 +237,15 @@ def test_a_header_that_lies_is_caught_although_its_checksum_is_right(change, mes
     ):
         with pytest.raises(CorruptCache, match=message):
             read()
+
+
+def test_another_program_may_write_a_whole_number_without_a_fraction(written, tmp_path):
+    def change(header, tensors):
+        header["loss"] = "6"
+        tensors["micro_batches/losses"] = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+
+    rewrite(written[1], tmp_path / "cache", change)
+    assert cache.load(tmp_path / "cache", written[0], cross_entropy).loss == 6
 
 
 def test_an_altered_file_is_refused_with_its_checksum(written, tmp_path):

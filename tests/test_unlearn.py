@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields
 from typing import Any
 
 import pytest
@@ -141,8 +141,15 @@ def test_access_errors_are_what_callers_expect():
     ],
 )
 def test_data_that_cannot_be_unlearned_from_is_refused_at_once(part, data, message):
+    here = world()
+    parts = {"retain": here.retain, "forget": here.forget, "loss_terms": cross_entropy, "fresh": here.fresh}
     with without_type_checks(), pytest.raises(ConfigError, match=f"{part} {message}"):
-        world().sighted(**{part: data})
+        Sighted(**(parts | {part: data}))
+
+
+def test_a_method_is_given_its_data_by_name():
+    for given in (Blind, Sighted):
+        assert all(field.kw_only for field in fields(given))
 
 
 def test_a_fresh_model_depends_on_the_seed_alone():
@@ -296,6 +303,24 @@ def test_a_trace_without_a_watcher_only_times(clock):
     with trace.stage("only", nn.Linear(1, 1)):
         clock.now += 4
     assert trace.seconds == {"only": 4}
+
+
+def test_stages_wait_for_the_accelerator(clock, monkeypatch):
+    """Its queue is emptied before a clock is read, or a stage would pay for the one before it."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(clock, "now", clock.now + 10))
+    trace = Trace("x", 0)
+    with trace.stage("only", nn.Linear(1, 1)):
+        clock.now += 1
+    assert trace.seconds == {"only": 11}
+    assert clock.now == 21
+
+
+def test_the_watcher_is_no_part_of_what_a_trace_says():
+    watched = Trace("x", 0, watch=lambda moment, model: None)
+    watched.show("moment", nn.Linear(1, 1))
+    assert watched == Trace("x", 0)
+    assert "watch" not in repr(watched)
 
 
 def test_a_trace_is_plain_values_for_json():

@@ -1,10 +1,7 @@
-r"""A complete setup file: what the command line needs to know about one's own model and data.
+"""A complete setup file: what the command line needs to know about one's own model and data.
 
-    python examples/digits/train.py                       # your training; writes records and weights
-    expunge cache examples/digits/setup.py --weights model.safetensors --out cache.safetensors
-    python examples/digits/delete.py 3 14 159             # these three records are gone
-    expunge unlearn examples/digits/setup.py --weights model.safetensors --cache cache.safetensors \
-        --out unlearned.safetensors reload --reset-fraction 0.2 --fine-tune.epochs 10 --fine-tune.lr 0.05
+The commands that use it are in docs/own-model.md; train.py beside it writes the records and the weights, delete.py
+deletes records. All work in the current folder.
 """
 
 from pathlib import Path

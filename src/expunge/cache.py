@@ -197,7 +197,8 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
     total = {n.removeprefix("total/"): t for n, t in tensors.items() if n.startswith("total/")}
     del values["format"]
     for name, value in values.items():
-        require(isinstance(value, Header.__annotations__.get(name, object)), f"its header has {name} = {value!r}")
+        kind = Header.__annotations__.get(name, object)
+        require(isinstance(value, (int, float) if kind is float else kind), f"its header has {name} = {value!r}")
     try:
         header = Header(**values, parameters=len(total), entries=params.size(total))
     except TypeError as error:
