@@ -53,8 +53,10 @@ def given_all(model: nn.Module, original: Examples, removed: list[int], fresh: C
 # The ascent with priming_lr 0.4 is a step of 0.4 / 4 = 0.1: w' = (1.4, 2.8, -0.6).
 # Knowledge values with ε = 1: (5/7, 9/11, 5/11) = (0.714, 0.818, 0.455). A third of three weights: the last is reset.
 # The result is (1.4, 2.8, 30).
-# Rounding, float32, u = 2^-24, all examples in one micro-batch, touched once: the floor of g_D is 4 u |g_D|, that
-# of the difference 4 u |g_D| (2 · 1/1 + 2^-54 √1 / u) = 8 u (6, 10, 10) but for one part in 2^31.
+# Rounding, float32, u = 2^-24, all examples in one micro-batch, touched in both passes. The floor of g_D is
+# f = 4 u |g_D| = u (24, 40, 40); spread over its row (mean 104/3 u) and its columns (one row: f itself) it is
+# s = f + (f + 104/3 u) / 4 = u (116, 176, 176) / 3. That of the difference is 2 s + 32 u |g_F|
+# = u (232 + 384, 352 + 768, 352 + 384) / 3 = u (616, 1120, 736) / 3 but for one part in 2^31.
 class TestWorkedExample:
     @pytest.fixture
     def given(self) -> Blind:
@@ -72,7 +74,7 @@ class TestWorkedExample:
         removed = given.full - gradient(self.model, squared_error, given.retain)
         assert removed.total["weight"].tolist() == [[4, 8, 4]]
         assert (removed.count, removed.loss) == (1, 4)
-        assert (removed.noise["weight"] * 2**24 / 8).tolist() == [pytest.approx([6, 10, 10])]
+        assert (removed.noise["weight"] * 2**24 * 3).tolist() == [pytest.approx([616, 1120, 736])]
 
     def test_every_step_gives_the_weights_worked_out_by_hand(self, given):
         seen = {}
@@ -85,7 +87,7 @@ class TestWorkedExample:
 
     def test_every_fact_is_the_one_worked_out_by_hand(self, given):
         trace = unlearn(self.model, given, self.config).trace
-        relative_noise = 8 * 2**-24 * math.sqrt(36 + 100 + 100) / math.sqrt(16 + 64 + 16)
+        relative_noise = 2**-24 / 3 * math.hypot(616, 1120, 736) / math.hypot(4, 8, 4)
         assert trace.facts == {
             "eps": 1.0,
             "target_loss": 15 / 4,
@@ -101,7 +103,7 @@ class TestWorkedExample:
 
     def test_automatic_eps_is_the_mean_rounding_floor(self, given):
         trace = unlearn(self.model, given, change(self.config, eps="auto")).trace
-        assert trace.facts["eps"] == pytest.approx(8 * 2**-24 * 26 / 3)
+        assert trace.facts["eps"] == pytest.approx(2**-24 / 3 * (616 + 1120 + 736) / 3)
 
 
 def hundred() -> tuple[nn.Module, Blind]:

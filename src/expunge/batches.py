@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from expunge.errors import ConfigError, MismatchError
+from expunge.seeds import keeping_random_state
 
 Batch = Any  # whatever the caller's loss takes: a tensor, or tensors in a tuple, list or dictionary
 LossTerms = Callable[[nn.Module, Batch], Tensor]  # unreduced losses, shape (terms,), in nats
@@ -184,7 +185,9 @@ def require_reiterable(data: Batches, what: str) -> None:
                 f"{what} is a {type(data).__name__} that can be read only once, and unlearning reads the data "
                 "several times. Give Examples(x, y), a DataLoader, or a list of batches."
             )
-    if not (len(known.positions) if known is not None else any(True for _ in plain(data))):
+    with keeping_random_state():
+        empty = not (len(known.positions) if known is not None else any(True for _ in plain(data)))
+    if empty:
         raise ConfigError(f"{what} is empty: there is nothing left to learn from.")
 
 

@@ -24,6 +24,7 @@ from expunge.files import save_tensors
 from expunge.gradient import Gradient, MicroBatches, Origin
 
 FORMAT, VERSION = "expunge-gradient", 1
+_GROUPED = ("numbers", "counts", "losses", "magnitudes")
 _ROUNDOFF = {torch.float64: 0.0, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
@@ -69,11 +70,7 @@ def save(path: Path | str, gradient: Gradient, *, dtype: torch.dtype = torch.flo
     tensors |= {f"noise/{name}": tensor for name, tensor in gradient.noise.items()}
     groups = gradient.micro_batches
     if groups is not None:
-        tensors |= {
-            "micro_batches/numbers": groups.numbers,
-            "micro_batches/counts": groups.counts,
-            "micro_batches/losses": groups.losses,
-        }
+        tensors |= {f"micro_batches/{name}": getattr(groups, name) for name in _GROUPED}
     fields: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -125,12 +122,7 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
     stored = next(iter(total.values())).dtype
     groups = None
     if header.micro_batch is not None:
-        groups = MicroBatches(
-            header.micro_batch,
-            tensors["micro_batches/numbers"],
-            tensors["micro_batches/counts"],
-            tensors["micro_batches/losses"],
-        )
+        groups = MicroBatches(header.micro_batch, *(tensors[f"micro_batches/{name}"] for name in _GROUPED))
     return Gradient(
         total={name: total[name].double() for name in owned if name in total},  # in the model's order
         count=header.count,
@@ -160,6 +152,8 @@ def _read(path: Path | str) -> tuple[Header, dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             fields: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except PermissionError:
+        raise
     except (SafetensorError, OSError) as error:
         raise CorruptCache(
             f"{path} cannot be read as safetensors ({error}): it is truncated, damaged, or another kind of file. "
@@ -205,7 +199,8 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
         raise CorruptCache(f"{path}: its header is incomplete ({error}). Make the cache again.") from error
     noise = {n.removeprefix("noise/"): t for n, t in tensors.items() if n.startswith("noise/")}
     require(bool(total), "it holds no gradient")
-    require({t.dtype for t in total.values()} <= set(_ROUNDOFF), "its totals are not of a floating type")
+    kinds = {t.dtype for t in total.values()}
+    require(len(kinds) == 1 and kinds <= set(_ROUNDOFF), f"its totals are of {sorted(map(str, kinds))}")
     require(
         {n: t.shape for n, t in total.items()} == {n: t.shape for n, t in noise.items()},
         "its totals and rounding floors have different names or shapes",
@@ -215,12 +210,11 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
     require(math.isfinite(header.loss), f"its loss is {header.loss!r}")
     require(all(bool(t.isfinite().all()) for t in total.values()), "its gradient is not finite")
     if header.micro_batch is not None:
-        numbers, counts, losses = (
-            tensors.get(f"micro_batches/{n}", torch.empty(0)) for n in ("numbers", "counts", "losses")
-        )
+        grouped = [tensors.get(f"micro_batches/{name}", torch.empty(0)) for name in _GROUPED]
+        numbers, counts, losses, _ = grouped
         require(header.micro_batch > 0, f"its micro-batches have {header.micro_batch} positions")
         require(
-            numbers.shape == counts.shape == losses.shape == (numbers.numel(),) and bool((numbers.diff() > 0).all()),
+            {tensor.shape for tensor in grouped} == {(len(counts),)} and bool((numbers.diff() > 0).all()),
             "its micro-batches are incomplete or out of order",
         )
         require(

@@ -5,34 +5,24 @@ difference: the model in eval mode, unreduced losses, micro-batches that are the
 accumulation, and a rounding floor for every entry that says what the difference cannot show.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from expunge import losses, params, progress
-from expunge.batches import (
-    Batch,
-    Batches,
-    LossTerms,
-    indexed,
-    map_tensors,
-    micro_batches,
-    plain,
-    require_reiterable,
-    tensors_of,
-    to_device,
-)
-from expunge.errors import ConfigError, MismatchError, NonDeterministicLoss, NotFinite
+from expunge.batches import Batch, Batches, LossTerms, indexed, micro_batches, require_reiterable, to_device
+from expunge.errors import ConfigError, MismatchError, NotFinite
 from expunge.params import Params
+from expunge.probe import checked_terms, probe
+from expunge.seeds import keeping_random_state
 
 MICRO_BATCH = 128
-_PROBE_EXAMPLES, _PROBE_BATCHES = 8, 2
 _WITHOUT_FLOAT64 = ("mps",)  # device types that cannot hold float64: accumulate on the CPU
 
 
@@ -44,9 +34,13 @@ class MicroBatches:
     numbers: Int[Tensor, " groups"]  # ascending; groups without an example are absent
     counts: Int[Tensor, " groups"]  # terms
     losses: Float[Tensor, " groups"]  # sums, nats, float64
+    magnitudes: Float[Tensor, " groups"]  # sum of |g| over all entries of the group's gradient, float64
 
     def touched_by(self, part: "MicroBatches") -> int:
-        """How many of these groups the other pass saw differently, or not at all."""
+        """How many of these groups the other pass saw differently, or not at all.
+
+        Another number of threads can change the bits of a gradient and leave those of its loss, hence both.
+        """
         at = torch.searchsorted(self.numbers, part.numbers).clamp(max=len(self.numbers) - 1)
         if not torch.equal(self.numbers[at], part.numbers):
             stranger = int(part.numbers[self.numbers[at] != part.numbers][0])
@@ -56,6 +50,7 @@ class MicroBatches:
                 "the data that was cached: keep them with the records when others are deleted."
             )
         same = (self.counts[at] == part.counts) & (self.losses[at] == part.losses)
+        same &= self.magnitudes[at] == part.magnitudes
         return len(self.numbers) - int(same.sum())
 
 
@@ -152,19 +147,19 @@ class Gradient:
                 f"the retain data has {part.count} terms and the cached data had {self.count}. What is left "
                 "cannot be more than what there was: check that this cache belongs to this data."
             )
+        total = params.subtract(self.total, part.total)
         return Gradient(
-            total=params.subtract(self.total, part.total),
+            total=total,
             count=self.count - part.count,
             loss=self.loss - part.loss,
-            noise=self._noise_of_difference(part),
+            noise=self._noise_of_difference(part, total),
             roundoff=max(self.roundoff, part.roundoff),
             origin=self.origin,
         )
 
-    def _noise_of_difference(self, part: "Gradient") -> Params | None:
+    def _noise_of_difference(self, part: "Gradient", total: Params) -> Params | None:
         if self.noise is None or part.noise is None:
             return None
-        noise = {}
         mine, theirs = self.micro_batches, part.micro_batches
         if mine is not None and theirs is not None and mine.size == theirs.size:
             # A touched micro-batch was rounded once in each pass. The typical size of its rounding is the
@@ -172,12 +167,29 @@ class Gradient:
             groups = len(mine.numbers)
             touched = 2 * mine.touched_by(theirs) / groups
             accumulation = 2**-54 * math.sqrt(groups) / self.roundoff  # of the float64 sums
-            noise = {name: floor * (touched + accumulation) for name, floor in self.noise.items()}
+            noise = {name: _spread(floor) * touched + floor * accumulation for name, floor in self.noise.items()}
         else:
-            noise = {name: floor + part.noise[name].to(floor.device) for name, floor in self.noise.items()}
-        if self.storage_roundoff:
-            noise = {name: n + (self.total[name].abs() * self.storage_roundoff).to(n) for name, n in noise.items()}
-        return noise
+            noise = {name: _spread(floor + part.noise[name].to(floor.device)) for name, floor in self.noise.items()}
+        # The removed gradient itself was rounded too, wherever it was summed up.
+        own = 32 * max(self.roundoff, part.roundoff)
+        return {
+            name: floor + (own * total[name].abs() + self.storage_roundoff * self.total[name].abs()).to(floor)
+            for name, floor in noise.items()
+        }
+
+
+def _spread(floor: Tensor) -> Tensor:
+    """Add a quarter of the mean over the row and over the column.
+
+    A small entry of a weight's gradient is a product with a factor near zero (an activation, a back-propagated
+    error), and that factor was rounded like its larger neighbours.
+    """
+    if not floor.numel():
+        return floor
+    if floor.ndim < 2:
+        return floor + floor.mean() / 4
+    matrix = floor.flatten(1)
+    return (matrix + (matrix.mean(0, keepdim=True) + matrix.mean(1, keepdim=True)) / 4).view_as(floor)
 
 
 def gradient(
@@ -214,9 +226,9 @@ def gradient(
     buffers = {n: b.nan_to_num(math.nan, 0, 0) for n, b in model.named_buffers()}  # a mask may hold infinity
     params.require_finite(dict(model.named_parameters()) | buffers, "before the gradient pass")
     device = next(iter(chosen.values())).device
-    with torch.random.fork_rng([device] * (device.type == "cuda")), _only_gradients_of(model, chosen):
-        require_reiterable(data, "the data")  # within the fork: a DataLoader draws from the global generator
-        _probe(model, loss_terms, data, device)
+    with keeping_random_state(), _exact_kernels(device), _only_gradients_of(model, chosen):
+        require_reiterable(data, "the data")
+        probe(model, loss_terms, data, device)
         return _accumulate(model, loss_terms, data, chosen, micro_batch, device)
 
 
@@ -234,20 +246,24 @@ def _accumulate(
     numbers: list[int] = []
     counts: list[int] = []
     sums: list[Tensor] = []
+    magnitudes: list[Tensor] = []
     repeats = True
     batches, stream = micro_batches(data, micro_batch)
     with progress.task("gradient", batches) as advance:
         for number, batch in stream:
-            terms = _terms(loss_terms(model, to_device(batch, device)))
+            terms = checked_terms(loss_terms(model, to_device(batch, device)))
             terms.sum().backward()
             if not numbers and device.type != "cpu":
                 repeats = _backward_repeats(model, loss_terms, to_device(batch, device), chosen)
+            size = torch.zeros((), dtype=torch.float64, device=home)
             for name, p in chosen.items():
                 if p.grad is not None:
                     grad = (p.grad.to_dense() if p.grad.is_sparse else p.grad).to(home)
                     total[name] += grad
                     magnitude[name] += grad.abs_()
+                    size += grad.sum(dtype=torch.float64)
                     p.grad = None
+            magnitudes.append(size)
             numbers.append(number)
             counts.append(len(terms))
             sums.append(terms.detach().to(home).sum(dtype=torch.float64))
@@ -260,7 +276,7 @@ def _accumulate(
     _require_finite_losses(loss, numbers, micro_batch if indexed(data) else None)
     params.require_finite(total, "after the gradient pass")
     roundoff = max(torch.finfo(p.dtype).eps for p in chosen.values()) / 2
-    groups = MicroBatches(micro_batch, torch.tensor(numbers), torch.tensor(counts), loss)
+    groups = MicroBatches(micro_batch, torch.tensor(numbers), torch.tensor(counts), loss, torch.stack(magnitudes).cpu())
     return Gradient(
         total=total,
         count=sum(counts),
@@ -288,6 +304,27 @@ def _backward_repeats(model: nn.Module, loss_terms: LossTerms, batch: Batch, cho
 
 
 @contextmanager
+def _exact_kernels(device: torch.device) -> Iterator[None]:
+    """On a GPU: full float32 instead of TF32, and kernels that repeat bit for bit where there are any."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    kernels: list[Any] = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]
+    precisions = [kernel.fp32_precision for kernel in kernels]
+    deterministic = cudnn.deterministic
+    try:
+        cudnn.deterministic = True
+        for kernel in kernels:
+            kernel.fp32_precision = "ieee"
+        yield
+    finally:
+        cudnn.deterministic = deterministic
+        for kernel, precision in zip(kernels, precisions, strict=True):
+            kernel.fp32_precision = precision
+
+
+@contextmanager
 def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode, and gradients of the chosen parameters only; everything restored behind the block."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -303,95 +340,6 @@ def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Ite
         for p, required, grad in before:
             p.requires_grad_(required)
             p.grad = grad
-
-
-def _terms(terms: object) -> Tensor:
-    if not isinstance(terms, Tensor) or terms.ndim != 1 or not terms.is_floating_point():
-        got = f"shape {tuple(terms.shape)}, {terms.dtype}" if isinstance(terms, Tensor) else type(terms).__name__
-        raise ConfigError(
-            f"loss_terms returned {got}; it must return one loss a term, shape (terms,). Use reduction='none': a "
-            "mean weighs a micro-batch by its size, and the difference of two passes would be meaningless."
-        )
-    if torch.is_grad_enabled() and not terms.requires_grad:
-        raise ConfigError(
-            "loss_terms returned a loss without a gradient: it does not depend on the selected parameters. Look "
-            "for .detach(), torch.no_grad(), or a wrong choice of parameters."
-        )
-    return terms
-
-
-def _probe(model: nn.Module, loss_terms: LossTerms, data: Batches, device: torch.device) -> None:
-    """Refuse data that changes between readings, and losses that change between calls or with the batch."""
-    firsts, agains = list(_few(data)), list(_few(data))
-    a, b = tensors_of(firsts), tensors_of(agains)
-    if len(firsts) != len(agains) or len(a) != len(b) or not all(map(_same, a, b)):
-        raise NonDeterministicLoss(
-            "reading the data twice gave two different first batches. Switch off random augmentation and "
-            "shuffling for unlearning: every example once, always with the same preprocessing."
-        )
-    for number, batch in enumerate(to_device(firsts, device)):
-        with torch.no_grad():
-            terms, repeated = _terms(loss_terms(model, batch)), _terms(loss_terms(model, batch))
-            if not _same(terms, repeated, tolerance=0 if device.type == "cpu" else 1e-4):
-                raise NonDeterministicLoss(
-                    f"the same {_length(batch) or 'few'} examples gave two different losses in eval mode (summed "
-                    f"{float(terms.sum()):.7g}, then {float(repeated.sum()):.7g}). Look for dropout as a function "
-                    "(pass training=self.training) or noise in forward()."
-                )
-            halves = _halves(batch) if number == 0 else None  # a property of the loss: once is enough
-            if halves:
-                _require_additive(terms, *(_terms(loss_terms(model, half)) for half in halves))
-
-
-def _same(a: Tensor, b: Tensor, tolerance: float = 0) -> bool:
-    return (
-        a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, tolerance, 1e-4 * tolerance, equal_nan=True)
-    )
-
-
-def _few(data: Batches) -> Iterator[Batch]:
-    """The first few examples of the first few batches."""
-    known = indexed(data)
-    if known is not None:
-        starts = range(0, min(len(known.positions), _PROBE_EXAMPLES * _PROBE_BATCHES), _PROBE_EXAMPLES)
-        yield from known.fetch([slice(start, start + _PROBE_EXAMPLES) for start in starts])
-        return
-    for batch in itertools.islice(plain(data), _PROBE_BATCHES):
-        yield _rows(batch, 0, _PROBE_EXAMPLES) if _length(batch) else batch
-
-
-def _length(batch: Batch) -> int | None:
-    """The number of examples, if every tensor has the same first dimension."""
-    lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(batch)}
-    return lengths.pop() if len(lengths) == 1 and -1 not in lengths else None
-
-
-def _rows(batch: Batch, start: int, stop: int) -> Batch:
-    return map_tensors(batch, lambda tensor: tensor[start:stop])
-
-
-def _halves(batch: Batch) -> tuple[Batch, Batch] | None:
-    length = _length(batch)
-    if length is None or length < 2:
-        return None
-    return _rows(batch, 0, length // 2), _rows(batch, length // 2, length)
-
-
-def _require_additive(whole: Tensor, first: Tensor, second: Tensor) -> None:
-    if len(whole) != len(first) + len(second):
-        raise ConfigError(
-            f"loss_terms returned {len(whole)} terms for a few examples, and {len(first)} + {len(second)} for their "
-            "two halves. It must return one loss an example (or a token), not a mean: use reduction='none'."
-        )
-    sums, parts = float(whole.double().sum()), float(first.double().sum() + second.double().sum())
-    scale = float(whole.double().abs().sum())
-    tolerance = max(1e-3, 64 * torch.finfo(whole.dtype).eps)
-    if abs(sums - parts) > tolerance * scale:
-        raise NonDeterministicLoss(
-            f"a few examples have a summed loss of {sums:.7g} together and {parts:.7g} in two halves: the loss of "
-            "an example depends on its batch. Look for BatchNorm without running statistics, a mean over the "
-            "batch, or other examples of the batch used as negatives."
-        )
 
 
 def _require_finite_losses(losses: Tensor, numbers: list[int], size: int | None) -> None:

@@ -16,7 +16,7 @@ from expunge.errors import MismatchError
 def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
     """Classification: the batch is (inputs, class numbers), the model returns logits. Nats an example."""
     inputs, labels = batch
-    return functional.cross_entropy(model(inputs), labels, reduction="none")
+    return functional.cross_entropy(_wide(model(inputs)), labels, reduction="none")
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
@@ -49,9 +49,14 @@ def causal_lm(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
     logits: Tensor = getattr(output, "logits", output)
     labels: Tensor = batch["labels"][:, 1:]
     terms = functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100
+        _wide(logits[:, :-1].flatten(0, 1)), labels.flatten(), reduction="none", ignore_index=-100
     )
     return terms[(labels != -100).flatten()]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In float64 where the device has it: of an example that is fitted well, 1 - p is all rounding in float32."""
+    return logits.float() if logits.device.type == "mps" else logits.double()
 
 
 def name_of(loss_terms: object) -> str:

@@ -177,6 +177,8 @@ def smallest(scores: Params, k: int) -> dict[str, Bool[Tensor, "..."]]:
         raise ConfigError(f"k={k}: the number of entries to choose cannot be negative.")
     scores = {name: score.contiguous() for name, score in scores.items()}
     masks = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
+    if len({score.dtype for score in scores.values()}) > 1:
+        scores = {name: score.double() for name, score in scores.items()}
     k = min(k, size(scores))
     if k == 0:
         return masks

@@ -19,12 +19,19 @@ def stream(seed: int, *names: str | int) -> torch.Generator:
 
 
 @contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Restore the global generators of torch behind the block; a DataLoader draws from them, for one."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
 def seeded(seed: int, *names: str | int) -> Iterator[None]:
     """Seed the global generators of torch inside the block and restore them behind it.
 
     For code that draws from the global generators: initialisation of modules, dropout.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with keeping_random_state():
         torch.manual_seed(derive(seed, *names))
         yield

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from expunge import params, progress
 from expunge.batches import Batches, LossTerms, micro_batches, shuffled, to_device
 from expunge.errors import ConfigError, NotFinite
-from expunge.seeds import seeded, stream
+from expunge.seeds import keeping_random_state, seeded, stream
 from expunge.trace import Trace
 
 Optimizer = Literal["sgd", "adamw"]
@@ -125,7 +125,7 @@ def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Tra
     """The mean loss a term in eval mode, without gradients."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    with params.restoring_modes(model), torch.no_grad():
+    with params.restoring_modes(model), keeping_random_state(), torch.no_grad():
         model.eval()
         for _, batch in micro_batches(data, 512)[1]:
             terms = loss_terms(model, to_device(batch, device))

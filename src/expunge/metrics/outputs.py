@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from expunge import params
 from expunge.batches import Batch, Batches, micro_batches, to_device
 from expunge.errors import ConfigError, NotFinite
+from expunge.seeds import keeping_random_state
 
 Logits = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # -> logits (examples, classes), labels (examples,)
 
@@ -64,7 +65,7 @@ def outputs(model: nn.Module, data: Batches, logits: Logits = images_and_labels,
     """
     device = next(model.parameters()).device
     parts = []
-    with params.restoring_modes(model), torch.no_grad():
+    with params.restoring_modes(model), keeping_random_state(), torch.no_grad():
         model.eval()
         for _, batch in micro_batches(data, batch_size)[1]:
             values, labels = logits(model, to_device(batch, device))

@@ -1,0 +1,112 @@
+"""The probe before a gradient pass: refuse losses and data under which a difference of passes would mean nothing."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from expunge.batches import Batch, Batches, LossTerms, indexed, map_tensors, plain, tensors_of, to_device
+from expunge.errors import ConfigError, NonDeterministicLoss
+
+_EXAMPLES, _BATCHES = 8, 2
+
+
+def checked_terms(terms: object) -> Tensor:
+    """What a loss returned, if it is usable.
+
+    Raises:
+        ConfigError: Not one loss a term, or without a gradient where one is needed.
+    """
+    if not isinstance(terms, Tensor) or terms.ndim != 1 or not terms.is_floating_point():
+        got = f"shape {tuple(terms.shape)}, {terms.dtype}" if isinstance(terms, Tensor) else type(terms).__name__
+        raise ConfigError(
+            f"loss_terms returned {got}; it must return one loss a term, shape (terms,). Use reduction='none': a "
+            "mean weighs a micro-batch by its size, and the difference of two passes would be meaningless."
+        )
+    if torch.is_grad_enabled() and not terms.requires_grad:
+        raise ConfigError(
+            "loss_terms returned a loss without a gradient: it does not depend on the selected parameters. Look "
+            "for .detach(), torch.no_grad(), or a wrong choice of parameters."
+        )
+    return terms
+
+
+def probe(model: nn.Module, loss_terms: LossTerms, data: Batches, device: torch.device) -> None:
+    """Try a few examples.
+
+    Raises:
+        NonDeterministicLoss: The data changes between readings, or a loss between calls or with its batch.
+        ConfigError: The loss is reduced, or has no gradient.
+    """
+    firsts, agains = list(_few(data)), list(_few(data))
+    a, b = tensors_of(firsts), tensors_of(agains)
+    if len(firsts) != len(agains) or len(a) != len(b) or not all(map(_same, a, b)):
+        raise NonDeterministicLoss(
+            "reading the data twice gave two different first batches. Switch off random augmentation and "
+            "shuffling for unlearning: every example once, always with the same preprocessing."
+        )
+    precision = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    for number, batch in enumerate(to_device(firsts, device)):
+        with torch.no_grad():
+            terms, repeated = checked_terms(loss_terms(model, batch)), checked_terms(loss_terms(model, batch))
+            if not _same(terms, repeated, tolerance=0 if device.type == "cpu" else 1e-4):
+                raise NonDeterministicLoss(
+                    f"the same {_length(batch) or 'few'} examples gave two different losses in eval mode (summed "
+                    f"{float(terms.sum()):.7g}, then {float(repeated.sum()):.7g}). Look for dropout as a function "
+                    "(pass training=self.training) or noise in forward()."
+                )
+            halves = _halves(batch) if number == 0 else None  # a property of the loss: once is enough
+            if halves:
+                first, second = (checked_terms(loss_terms(model, half)) for half in halves)
+                _require_additive(terms, first, second, tolerance=max(1e-3, 64 * precision))
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float = 0) -> bool:
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, tolerance, 1e-4 * tolerance, equal_nan=True)
+    )
+
+
+def _few(data: Batches) -> Iterator[Batch]:
+    """The first few examples of the first few batches."""
+    known = indexed(data)
+    if known is not None:
+        starts = range(0, min(len(known.positions), _EXAMPLES * _BATCHES), _EXAMPLES)
+        yield from known.fetch([slice(start, start + _EXAMPLES) for start in starts])
+        return
+    for batch in itertools.islice(plain(data), _BATCHES):
+        yield _rows(batch, 0, _EXAMPLES) if _length(batch) else batch
+
+
+def _length(batch: Batch) -> int | None:
+    """The number of examples, if every tensor has the same first dimension."""
+    lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(batch)}
+    return lengths.pop() if len(lengths) == 1 and -1 not in lengths else None
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    return map_tensors(batch, lambda tensor: tensor[start:stop])
+
+
+def _halves(batch: Batch) -> tuple[Batch, Batch] | None:
+    length = _length(batch)
+    if length is None or length < 2:
+        return None
+    return _rows(batch, 0, length // 2), _rows(batch, length // 2, length)
+
+
+def _require_additive(whole: Tensor, first: Tensor, second: Tensor, tolerance: float) -> None:
+    if len(whole) != len(first) + len(second):
+        raise ConfigError(
+            f"loss_terms returned {len(whole)} terms for a few examples, and {len(first)} + {len(second)} for their "
+            "two halves. It must return one loss an example (or a token), not a mean: use reduction='none'."
+        )
+    sums, parts = float(whole.double().sum()), float(first.double().sum() + second.double().sum())
+    scale = float(whole.double().abs().sum())
+    if abs(sums - parts) > tolerance * scale:
+        raise NonDeterministicLoss(
+            f"a few examples have a summed loss of {sums:.7g} together and {parts:.7g} in two halves: the loss of "
+            "an example depends on its batch. Look for BatchNorm without running statistics, a mean over the "
+            "batch, or other examples of the batch used as negatives."
+        )
