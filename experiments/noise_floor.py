@@ -2,10 +2,10 @@
 
 Claim: the true error of a difference is within the floor for at least 99 % of the entries, and the lowest decile of
 knowledge values above the floor is the one that exact arithmetic gives.
-Setting: 1,500 handwritten digits, three networks in float32, three levels of fit, 1 to 100 records removed. The truth is
-the same difference in float64.
+Setting: 1,500 handwritten digits, three networks in float32, three levels of fit, 1 to 100 records removed. The
+truth is the same difference in float64.
 Cost: about a minute on one core.
-Expected: "within" at 0.99 or more but for the hardest record of a network that fits everything else.
+Expected: "within" at 0.99 or more in most cases and never below 0.95; the overlap at 1.
 
     python experiments/noise_floor.py
 """
@@ -80,7 +80,7 @@ def main() -> None:
     """Print a line a case and keep them in ``results/``."""
     torch.set_num_threads(1)
     data = digits(1500, seed=0).train
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for name, build in NETWORKS.items():
         for epochs in EPOCHS:
             with seeded(0, name):
@@ -89,7 +89,9 @@ def main() -> None:
             loss = gradient(model, cross_entropy, data).mean_loss
             for case, removed in removals(model, data).items():
                 within, error, overlap = measure(model, data, removed)
-                lines.append((name, epochs, f"{loss:.3g}", case, f"{within:.4f}", f"{error:.2e}", f"{overlap:.3f}"))
+                lines.append(
+                    (name, str(epochs), f"{loss:.3g}", case, f"{within:.4f}", f"{error:.2e}", f"{overlap:.3f}")
+                )
                 print(*lines[-1], sep="  ", flush=True)
     columns = (
         "network",
@@ -98,7 +100,7 @@ def main() -> None:
         "removed",
         "within the floor",
         "relative error",
-        "overlap of lowest decile",
+        "overlap of decile",
     )
     write_csv(Path(__file__).parent.parent / "results" / "noise_floor.csv", columns, lines)
     within = sorted(float(line[4]) for line in lines)
