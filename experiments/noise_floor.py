@@ -11,6 +11,7 @@ Expected: "within" at 0.99 or more in most cases and never below 0.95; the overl
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from expunge.params import size, smallest
 from expunge.rows import write_csv
 from expunge.selectors import knowledge_values
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "MLP": lambda: MLP((64, 64, 10)),
     "ConvNet": lambda: ConvNet(widths=(16, 32), batch_norm=False),
     "ConvNet with BatchNorm": lambda: ConvNet(widths=(16, 32)),
@@ -103,8 +104,8 @@ def main() -> None:
         "overlap of decile",
     )
     write_csv(Path(__file__).parent.parent / "results" / "noise_floor.csv", columns, lines)
-    within = sorted(float(line[4]) for line in lines)
-    print(f"{sum(w >= 0.99 for w in within)} of {len(within)} cases at 0.99 or more; lowest {within[:3]}")
+    shares = sorted(float(line[4]) for line in lines)
+    print(f"{sum(share >= 0.99 for share in shares)} of {len(shares)} cases at 0.99 or more; lowest {shares[:3]}")
 
 
 if __name__ == "__main__":

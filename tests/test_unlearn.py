@@ -79,11 +79,14 @@ def test_configurations_name_their_method():
     assert len({method.config for method in METHODS.values()}) == len(METHODS)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("plain", "layers.linear1.bias"), ("batch-norm", "1.running_var")])
-def test_a_model_that_is_not_finite_is_refused(kind, name):
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [("plain", "layers.linear1.bias", math.inf), ("batch-norm", "1.running_var", math.nan)],
+)
+def test_a_model_that_is_not_finite_is_refused(kind, name, value):
     here = world(kind)
     model = copy.deepcopy(here.model)
-    model.state_dict()[name][0] = math.inf
+    model.state_dict()[name][0] = value
     with pytest.raises(NotFinite, match=f"the model to unlearn from: tensor '{name}' has 1 of 12"):
         unlearn(model, here.blind(full=None), quick("fine-tune"))
 
@@ -93,6 +96,14 @@ def test_statistics_that_overflow_are_reported_though_the_weights_are_finite():
     inputs, labels = here.retain.tensors
     with pytest.raises(NotFinite, match=r"the result of fine-tune: tensor '1.running_var'"):
         unlearn(here.model, here.blind(retain=Examples(inputs * 1e20, labels)), quick("fine-tune"))
+
+
+def test_a_buffer_may_hold_infinities_that_were_there_before():
+    here = world()
+    model = copy.deepcopy(here.model)
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    result = unlearn(model, here.blind(full=None), quick("fine-tune")).model
+    assert result.mask.tolist() == [0, -math.inf]
 
 
 def test_a_compiled_model_comes_back_uncompiled_with_the_same_bits():
@@ -257,6 +268,7 @@ def test_all_of_the_defaults_are_those_of_the_sources():
     assert (GradientAscent().recipe.epochs, GradientAscent().recipe.lr) == (5, 1e-3)  # SalUn
     assert (Reload().published_code, Reload().selector) == ((), "small-kv")  # the paper, not its released code
     assert Reload().fine_tune.epochs == 35  # the paper
+    assert (Reload().priming_lr, Reload().tolerance, Reload().reset_untouched) == (1.0, 0.05, False)
 
 
 # The trace

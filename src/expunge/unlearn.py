@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     if method.blind and isinstance(given, Sighted):
         given = Blind(**{field.name: getattr(given, field.name) for field in fields(Blind)})
     inner = params.plain(model)
-    params.require_finite(_tensors(inner), "the model to unlearn from")
+    infinite = {name for name, buffer in inner.named_buffers() if bool(buffer.isinf().any())}  # masks, on purpose
+    params.require_finite(_tensors(inner, infinite), "the model to unlearn from")
     if given.full is not None:
         given.full.origin.require(Origin.of(inner, given.loss_terms), "the cached gradient")
     # torch imports its compiler at the first optimiser step, a second that belongs to no method: do it off the clock.
@@ -58,9 +60,11 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     trace = Trace(method.name, seed, watch=watch)
     unlearned = method.run(copy.deepcopy(inner), given, config, seed=seed, trace=trace)
     unlearned.zero_grad(set_to_none=True)
-    params.require_finite(_tensors(unlearned), f"the result of {method.name}")
+    params.require_finite(_tensors(unlearned, infinite), f"the result of {method.name}")
     return Unlearned(unlearned, trace)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def _tensors(model: nn.Module, infinite: set[str]) -> dict[str, Tensor]:
+    """All parameters and buffers; buffers that may be infinite with zeros in place of infinities."""
+    buffers = {n: b.nan_to_num(math.nan, 0, 0) if n in infinite else b for n, b in model.named_buffers()}
+    return dict(model.named_parameters()) | buffers
