@@ -16,7 +16,9 @@ import expunge
 from expunge.cli import COMMANDS
 from expunge.methods import METHODS, Method
 from expunge.metrics import classification, membership
+from expunge.report import markdown
 from expunge.report.definitions import METRICS
+from expunge.rows import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -70,7 +72,19 @@ def metrics_list() -> str:
     return "\n\n".join(parts)
 
 
-GENERATED = {"methods-table": methods_table, "methods": method_sections, "metrics": metrics_list}
+def demo_table() -> str:
+    """What the demo measured, from the rows it left."""
+    rows = read_rows(ROOT / "results" / "demo_rows.csv")
+    shown = [row for row in rows if row.metric in ("ΔFA", "ΔFE", "ΔFMIA", "NSKL", "Cost")]
+    return markdown(shown, "removal")
+
+
+GENERATED = {
+    "demo": demo_table,
+    "methods-table": methods_table,
+    "methods": method_sections,
+    "metrics": metrics_list,
+}
 
 
 def refreshed(text: str) -> str:
