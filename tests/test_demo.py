@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from expunge.bench import demo, digits
 from expunge.data.digits import digits as load_digits
 from expunge.errors import ConfigError
+from expunge.metrics import membership
 from expunge.rows import read_rows
 from expunge.scenarios.removal import random_removal
 
@@ -20,6 +21,9 @@ from expunge.scenarios.removal import random_removal
 @pytest.fixture
 def short(monkeypatch):
     monkeypatch.setattr(digits, "RECIPE", replace(digits.RECIPE, epochs=4))
+    quick = replace(digits.RELOAD, fine_tune=replace(digits.RELOAD.fine_tune, epochs=2))
+    monkeypatch.setattr(digits, "RELOAD", quick)
+    monkeypatch.setattr(membership, "DRAWS", 1)
 
 
 def values(folder):

@@ -1,9 +1,18 @@
 """What methods share that work on classifiers only: batches of (inputs, class numbers), a model that gives logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor, nn
 
-from expunge.batches import Batch
-from expunge.errors import UnsupportedModule
+from expunge import params
+from expunge.access import Sighted
+from expunge.batches import Batch, Batches, micro_batches, to_device
+from expunge.errors import ConfigError, UnsupportedModule
+from expunge.seeds import keeping_random_state
+
+READING = 512  # positions a batch, where nothing is trained
 
 
 def inputs_and_labels(batch: Batch, method: str) -> tuple[Tensor, Tensor]:
@@ -38,3 +47,83 @@ def logits(model: nn.Module, inputs: Tensor, method: str) -> Tensor:
         got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise UnsupportedModule(f"{method} needs logits of shape (examples, classes), and the model returned {got}.")
     return found
+
+
+def labelled(data: Batches, device: torch.device, method: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and class numbers of all the data, in order, on a device.
+
+    Raises:
+        UnsupportedModule: The batches are not (inputs, class numbers).
+    """
+    for _, batch in micro_batches(data, READING)[1]:
+        yield inputs_and_labels(to_device(batch, device), method)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode; training flags and the global generators, which a DataLoader draws from, are restored behind it."""
+    with params.restoring_modes(model), keeping_random_state():
+        model.eval()
+        yield
+
+
+def require_whole_classes(given: Sighted, method: str, any_forget_set: bool) -> tuple[int, ...]:
+    """The classes of the removed records, all of whose records are removed.
+
+    Args:
+        given: Labels are read, inputs are not.
+        method: Its name.
+        any_forget_set: Do not insist that the classes are gone from what is left.
+
+    Raises:
+        ConfigError: A class of the removed records is also in what is left.
+        UnsupportedModule: The batches are not (inputs, class numbers).
+    """
+    with keeping_random_state():
+        removed = _classes(given.forget, method)
+        both = set() if any_forget_set else removed & _classes(given.retain, method)
+    if both:
+        raise ConfigError(
+            f"{method} removes whole classes, and class {min(both)} is both among the removed records and in what is "
+            f"left ({len(both)} of {len(removed)} such classes): it would be forgotten altogether. Remove all records "
+            "of a class, take another method, or accept it with any_forget_set=True."
+        )
+    return tuple(sorted(removed))
+
+
+def _classes(data: Batches, method: str) -> set[int]:
+    return {int(each) for _, labels in labelled(data, torch.device("cpu"), method) for each in labels.unique()}
+
+
+def classifying_layer(model: nn.Module, inputs: Tensor, method: str) -> nn.Linear:
+    """The linear layer whose outputs are the logits, found by running a few examples in eval mode.
+
+    Raises:
+        UnsupportedModule: The logits come from something else, such as a convolution or a scaled layer.
+    """
+    outputs: list[tuple[nn.Linear, Tensor]] = []
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [layer.register_forward_hook(lambda own, _, out: outputs.append((own, out))) for layer in linear]
+    try:
+        with in_eval_mode(model), torch.no_grad():
+            found = logits(model, inputs, method)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if outputs and outputs[-1][1].shape == found.shape and torch.equal(outputs[-1][1], found):
+        return outputs[-1][0]
+    raise UnsupportedModule(
+        f"{method} works on the embeddings that a last nn.Linear turns into the logits, and those of "
+        f"{type(model).__name__} come from something else. End the model with an nn.Linear, without anything behind it."
+    )
+
+
+@contextmanager
+def embeddings(layer: nn.Linear) -> Iterator[list[Tensor]]:
+    """Collect what goes into the classifying layer; take it out of the list after every forward pass."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
