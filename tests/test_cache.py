@@ -121,7 +121,7 @@ def test_the_header_says_what_the_cache_is(tmp_path):
         parameters=6,
         entries=params.size(full.total),
     )
-    assert json.loads(json.dumps(cache.as_dict(header)))["entries"] == 5 * 6 + 6 + 6 + 6 + 6 * 3 + 3
+    assert json.loads(json.dumps(dataclasses.asdict(header)))["entries"] == 5 * 6 + 6 + 6 + 6 + 6 * 3 + 3
 
 
 def accepted(path: Path, content: bytes, model: nn.Module) -> bool:

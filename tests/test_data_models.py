@@ -4,12 +4,13 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from expunge.data.digits import COUNT, digits
 from expunge.errors import ConfigError, MissingExtra
 from expunge.models.convnet import ConvNet
 from expunge.models.mlp import MLP
-from expunge.models.resnet import ResNet18
+from expunge.models.resnet import BasicBlock, ResNet18
 
 
 def rows(images: torch.Tensor) -> list[tuple[float, ...]]:
@@ -80,7 +81,10 @@ def test_without_scikit_learn_the_cure_is_named(monkeypatch):
 )
 def test_convnet_maps_images_to_logits(batch_norm, channels, size, classes, widths):
     model = ConvNet(channels, classes, widths, batch_norm)
-    assert model(torch.randn(5, channels, size, size + 1)).shape == (5, classes)
+    images = torch.randn(5, channels, size, size + 1)
+    shrunk = 2 ** (len(widths) - 1)
+    assert model.features(images).shape == (5, widths[-1], size // shrunk, (size + 1) // shrunk)
+    assert model(images).shape == (5, classes)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert [norm.num_features for norm in norms] == (list(widths) if batch_norm else [])
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -104,6 +108,15 @@ def test_resnet_halves_three_times_and_doubles_its_channels(channels, classes, w
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert sum(layer.kernel_size == (3, 3) for layer in convolutions) == 17  # and the head: 18 layers
     assert sum(layer.kernel_size == (1, 1) for layer in convolutions) == 3
+
+
+@pytest.mark.parametrize(("outputs", "stride"), [(4, 1), (6, 2)])
+def test_a_residual_block_adds_to_its_shortcut(outputs, stride):
+    block, images = BasicBlock(4, outputs, stride).eval(), torch.rand(2, 4, 6, 6)
+    through = functional.relu(block.shortcut(images))
+    assert not torch.equal(block(images), through)
+    nn.init.zeros_(block.norm2.weight)
+    assert torch.equal(block(images), through)
 
 
 def test_resnet_of_full_width_has_the_published_number_of_parameters():

@@ -91,7 +91,6 @@ NOT_REPEATABLE = [
     (lambda: gradient(network("mlp"), cross_entropy, DataLoader(Augmented(), batch_size=4)), "reading the data twice"),
     (lambda: gradient(network("mlp"), cross_entropy, Reshuffled()), "reading the data twice"),
     (lambda: gradient(network("mlp"), cross_entropy, Reshuffled(fewer=True)), "reading the data twice"),
-    (lambda: gradient(network("mlp"), cross_entropy, UsedUp(3)), "reading the data twice"),
     (
         lambda: gradient(batch_norm_without_statistics(), cross_entropy, DATA),
         "summed loss of .* together and .* in two halves: .*BatchNorm without running statistics",
@@ -165,7 +164,7 @@ def test_outputs_and_targets_of_different_shape_are_not_broadcast():
         (lambda: gradient(network("mlp"), cross_entropy, DATA, parameters=[]), "nothing trainable"),
         (lambda: gradient(network("mlp"), cross_entropy, DATA, micro_batch=0), "micro_batch=0: .*at least one"),
         (lambda: gradient(network("mlp"), cross_entropy, iter([DATA.tensors])), "can be read only once"),
-        (lambda: gradient(network("mlp"), cross_entropy, UsedUp(1)), "0 batches gave no loss term.*read only once"),
+        (lambda: gradient(network("mlp"), cross_entropy, UsedUp(1)), "can be read only once"),
         (lambda: gradient(network("mlp"), cross_entropy, []), "is empty: there is nothing left to learn from"),
         (lambda: gradient(network("mlp"), cross_entropy, DATA.only(torch.tensor([]))), "is empty"),
         (

@@ -226,8 +226,11 @@ def test_a_profile_leaves_out_what_its_splits_do_not_allow():
     model = splits(0)
     assert [each.metric for each in profile({"retain": model["retain"]}).values] == ["NA"]
     assert [each.metric for each in profile({"forget": model["forget"]}).values] == ["FA", "FE"]
-    few = {"forget": some(count=4), "test": model["test"]}
+    few, enough = ({"forget": some(count=count), "test": model["test"]} for count in (4, 5))
     assert [each.metric for each in profile(few).values] == ["FA", "TA", "FE"]
+    assert [each.metric for each in profile(enough).values] == ["FA", "TA", "FE", "FMIA", "AUC"]
+    found = distances(profile(enough), profile(enough))
+    assert [each.metric for each in found] == ["ΔFA", "ΔFE", "ΔFMIA", "ΔAUC", "FSKL"]
 
 
 def test_distances_are_absolute_gaps_and_divergences_to_the_retrained_model():

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from expunge import Blind, Examples, Recipe, Reload, cross_entropy, gradient, train, unlearn
 from expunge.models.mlp import MLP
+from expunge.seeds import derive
 
 ROUNDOFF = 2.0**-53  # of float64
 SIZE = 8  # positions a micro-batch
@@ -104,10 +105,12 @@ def flat_reload(trained: Trained, config: Reload, seed: int) -> Flat:
     removed = full - torch.stack(list(of_kept.values())).sum(0)
     # The rounding floor: 4 u of what each micro-batch adds; the touched ones were rounded in both passes, and spread
     # to their rows and columns; then the float64 sums, and the removed gradient itself.
-    touched = len(set((REMOVED // SIZE).tolist())) / len(of_all)
+    lost = set((REMOVED // SIZE).tolist())
+    size_lost = sum(float(g[n].abs().sum()) for g in (of_all, of_kept) for n in lost & set(g))
+    touched = size_lost / sum(float(g.abs().sum()) for g in of_all.values())
     accumulation = 2.0**-54 * len(of_all) ** 0.5 / ROUNDOFF
     floor = 4 * ROUNDOFF * torch.stack(list(of_all.values())).abs().sum(0)
-    noise = 2 * touched * spread(floor, trained.model) + accumulation * floor + 32 * ROUNDOFF * removed.abs()
+    noise = touched * spread(floor, trained.model) + accumulation * floor + 32 * ROUNDOFF * removed.abs()
     eps = float(noise.mean()) if config.eps == "auto" else config.eps
     knowledge = (removed.abs() + eps) / (full.abs() + eps)
     wanted = int(Decimal(str(config.reset_fraction)) * len(full))
@@ -119,7 +122,7 @@ def flat_reload(trained: Trained, config: Reload, seed: int) -> Flat:
     chosen[allowed[:wanted]] = True
     before = flat(trained.model)
     after = before + (config.priming_lr or 0) / len(everything) * removed
-    after[chosen] = flat(fresh(trained.kind, seed))[chosen]
+    after[chosen] = flat(fresh(trained.kind, derive(seed, "fresh") % 2**31))[chosen]
     return Flat(before, full, removed, noise, eps, paper_choice, chosen, wanted, after)
 
 
@@ -153,7 +156,7 @@ def test_reload_equals_the_one_on_a_flat_vector(trained, reset_untouched, fracti
         warnings.simplefilter("ignore")  # too few informative entries at 0.9, on purpose
         result = unlearn(trained.model, trained.given, config, seed=4).model
     after = flat(result)
-    assert torch.equal(after == flat(fresh(trained.kind, 4)), expected.chosen)
+    assert torch.equal(after == flat(fresh(trained.kind, derive(4, "fresh") % 2**31)), expected.chosen)
     torch.testing.assert_close(after, expected.after, rtol=0, atol=1e-12)
     buffers = zip(result.buffers(), trained.model.buffers(), strict=True)
     assert all(torch.equal(now, before) for now, before in buffers)
@@ -169,6 +172,8 @@ def test_the_trace_says_what_the_flat_vector_says(trained, reset_untouched):
     inputs, labels = trained.original.tensors
     losses = functional.cross_entropy(copy.deepcopy(trained.model).eval()(inputs), labels, reduction="none").detach()
     assert trace.facts == {
+        "removed_count": len(REMOVED),
+        "cached_count": len(labels),
         "eps": pytest.approx(expected.eps, rel=1e-6, abs=0),
         "relative_noise": pytest.approx(float(expected.noise.norm() / expected.removed.norm()), rel=1e-6, abs=0),
         "informative_share": pytest.approx(float(informative.double().mean()), abs=1e-12),

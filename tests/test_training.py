@@ -1,6 +1,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -327,6 +328,7 @@ def test_patience_zero_never_ends():
         ({"momentum": 1.0}, r"momentum=1.0: must be in \[0, 1\)"),
         ({"momentum": -0.1}, r"momentum=-0.1: must be in \[0, 1\)"),
         ({"weight_decay": -1e-4}, "weight_decay=-0.0001: must be 0 or more"),
+        ({"weight_decay": math.inf}, "weight_decay=inf: must be 0 or more"),
         ({"optimizer": "adam"}, "optimizer='adam': must be one of .*'adamw'"),
         ({"schedule": "linear"}, "schedule='linear': must be one of .*'one-cycle'"),
     ],
@@ -334,3 +336,9 @@ def test_patience_zero_never_ends():
 def test_recipes_that_cannot_work_are_refused(settings, message):
     with without_type_checks(), pytest.raises(ConfigError, match=message):
         Recipe(**({"epochs": 1, "lr": 0.1} | settings))
+
+
+def test_recipes_at_the_edge_of_what_works_are_accepted_and_settings_have_names():
+    recipe = Recipe(epochs=0, lr=1e-300, batch_size=1, momentum=0.0, weight_decay=0.0)
+    assert recipe.factor(0) == 1
+    assert all(field.kw_only for field in fields(Recipe))

@@ -169,23 +169,35 @@ def test_a_fresh_model_depends_on_the_seed_alone():
     for number, seed in enumerate((5, 5, 6)):
         with torch.random.fork_rng():
             torch.manual_seed(number)
-            models.append(state(given.fresh_model(seed)))
+            models.append(state(given.fresh_model(seed, world().model)))
     assert same(models[0], models[1])
     assert not same(models[0], models[2])
     Blind(
         retain=given.retain, loss_terms=cross_entropy, fresh=lambda seed: seeds.append(seed) or nn.Linear(1, 1)
-    ).fresh_model(7)
-    assert seeds == [7]
+    ).fresh_model(7, nn.Linear(1, 1))
+    assert seeds != [7]  # derived: or a fresh that seeds torch with it gives the original's own first values
+
+
+def test_a_fresh_that_gives_the_trained_weights_builds_no_module_or_another_architecture_is_refused():
+    here = world()
+    blind = lambda fresh: Blind(retain=here.retain, loss_terms=cross_entropy, fresh=fresh)  # noqa: E731
+    with pytest.raises(ConfigError, match=r"fresh\(\) returned the weights to be unlearned"):
+        blind(lambda _: here.model).fresh_model(0, here.model)
+    with pytest.raises(MismatchError, match="only what fresh"):
+        blind(lambda _: nn.Sequential(here.model, nn.Linear(3, 3))).fresh_model(0, here.model)
+    with pytest.raises(ConfigError, match=r"fresh\(\) returned NoneType"):
+        untyped = blind(lambda _: here.model)
+        object.__setattr__(untyped, "fresh", lambda _: None)
+        untyped.fresh_model(0, here.model)
 
 
 def test_fresh_values_have_the_type_of_the_model_and_only_the_names_asked_for():
     here = world()
     model = copy.deepcopy(here.model).double()
-    like = {"layers.linear1.bias": dict(model.named_parameters())["layers.linear1.bias"]}
-    values = here.blind().fresh_values(2, like)
+    values = here.blind().fresh_values(2, model, ["layers.linear1.bias"])
     assert list(values) == ["layers.linear1.bias"]
     assert values["layers.linear1.bias"].dtype == torch.float64
-    expected = here.blind().fresh_model(2).layers.linear1.bias.detach().double()
+    expected = here.blind().fresh_model(2, model).layers.linear1.bias.detach().double()
     assert torch.equal(values["layers.linear1.bias"], expected)
 
 
@@ -205,7 +217,7 @@ def test_retraining_is_training_a_fresh_model_on_what_is_left_bit_for_bit(kind):
     here = world(kind)
     recipe = Recipe(epochs=4, lr=0.07, batch_size=10)
     result = unlearn(here.model, here.blind(), Retrain(recipe=recipe), seed=9)
-    model = here.blind().fresh_model(9)
+    model = here.blind().fresh_model(9, here.model)
     trace = train(model, here.retain, cross_entropy, recipe, seed=9)
     assert same(state(result.model), state(model))
     assert result.trace.losses == trace.losses

@@ -10,6 +10,9 @@ from setup import RECORDS
 def main(positions: list[int]) -> None:
     """Rewrite the records without these."""
     stored = load_file(RECORDS)
+    unknown = set(positions) - set(stored["positions"].tolist())
+    if unknown:
+        sys.exit(f"no records at positions {sorted(unknown)}; nothing was deleted")
     left = ~torch.isin(stored["positions"], torch.tensor(positions))
     save_file({name: tensor[left] for name, tensor in stored.items()}, RECORDS)
     print(f"{int((~left).sum())} records deleted, {int(left.sum())} left")

@@ -1,15 +1,31 @@
 """Remove deleted or corrected training data from a trained PyTorch model, without that data."""
 
-from expunge import cache, selectors
+from expunge import cache, exact, selectors
 from expunge.access import Blind, Sighted
 from expunge.batches import Batches, Examples, LossTerms
 from expunge.gradient import Gradient, gradient
 from expunge.losses import causal_lm, cross_entropy, squared_error
 from expunge.methods import METHODS
+from expunge.methods.amnesiac import Amnesiac
+from expunge.methods.bad_teacher import BadTeacher
+from expunge.methods.boundary_expand import BoundaryExpand
+from expunge.methods.boundary_shrink import BoundaryShrink
+from expunge.methods.cf_k import CFk
+from expunge.methods.duck import Duck
+from expunge.methods.eu_k import EUk
 from expunge.methods.fine_tune import FineTune
+from expunge.methods.fisher import FisherForgetting
+from expunge.methods.gar import GAR
 from expunge.methods.gradient_ascent import GradientAscent
+from expunge.methods.grda import GRDA
+from expunge.methods.l1_sparse import L1Sparse
 from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
+from expunge.methods.salun import SalUn
+from expunge.methods.scrub import Scrub
+from expunge.methods.ssd import SSD
+from expunge.methods.unsir import Unsir
+from expunge.methods.update_log import UpdateLog
 from expunge.params import Params
 from expunge.seeds import seeded, stream
 from expunge.trace import Trace
@@ -17,24 +33,41 @@ from expunge.training import Recipe, train
 from expunge.unlearn import Unlearned, unlearn
 
 __all__ = [
+    "GAR",
+    "GRDA",
     "METHODS",
+    "SSD",
+    "Amnesiac",
+    "BadTeacher",
     "Batches",
     "Blind",
+    "BoundaryExpand",
+    "BoundaryShrink",
+    "CFk",
+    "Duck",
+    "EUk",
     "Examples",
     "FineTune",
+    "FisherForgetting",
     "Gradient",
     "GradientAscent",
+    "L1Sparse",
     "LossTerms",
     "Params",
     "Recipe",
     "Reload",
     "Retrain",
+    "SalUn",
+    "Scrub",
     "Sighted",
     "Trace",
     "Unlearned",
+    "Unsir",
+    "UpdateLog",
     "cache",
     "causal_lm",
     "cross_entropy",
+    "exact",
     "gradient",
     "seeded",
     "selectors",

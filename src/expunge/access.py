@@ -1,8 +1,9 @@
 """What a method may see. The annotation of a method's second argument is its access right."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from expunge import params
@@ -10,7 +11,7 @@ from expunge.batches import Batches, LossTerms, require_reiterable
 from expunge.errors import ConfigError
 from expunge.gradient import Gradient
 from expunge.params import Params
-from expunge.seeds import seeded
+from expunge.seeds import derive, seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +43,36 @@ class Blind:
             )
         return self.full
 
-    def fresh_model(self, seed: int) -> nn.Module:
-        """An untrained model; the same for the same seed, whatever the global generators are at."""
-        with seeded(seed, "fresh"):
-            return self.fresh(seed)
+    def fresh_model(self, seed: int, like: nn.Module) -> nn.Module:
+        """An untrained model of the architecture of another; the same for the same seed.
 
-    def fresh_values(self, seed: int, like: Mapping[str, nn.Parameter]) -> Params:
-        """The values of the given parameters in an untrained model, on their devices and in their types.
+        What ``fresh`` is called with is derived from the seed: a ``fresh`` that seeds torch with it would otherwise
+        give back the very values that the original was once trained from with the same seed.
 
         Raises:
+            ConfigError: ``fresh`` builds no module.
             MismatchError: ``fresh`` builds another architecture.
         """
-        everything = params.named_parameters(self.fresh_model(seed), lambda *_: True)
-        untrained = {name: p for name, p in everything.items() if name in like}
-        params.require_same_names(dict(like), dict(untrained), "the model", "what fresh() builds")
-        return {name: untrained[name].detach().to(p) for name, p in like.items()}
+        with seeded(seed, "fresh"):
+            untrained = self.fresh(derive(seed, "fresh") % 2**31)
+        if not isinstance(untrained, nn.Module):
+            raise ConfigError(f"fresh() returned {type(untrained).__name__}: it must build an untrained model.")
+        names = [params.named_parameters(model, lambda _, __: True) for model in (like, untrained)]
+        params.require_same_names(dict(names[0]), dict(names[1]), "the model", "what fresh() builds")
+        if all(torch.equal(p, names[1][name].to(p)) for name, p in names[0].items()):
+            raise ConfigError("fresh() returned the weights to be unlearned. It must build an untrained model.")
+        return untrained
+
+    def fresh_values(self, seed: int, model: nn.Module, names: Iterable[str]) -> Params:
+        """What some parameters of a model are in an untrained one, on their devices and in their types.
+
+        Raises:
+            ConfigError: ``fresh`` builds no module.
+            MismatchError: ``fresh`` builds another architecture.
+        """
+        trained = params.named_parameters(model, lambda _, __: True)
+        untrained = params.named_parameters(self.fresh_model(seed, model), lambda _, __: True)
+        return {name: untrained[name].detach().to(trained[name]) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ were deleted, and micro-batches that nothing was deleted from cancel *exactly* i
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -180,7 +180,9 @@ def require_reiterable(data: Batches, what: str) -> None:
                 f"{what} is a {type(data).__name__}, which holds no batches. Give Examples(x, y), a Dataset, a "
                 "DataLoader, or a list of batches."
             )
-        if iter(data) is data:
+        with keeping_random_state():
+            once = iter(data) is iter(data)  # true of an iterator, and of anything that hands out the same one again
+        if once:
             raise ConfigError(
                 f"{what} is a {type(data).__name__} that can be read only once, and unlearning reads the data "
                 "several times. Give Examples(x, y), a DataLoader, or a list of batches."
@@ -198,7 +200,10 @@ def plain(data: Batches) -> Iterable[Batch]:
 
 
 def _count(data: Batches) -> int | None:
-    return len(data) if isinstance(data, Sized) else None
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:  # a DataLoader over a stream has a __len__ that raises
+        return None
 
 
 def micro_batches(data: Batches, size: int) -> tuple[int | None, Iterator[tuple[int, Batch]]]:
@@ -222,20 +227,34 @@ def shuffled(data: Batches, size: int, generator: torch.Generator) -> tuple[int 
     Data without positions keeps its own batches in its own order. A last batch of one example joins the one
     before it, since BatchNorm cannot train on one.
     """
+    count, batches = positioned(data, size, generator)
+    return count, (batch for _, batch in batches)
+
+
+def positioned(
+    data: Batches, size: int, generator: torch.Generator
+) -> tuple[int | None, Iterator[tuple[Int[Tensor, " _"] | None, Batch]]]:
+    """The same as `shuffled`, each batch with the positions of its examples (None for data without positions)."""
     known = indexed(data)
     if known is None:
-        return _count(data), iter(plain(data))
-    rows = list(torch.randperm(len(known.positions), generator=generator).split(size))
+        return _count(data), ((None, batch) for batch in plain(data))
+    rows = drawn(len(known.positions), size, generator)
+    return len(rows), zip((known.positions[each] for each in rows), known.fetch(rows), strict=True)
+
+
+def drawn(count: int, size: int, generator: torch.Generator) -> list[Int[Tensor, " _"]]:
+    """The rows of each batch of an epoch over ``count`` examples, in random order; no last batch of one."""
+    rows = list(torch.randperm(count, generator=generator).split(size)) if count else []
     if len(rows) > 1 and len(rows[-1]) == 1:
         rows[-2:] = [torch.cat(rows[-2:])]
-    return len(rows), known.fetch(rows)
+    return rows
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """Apply a function to every tensor of a batch, keeping its structure."""
     if isinstance(batch, Tensor):
         return change(batch)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {key: map_tensors(value, change) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(value, change) for value in batch))

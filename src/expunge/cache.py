@@ -7,7 +7,7 @@ of one record, cache and weights together can give that record back.
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -205,18 +205,23 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
         {n: t.shape for n, t in total.items()} == {n: t.shape for n, t in noise.items()},
         "its totals and rounding floors have different names or shapes",
     )
+    require(
+        all(t.is_floating_point() and bool((t.isfinite() & (t >= 0)).all()) for t in noise.values()),
+        "its rounding floors are not finite and at least zero",
+    )
     require(header.count > 0, f"it counts {header.count} terms")
     require(0 < header.roundoff < 1, f"its roundoff is {header.roundoff}")
     require(math.isfinite(header.loss), f"its loss is {header.loss!r}")
     require(all(bool(t.isfinite().all()) for t in total.values()), "its gradient is not finite")
     if header.micro_batch is not None:
         grouped = [tensors.get(f"micro_batches/{name}", torch.empty(0)) for name in _GROUPED]
-        numbers, counts, losses, _ = grouped
+        numbers, counts, losses, magnitudes = grouped
         require(header.micro_batch > 0, f"its micro-batches have {header.micro_batch} positions")
         require(
-            {tensor.shape for tensor in grouped} == {(len(counts),)} and bool((numbers.diff() > 0).all()),
+            {tensor.shape for tensor in grouped} == {(counts.numel(),)} and bool((numbers.diff() > 0).all()),
             "its micro-batches are incomplete or out of order",
         )
+        require(bool((magnitudes.isfinite() & (magnitudes >= 0)).all()), "its micro-batches have impossible magnitudes")
         require(
             int(counts.sum()) == header.count,
             f"it counts {header.count} terms, its micro-batches {counts.sum()}",
@@ -231,8 +236,3 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
 def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
     lines = "".join(f"{key}={header[key]}\n" for key in sorted(header))
     return hashlib.sha256(f"{lines}{params.fingerprint(tensors)}\n".encode()).hexdigest()
-
-
-def as_dict(header: Header) -> dict[str, Any]:
-    """The header as plain values, for JSON."""
-    return asdict(header)

@@ -20,6 +20,7 @@ import tyro
 from torch import nn
 
 from expunge import cache as cache_file
+from expunge import losses
 from expunge.access import Blind, Sighted
 from expunge.errors import ConfigError, ExpungeError
 from expunge.files import write_text
@@ -27,7 +28,7 @@ from expunge.gradient import MICRO_BATCH, gradient
 from expunge.methods import METHODS, Method, method_of
 from expunge.metrics.compare import Measured, distances, profile
 from expunge.metrics.outputs import outputs
-from expunge.setup import Setup, load_setup
+from expunge.setup import SETUP, Setup, load_setup
 from expunge.unlearn import unlearn as unlearn_model
 from expunge.weights import load_weights, save_weights
 
@@ -38,7 +39,7 @@ else:
     MethodConfig = Annotated[functools.reduce(operator.or_, _each), tyro.conf.arg(name="")]
 
 SetupFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SETUP")]
-Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 def cache(
@@ -49,7 +50,8 @@ def cache(
     micro_batch: int = MICRO_BATCH,
     dtype: Literal["float64", "float32"] = "float64",
     device: str = "auto",
-    json: Json = False,
+    replace: Flag = False,
+    json: Flag = False,
 ) -> None:
     """Cache the gradient of all data at the trained weights, before anything is deleted.
 
@@ -60,8 +62,15 @@ def cache(
         micro_batch: Positions a micro-batch.
         dtype: float64, or float32 for half the size and a coarser difference.
         device: auto, cpu, cuda, cuda:1, …
+        replace: Write over a cache that exists.
         json: Print the header as JSON.
     """
+    _require_new(out, setup, weights)
+    if out.exists() and not replace:
+        raise ConfigError(
+            f"{out} exists. A cache made now would hold only the records that are left, and the old one cannot be "
+            "made again: give another name, or --replace if you are sure."
+        )
     loaded = load_setup(setup)
     model = _trained(loaded, weights, device)
     full = gradient(model, loaded.loss_terms, loaded.data("original"), micro_batch=micro_batch)
@@ -69,7 +78,7 @@ def cache(
     _show_header(out, json)
 
 
-def show(path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")], *, json: Json = False) -> None:
+def show(path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")], *, json: Flag = False) -> None:
     """Say what a cache holds, after verifying that it is undamaged.
 
     Args:
@@ -89,7 +98,7 @@ def unlearn(
     seed: int = 0,
     snapshots: Path | None = None,
     device: str = "auto",
-    json: Json = False,
+    json: Flag = False,
 ) -> None:
     """Remove what was deleted, or corrected, since the weights were trained.
 
@@ -106,6 +115,9 @@ def unlearn(
         device: auto, cpu, cuda, cuda:1, …
         json: Print the trace as JSON.
     """
+    story = out.with_name(out.name.removesuffix(".safetensors") + ".trace.json")
+    for path in (out, story):
+        _require_new(path, setup, weights, *([cache] if cache else []))
     loaded, row = load_setup(setup), method_of(method)
     model = _trained(loaded, weights, device)
     full = cache_file.load(cache, model, loaded.loss_terms) if cache is not None else None
@@ -128,11 +140,14 @@ def unlearn(
     settings = {"method": row.name, "seed": seed, "config": asdict(method)}  # type: ignore[call-overload]
     trace = {**result.trace.as_dict(), **settings}
     save_weights(out, result.model, {"unlearned": _json(settings)})
-    write_text(out.with_suffix(".trace.json"), _json(trace) + "\n")
+    write_text(story, _json(trace) + "\n")
     if json:
         print(_json(trace))
         return
     print(f"{row.name}: {sum(result.trace.seconds.values()):.2f} s ({_stages(result.trace.seconds)})")
+    facts = result.trace.facts
+    if "removed_count" in facts:
+        print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
     print(f"ended because: {result.trace.stopped}")
     print(f"weights: {out}\ntrace:   {out.with_suffix('.trace.json')}")
     print("The cache is personal data: destroy it now, and cache again if more deletions may come." if cache else "")
@@ -144,7 +159,7 @@ def evaluate(
     weights: Path,
     retrained: tuple[Path, ...] = (),
     device: str = "auto",
-    json: Json = False,
+    json: Flag = False,
 ) -> None:
     """Measure a model, and how far it is from one that was retrained from scratch.
 
@@ -182,7 +197,7 @@ def evaluate(
         print(f"{setup} defines no forget(): nothing was measured on the removed records.")
 
 
-def methods(*, json: Json = False) -> None:
+def methods(*, json: Flag = False) -> None:
     """List the methods, what they may see and what they do.
 
     Args:
@@ -244,11 +259,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # argument errors and --help
         return stop.code if isinstance(stop.code, int) else 2
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if _in_code_of_the_user(error):
+            print(f"expunge: {type(error).__name__} in your setup file's code or data: {error}", file=sys.stderr)
+            return 2
         print("expunge: this is a mistake of ours. Please report it with the lines above.", file=sys.stderr)
         return 1
     return 0
+
+
+def _in_code_of_the_user(error: Exception) -> bool:
+    """Whether it came out of a setup file, or out of a loss that the file's data does not fit."""
+    loaded = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(SETUP)]
+    return any(frame.filename in (*loaded, losses.__file__) for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _require_new(out: Path, *inputs: Path) -> None:
+    """Refuse to write over what a command reads, before anything is computed."""
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: name the file to write.")
+    if out.suffix in (".pt", ".pth", ".bin"):
+        raise ConfigError(f"{out} will be safetensors: give it the ending .safetensors, or it cannot be read back.")
+    for path in inputs:
+        if out.resolve() == path.resolve():
+            raise ConfigError(f"{out} is read by this command and would be overwritten. Give --out another name.")
 
 
 def _trained(setup: Setup, weights: Path, device: str) -> nn.Module:

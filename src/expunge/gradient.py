@@ -36,10 +36,13 @@ class MicroBatches:
     losses: Float[Tensor, " groups"]  # sums, nats, float64
     magnitudes: Float[Tensor, " groups"]  # sum of |g| over all entries of the group's gradient, float64
 
-    def touched_by(self, part: "MicroBatches") -> int:
-        """How many of these groups the other pass saw differently, or not at all.
+    def touched_by(self, part: "MicroBatches") -> tuple[int, float]:
+        """Which of these groups the other pass saw differently, or not at all.
 
-        Another number of threads can change the bits of a gradient and leave those of its loss, hence both.
+        Another number of threads can change the bits of a gradient and leave those of its loss, hence both count.
+
+        Returns:
+            How many, and what share of the magnitudes of all groups they make up: theirs here plus theirs there.
         """
         at = torch.searchsorted(self.numbers, part.numbers).clamp(max=len(self.numbers) - 1)
         if not torch.equal(self.numbers[at], part.numbers):
@@ -51,7 +54,9 @@ class MicroBatches:
             )
         same = (self.counts[at] == part.counts) & (self.losses[at] == part.losses)
         same &= self.magnitudes[at] == part.magnitudes
-        return len(self.numbers) - int(same.sum())
+        untouched, everything = float(part.magnitudes[same].sum()), float(self.magnitudes.sum())
+        share = (everything + float(part.magnitudes.sum()) - 2 * untouched) / everything if everything else 0.0
+        return len(self.numbers) - int(same.sum()), share
 
 
 @dataclass(frozen=True)
@@ -162,10 +167,9 @@ class Gradient:
             return None
         mine, theirs = self.micro_batches, part.micro_batches
         if mine is not None and theirs is not None and mine.size == theirs.size:
-            # A touched micro-batch was rounded once in each pass. The typical size of its rounding is the
-            # average over all of them; its own is not known for those that were deleted altogether.
+            # A touched micro-batch was rounded once in each pass, in proportion to its size.
             groups = len(mine.numbers)
-            touched = 2 * mine.touched_by(theirs) / groups
+            _, touched = mine.touched_by(theirs)
             accumulation = 2**-54 * math.sqrt(groups) / self.roundoff  # of the float64 sums
             noise = {name: _spread(floor) * touched + floor * accumulation for name, floor in self.noise.items()}
         else:
@@ -220,8 +224,8 @@ def gradient(
         NonDeterministicLoss: Dropout, noise, random augmentation, or a loss that depends on the batch.
         NotFinite: NaN or infinity in the weights, a loss (names the batch) or the gradient (names the tensor).
     """
-    if micro_batch < 1:
-        raise ConfigError(f"micro_batch={micro_batch}: a micro-batch holds at least one position.")
+    if not isinstance(micro_batch, int) or micro_batch < 1:
+        raise ConfigError(f"micro_batch={micro_batch}: it is a whole number of positions, at least one.")
     chosen = params.named_parameters(model, parameters)
     buffers = {n: b.nan_to_num(math.nan, 0, 0) for n, b in model.named_buffers()}  # a mask may hold infinity
     params.require_finite(dict(model.named_parameters()) | buffers, "before the gradient pass")
@@ -275,7 +279,7 @@ def _accumulate(
     loss = torch.stack(sums).cpu()
     _require_finite_losses(loss, numbers, micro_batch if indexed(data) else None)
     params.require_finite(total, "after the gradient pass")
-    roundoff = max(torch.finfo(p.dtype).eps for p in chosen.values()) / 2
+    roundoff = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()) / 2
     groups = MicroBatches(micro_batch, torch.tensor(numbers), torch.tensor(counts), loss, torch.stack(magnitudes).cpu())
     return Gradient(
         total=total,
@@ -295,7 +299,7 @@ def _backward_repeats(model: nn.Module, loss_terms: LossTerms, batch: Batch, cho
         p.grad = None
     loss_terms(model, batch).sum().backward()
     same = all((first[name] is None) == (p.grad is None) for name, p in chosen.items()) and all(
-        p.grad is None or torch.equal(p.grad, first[name])  # type: ignore[arg-type]
+        p.grad is None or torch.equal(p.grad.to_dense(), first[name].to_dense())  # type: ignore[union-attr]
         for name, p in chosen.items()
     )
     for name, p in chosen.items():

@@ -33,5 +33,7 @@ def seeded(seed: int, *names: str | int) -> Iterator[None]:
     For code that draws from the global generators: initialisation of modules, dropout.
     """
     with keeping_random_state():
-        torch.manual_seed(derive(seed, *names))
+        torch.default_generator.manual_seed(derive(seed, *names))
+        if torch.cuda.is_initialized():  # torch.manual_seed would also leave a seed for a later initialisation
+            torch.cuda.manual_seed_all(derive(seed, *names))
         yield

@@ -20,6 +20,8 @@ from expunge.errors import ConfigError, ExpungeError
 from expunge.metrics.outputs import Logits, images_and_labels
 from expunge.seeds import seeded
 
+SETUP = "expunge_setup_"  # what the names of setup modules begin with
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -85,7 +87,7 @@ def load_setup(path: Path | str) -> Setup:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such setup file.")
-    spec = importlib.util.spec_from_file_location(f"setup_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{SETUP}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: a setup file is Python, and its name ends in .py.")
     module = importlib.util.module_from_spec(spec)

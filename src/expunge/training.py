@@ -6,17 +6,30 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from expunge import params, progress
-from expunge.batches import Batches, LossTerms, micro_batches, shuffled, to_device
+from expunge.batches import Batches, LossTerms, micro_batches, positioned, to_device
 from expunge.errors import ConfigError, NotFinite
+from expunge.probe import checked_terms
 from expunge.seeds import keeping_random_state, seeded, stream
 from expunge.trace import Trace
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
 StopRule = Callable[[nn.Module, float], str | None]  # after each epoch, given its mean loss: a reason, or go on
+
+
+@dataclass(frozen=True)
+class Step:
+    """An update of the weights that was just made."""
+
+    positions: Int[Tensor, " _"] | None  # of the examples in its batch; None for data without positions
+    optimizer: torch.optim.Optimizer  # with the weights it moves, and what it remembers of them
+
+
+AfterStep = Callable[[Step], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,7 @@ def train(
     trace: Trace | None = None,
     stop: StopRule | None = None,
     freeze_statistics: bool = False,
+    after_step: AfterStep | None = None,
 ) -> Trace:
     """Minimise the mean loss, in place.
 
@@ -82,6 +96,7 @@ def train(
         trace: Where to record; a new one by default.
         stop: Asked after each epoch whether to end.
         freeze_statistics: Keep BatchNorm's running statistics, for data the model must not absorb.
+        after_step: Called after every update, to correct or to record it.
 
     Returns:
         The trace, with the reason why training ended in ``stopped``.
@@ -99,16 +114,18 @@ def train(
         _train_mode(model, freeze_statistics)
         for epoch in range(recipe.epochs):
             losses: list[Tensor] = []
-            count, batches = shuffled(data, recipe.batch_size, stream(seed, "shuffle", epoch))
             with seeded(seed, "train", epoch):
-                for step, batch in enumerate(batches):
+                count, batches = positioned(data, recipe.batch_size, stream(seed, "shuffle", epoch))
+                for step, (positions, batch) in enumerate(batches):
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * recipe.factor(epoch + (step / count if count else 0.0))
-                    terms = loss_terms(model, to_device(batch, device))
+                    terms = checked_terms(loss_terms(model, to_device(batch, device)))
                     loss = terms.mean()
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
+                    if after_step:
+                        after_step(Step(positions, optimizer))
                     losses.append(loss.detach())
                     trace.backwarded += len(terms)
             mean = _record(trace, losses, epoch)
@@ -128,7 +145,7 @@ def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Tra
     with params.restoring_modes(model), keeping_random_state(), torch.no_grad():
         model.eval()
         for _, batch in micro_batches(data, 512)[1]:
-            terms = loss_terms(model, to_device(batch, device))
+            terms = checked_terms(loss_terms(model, to_device(batch, device)))
             total += float(terms.sum())
             count += len(terms)
     if trace is not None:
@@ -149,13 +166,15 @@ def until_converged(
         patience: Epochs without a new lowest training loss that make a plateau; 0 for never.
         trace: Counts the extra forward passes.
     """
-    best, waited = math.inf, 0
+    best, waited, epoch = math.inf, 0, 0
     enough = target * (1 + tolerance)
 
     def stop(model: nn.Module, training_loss: float) -> str | None:
-        nonlocal best, waited
-        # The training loss is an average over moving weights, an upper estimate: look closer once it is near.
-        if training_loss <= 4 * enough:
+        nonlocal best, waited, epoch
+        epoch += 1
+        # The training loss is an average over moving weights (and dropout), an upper estimate: look closer once it
+        # is near, and now and then in any case.
+        if training_loss <= 4 * enough or epoch % 5 == 0:
             reached = mean_loss(model, data, loss_terms, trace)
             if reached <= enough:
                 return f"loss {reached:.4g} reached the original's {target:.4g} (tolerance {tolerance:.0%})"
@@ -188,6 +207,8 @@ def _train_mode(model: nn.Module, freeze_statistics: bool) -> None:
 
 
 def _record(trace: Trace, losses: list[Tensor], epoch: int) -> float:
+    if not losses:
+        raise ConfigError(f"{trace.method}: epoch {epoch + 1} had no batch. Is the data read only once?")
     values = torch.stack(losses).double().cpu()
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:

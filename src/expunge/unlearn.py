@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from torch import Tensor, nn
 
 from expunge import params
-from expunge.access import Blind, Sighted
+from expunge.access import Blind
 from expunge.errors import ForgetSetAccessed
 from expunge.gradient import Origin
 from expunge.methods import method_of
@@ -48,7 +48,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
             f"{method.name} needs the removed records and was given {type(given).__name__}. Give "
             "Sighted(forget=…), or take a blind method: their records are gone by design."
         )
-    if method.blind and isinstance(given, Sighted):
+    if method.blind and type(given) is not Blind:
         given = Blind(**{field.name: getattr(given, field.name) for field in fields(Blind)})
     inner = params.plain(model)
     infinite = {name for name, buffer in inner.named_buffers() if bool(buffer.isinf().any())}  # masks, on purpose

@@ -36,7 +36,11 @@ def load_weights(model: nn.Module, path: Path | str) -> nn.Module:
     stored = _read(Path(path))
     state = params.plain(model).state_dict()
     params.require_same_names(stored, state, f"{path}", "the model")
-    params.plain(model).load_state_dict(stored, assign=True)
+    inner = params.plain(model)
+    for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):
+        if name in stored:
+            tensor.data = tensor.data.to(stored[name].dtype)  # in place of assign=True, which would untie tied weights
+    inner.load_state_dict(stored)
     return model
 
 
@@ -50,7 +54,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             stored = load_file(path)
     except Exception as error:  # a foreign file can fail in many ways, and all have one cure
         raise ConfigError(
-            f"{path} cannot be read as weights ({str(error).splitlines()[0]}). Save them with "
+            f"{path} cannot be read as weights ({type(error).__name__}). Save them with "
             "safetensors.torch.save_file(model.state_dict(), …); files that could run code are not opened."
         ) from error
     if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):

@@ -195,9 +195,9 @@ def test_the_tripwire_works():
 @every_sighted_method
 def test_sighted_methods_do_read_the_removed_records(name):
     here = world()
-    forget = tripwire(here)
-    given = here.sighted(forget=forget)
-    forget.armed = True
+    forget, original = tripwire(here), tripwire(here)
+    given = here.sighted(forget=forget, original=original)
+    forget.armed = original.armed = True
     before = Tripwire.touched
     with pytest.raises((AssertionError, TypeCheckError)):  # the type checker touches it, too
         unlearn(here.model, given, quick(name))

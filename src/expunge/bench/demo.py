@@ -96,8 +96,18 @@ def _config() -> dict[str, Any]:
         "reload, label correction": asdict(digits.CORRECTING_RELOAD),
         "fine-tune, label correction": asdict(digits.CORRECTING_FINE_TUNE),
         "expunge": version("expunge"),
+        "sources": _sources(),
     }
     return dict(json.loads(json.dumps(settings)))
+
+
+def _sources() -> str:
+    """A hash of the library's code: other code is another run."""
+    digest = hashlib.sha256()
+    package = Path(digits.__file__).parent.parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _environment() -> dict[str, Any]:

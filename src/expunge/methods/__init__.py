@@ -13,7 +13,27 @@ from torch import nn
 
 from expunge.access import Blind, Sighted
 from expunge.errors import ConfigError
-from expunge.methods import fine_tune, gradient_ascent, reload, retrain
+from expunge.methods import (
+    amnesiac,
+    bad_teacher,
+    boundary_expand,
+    boundary_shrink,
+    cf_k,
+    duck,
+    eu_k,
+    fine_tune,
+    fisher,
+    gar,
+    gradient_ascent,
+    grda,
+    l1_sparse,
+    reload,
+    retrain,
+    salun,
+    scrub,
+    ssd,
+    unsir,
+)
 from expunge.space import Space
 
 
@@ -58,9 +78,28 @@ METHODS = {
         Method("reload", reload.Reload, reload.reload, reload.SPACE),
         Method("retrain", retrain.Retrain, retrain.retrain, retrain.SPACE),
         Method("fine-tune", fine_tune.FineTune, fine_tune.fine_tune, fine_tune.SPACE),
+        Method("cf-k", cf_k.CFk, cf_k.cf_k, cf_k.SPACE),
+        Method("eu-k", eu_k.EUk, eu_k.eu_k, eu_k.SPACE),
+        Method("l1-sparse", l1_sparse.L1Sparse, l1_sparse.l1_sparse, l1_sparse.SPACE),
+        Method("fisher", fisher.FisherForgetting, fisher.fisher, fisher.SPACE),
         Method(
             "gradient-ascent", gradient_ascent.GradientAscent, gradient_ascent.gradient_ascent, gradient_ascent.SPACE
         ),
+        Method("ssd", ssd.SSD, ssd.ssd, ssd.SPACE),
+        Method("scrub", scrub.Scrub, scrub.scrub, scrub.SPACE),
+        Method("bad-teacher", bad_teacher.BadTeacher, bad_teacher.bad_teacher, bad_teacher.SPACE),
+        Method("salun", salun.SalUn, salun.salun, salun.SPACE),
+        Method("amnesiac", amnesiac.Amnesiac, amnesiac.amnesiac, amnesiac.SPACE),
+        Method("gar", gar.GAR, gar.gar, gar.SPACE),
+        Method("grda", grda.GRDA, grda.grda, grda.SPACE),
+        Method("duck", duck.Duck, duck.duck, duck.SPACE),
+        Method(
+            "boundary-shrink", boundary_shrink.BoundaryShrink, boundary_shrink.boundary_shrink, boundary_shrink.SPACE
+        ),
+        Method(
+            "boundary-expand", boundary_expand.BoundaryExpand, boundary_expand.boundary_expand, boundary_expand.SPACE
+        ),
+        Method("unsir", unsir.Unsir, unsir.unsir, unsir.SPACE),
     )
 }
 

@@ -80,9 +80,8 @@ def boundary_shrink(model: nn.Module, given: Sighted, config: BoundaryShrink, *,
 
     with trace.stage("train", model):
         stop = taking_back(model, config.loss_bound, lambda now: mean_loss(now, relabelled, given.loss_terms, trace))
-        train(
-            model, relabelled, given.loss_terms, config.recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True
-        )
+        terms, recipe = given.loss_terms, config.recipe
+        train(model, relabelled, terms, recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
     return model
 
 

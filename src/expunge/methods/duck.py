@@ -81,7 +81,7 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
             few = next(labelled(given.retain, device, "duck"))[0][:8]
         layer = classifying_layer(model, few, "duck")
         centres, classes = centroids(model, layer, given.retain, trace)
-        centres, classes = centres.to(few), classes.to(device)
+        centres, classes = centres.to(layer.weight), classes.to(device)
 
     removed = _forever(given.forget, config.recipe.batch_size, seed)
 

@@ -56,11 +56,13 @@ class Reload:
     priming_lr: float | None = 1.0  # η_p n_D: step of the ascent on the mean loss over D; None: no ascent
     reset_fraction: float = 0.1  # α: share of all parameters that is re-initialised, in [0, 1)
     eps: float | Literal["auto"] = "auto"  # ε: smooths the knowledge values, unit of a summed gradient
-    selector: Literal["small-kv", "large-kv", "large-gradient", "large-ratio", "random"] = "small-kv"
+    selector: Literal["small-kv", "large-kv", "large-gradient", "large-ratio", "random"] = (
+        "small-kv"  # which entries are re-initialised first
+    )
     reset_untouched: bool = False  # may entries below the rounding floor be re-initialised?
     tolerance: float = 0.05  # of the stop rule: share of the original's loss
-    patience: int = 0  # epochs without a lower loss that end fine-tuning; 0: never
-    published_code: tuple[Departure, ...] = ()
+    patience: int = 10  # epochs without a lower training loss that end fine-tuning; 0: never
+    published_code: tuple[Departure, ...] = ()  # departures of the released code to follow
     fine_tune: Recipe = Recipe(epochs=35, lr=0.1, batch_size=256)
 
     def __post_init__(self) -> None:
@@ -92,9 +94,9 @@ SPACE: Space = {
 def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: Trace) -> nn.Module:
     """Algorithm 1 of the paper.
 
-    ``trace.facts``: eps, relative_noise (predicted relative error of the difference, an upper estimate),
-    informative_share, reset_count, requested_count, untouched_in_paper_choice and overlap_with_paper_choice (how
-    the choice differs from the paper's to the letter), target_loss.
+    ``trace.facts``: removed_count and cached_count (loss terms), eps, relative_noise (predicted relative error of the
+    difference, an upper estimate), informative_share, reset_count, requested_count, untouched_in_paper_choice and
+    overlap_with_paper_choice (how the choice differs from the paper's to the letter), target_loss.
 
     Raises:
         NotInformative: The difference shows nothing of what was removed.
@@ -108,6 +110,7 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
         retain = gradient(model, given.loss_terms, given.retain, parameters=full.total, micro_batch=size)
         removed = full - retain  # g_D - g_new
         trace.backwarded += retain.count
+        trace.facts |= {"removed_count": removed.count, "cached_count": full.count}
         _require_informative(removed, trace)
 
     with trace.stage("ascend", model):
@@ -119,7 +122,7 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
         chosen = _choose(removed, full, eps, config, seed, trace)
 
     with trace.stage("re-initialise", model):
-        values = given.fresh_values(seed, theta)
+        values = given.fresh_values(seed, model, theta)
         if "normal-1d" in config.published_code:
             one_d = [name for name, value in values.items() if value.ndim == 1]
             values.update({n: _normal(values[n], stream(seed, "normal-1d", n)) for n in one_d})

@@ -26,7 +26,7 @@ SPACE: Space = {}  # the recipe is that of the original
 def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace: Trace) -> nn.Module:
     """Fresh weights for every module, then training; the trained model only says which device and mode."""
     device = next(model.parameters()).device
-    model = given.fresh_model(seed).to(device).train(model.training)
+    model = given.fresh_model(seed, model).to(device).train(model.training)
     with trace.stage("train", model):
         train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace)
     return model

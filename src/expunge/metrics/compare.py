@@ -43,7 +43,7 @@ def profile(splits: Splits, *, seed: int = 0) -> Profile:
     if "forget" in splits:
         count = len(splits["forget"].labels)
         found.append(Measured("FE", cross_entropy(splits["forget"]), "nats", "forget", count))
-        if "test" in splits and count >= FOLDS:
+        if "test" in splits and min(count, len(splits["test"].labels)) >= FOLDS:
             attack = loss_attack(splits["forget"].losses, splits["test"].losses, seed=seed)
             found.append(Measured("FMIA", attack.accuracy, "fraction", "forget", attack.n))
             found.append(Measured("AUC", attack.auc, "fraction", "forget", attack.n))

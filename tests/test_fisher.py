@@ -1,0 +1,364 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from expunge import Blind, Examples, FisherForgetting, cross_entropy, squared_error, unlearn
+from expunge.errors import ConfigError, NonDeterministicLoss, NotFinite, UnsupportedModule
+from expunge.methods import per_example
+from expunge.methods.fisher import add_noise_, every_class, noise_variances
+from expunge.methods.layer_squares import layer_squares
+from expunge.methods.per_example import examples_in, squared_gradients
+from expunge.models.convnet import ConvNet
+from expunge.trace import Trace
+from tests.contract import without_type_checks, world
+from tests.zoo import CLASSES, FEATURES, FORMS, NETWORKS, classification, in_form, network, tensors
+
+
+def built(make) -> nn.Module:
+    """A float64 model, with moved BatchNorm statistics and no parameter at a special value."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = make().double()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        for p in model.parameters():
+            p.data.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+class Scaled(nn.Module):
+    """A parameter that belongs to no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(FEATURES))
+        self.head = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head((inputs * self.scale).tanh())
+
+
+class Twice(nn.Module):
+    """A layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.layer(self.layer(inputs).tanh()).tanh())
+
+
+class Borrowed(Twice):
+    """A weight that is used outside its layer, too."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(functional.linear(self.layer(inputs).tanh(), self.layer.weight).tanh())
+
+
+class Sequence(nn.Module):
+    """Linear layers and a normalisation on three places an example, and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(FEATURES, 4), nn.LayerNorm(4)
+        self.second, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        places = torch.stack([inputs, inputs.square(), inputs.cos()], 1)
+        hidden = self.norm(self.first(places))
+        return self.head((hidden + self.second(hidden).tanh()).mean(1))
+
+
+class Looks(Scaled):
+    """Looks at numbers inside forward()."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) * (2.0 if inputs.sum().item() > 0 else 1.0)
+
+
+IMAGES = {
+    "convnet": lambda: ConvNet(2, CLASSES, (3, 4)),
+    "odd convolutions": lambda: nn.Sequential(
+        nn.Conv2d(2, 4, (3, 2), stride=2, padding=(2, 1), dilation=(1, 2), groups=2),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 3, 3, padding="same", padding_mode="circular"),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, CLASSES),
+    ),
+    "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten(), nn.Linear(3 * 49, CLASSES)),
+}
+VECTORS = {"scaled": Scaled, "twice": Twice, "borrowed": Borrowed, "sequence": Sequence}
+
+
+def images(count: int) -> Examples:
+    inputs = torch.randn(count, 2, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return Examples(inputs, tensors(count)[1])
+
+
+def case(kind: str) -> tuple[nn.Module, Examples]:
+    if kind in IMAGES:
+        return built(IMAGES[kind]), images(13)
+    return (built(VECTORS[kind]) if kind in VECTORS else network(kind)), classification(13)
+
+
+def one_by_one(model: nn.Module, loss_terms, data: Examples) -> dict[str, Tensor]:
+    """The definition: a backward pass a term."""
+    model.eval()
+    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in theta.items()}
+    for row in range(len(data)):
+        for term in loss_terms(model, tuple(tensor[row : row + 1] for tensor in data.tensors)):
+            for own, slope in zip(
+                total.values(), torch.autograd.grad(term, list(theta.values()), retain_graph=True), strict=True
+            ):
+                own.add_(slope.square())
+    return total
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, found in a.items():
+        torch.testing.assert_close(found, b[name], rtol=1e-9, atol=1e-14)
+
+
+def column_by_column(model: nn.Module, batch) -> Tensor:
+    """Several terms an example, in another order than that of the examples."""
+    return model(batch[0]).square().T.flatten()
+
+
+@pytest.mark.parametrize("loss_terms", [cross_entropy, every_class, column_by_column])
+@pytest.mark.parametrize("kind", [*NETWORKS, *VECTORS, *IMAGES])
+def test_squares_are_those_of_a_loop_over_single_examples(kind, loss_terms):
+    model, data = case(kind)
+    close(squared_gradients(model, loss_terms, data, chunk=5), one_by_one(model, loss_terms, data))
+
+
+@pytest.mark.parametrize("kind", ["batch-norm", "sequence", "convnet", "odd convolutions"])
+def test_one_batched_pass_and_vmap_agree(kind, monkeypatch):
+    model, data = case(kind)
+    passes = squared_gradients(model, every_class, data)
+    monkeypatch.setattr(per_example, "_try_layers", lambda *_: (False, CLASSES))
+    monkeypatch.setattr(per_example, "layer_squares", None)
+    close(passes, squared_gradients(model, every_class, data))
+
+
+@pytest.mark.parametrize(
+    ("kind", "batched"),
+    [
+        *((kind, True) for kind in ("mlp", "batch-norm", "frozen", "sequence", "convnet", "odd convolutions")),
+        *((kind, False) for kind in ("transposed", "tied", "scaled", "twice", "borrowed")),
+    ],
+)
+def test_common_layers_take_the_batched_pass_and_others_do_not(kind, batched):
+    model, data = case(kind)
+    model.eval()
+    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert per_example._try_layers(model, cross_entropy, theta, data.tensors) == (batched, 1)
+
+
+def test_a_weight_used_outside_its_layer_is_what_the_batched_pass_cannot_see():
+    model, data = case("borrowed")
+    found = layer_squares(model, cross_entropy, dict(model.named_parameters()), data.tensors, len(data))
+    truth = one_by_one(model, cross_entropy, data)["layer.weight"]
+    assert found is not None
+    assert not torch.allclose(found[0]["layer.weight"], truth, rtol=0.1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_form_of_data_gives_the_same(form):
+    positions = torch.tensor([0, 2, 3, 7, 8, 11])
+    model, data = network("mlp"), tensors(12)
+    found = squared_gradients(model, cross_entropy, in_form(form, data, positions, 4), chunk=4)
+    close(found, one_by_one(model, cross_entropy, Examples(*data).only(positions)))
+    assert examples_in(in_form(form, data, positions, 4)) == 6
+
+
+def test_float32_models_are_summed_in_float64_and_left_as_they_were():
+    model = network("batch-norm").float().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state, trace = torch.get_rng_state(), Trace("test", 0)
+    data = classification(40, dtype=torch.float32)
+    found = squared_gradients(model, every_class, data, trace=trace)
+    assert all(tensor.dtype == torch.float64 for tensor in found.values())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert trace.backwarded == 40 * CLASSES
+    truth = one_by_one(model.double(), every_class, classification(40))
+    for name in found:
+        assert float((found[name] - truth[name]).norm() / truth[name].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_a_limit_takes_so_many_examples_at_random(as_batches):
+    model = nn.Linear(20, 2, bias=False)
+    data = Examples(torch.eye(20), torch.arange(20) % 2)  # each example has a column of its own
+    given = list(data.fetch(torch.arange(20).split(7))) if as_batches else data
+    whole = squared_gradients(model, cross_entropy, given)["weight"]
+    taken = []
+    for seed in range(3):
+        part = squared_gradients(model, cross_entropy, given, limit=8, chunk=3, seed=seed)["weight"]
+        mine = part[0] != 0
+        assert mine.sum() == 8
+        torch.testing.assert_close(part, whole * mine)
+        taken.append(tuple(mine.tolist()))
+    assert len(set(taken)) == 3
+    assert (examples_in(given, 8), examples_in(given, 50), examples_in(given)) == (8, 20, 20)
+    torch.testing.assert_close(squared_gradients(model, cross_entropy, given, limit=50)["weight"], whole)
+
+
+def tokens(model: nn.Module, batch) -> Tensor:
+    """As many terms as the label says."""
+    return model(batch[0])[:, 0].repeat_interleave(batch[1] + 1)
+
+
+def test_what_cannot_be_taken_apart_is_refused():
+    data = classification(12)
+    with pytest.raises(UnsupportedModule, match=r"Looks.*torch\.func\.vmap.*item.*take a method without"):
+        squared_gradients(built(Looks), cross_entropy, data)
+    with pytest.raises(UnsupportedModule, match=r"terms for the first .* examples.*return a loss of 0"):
+        squared_gradients(network("mlp"), tokens, data)
+    uneven = [(*classification(4).tensors, data.tensors[0][:3])]
+    with pytest.raises(UnsupportedModule, match=r"have \[3, 4\] rows"):
+        squared_gradients(network("mlp"), lambda m, b: cross_entropy(m, b[:2]), uneven)
+
+
+def test_what_is_wrong_with_loss_and_settings_is_said():
+    model, data = network("mlp"), classification(6)
+    with pytest.raises(ConfigError, match="chunk=0"):
+        squared_gradients(model, cross_entropy, data, chunk=0)
+    with pytest.raises(ConfigError, match="limit=0"):
+        squared_gradients(model, cross_entropy, data, limit=0)
+    with pytest.raises(NonDeterministicLoss):
+        squared_gradients(model, lambda m, b: functional.dropout(cross_entropy(m, b)), data)
+    poisoned = Examples(data.tensors[0].clone().index_fill_(0, torch.tensor([4]), float("nan")), data.tensors[1])
+    with pytest.raises(NotFinite, match="loss of an example is nan"):
+        squared_gradients(model, cross_entropy, poisoned)
+
+
+def test_every_class_weighs_the_squared_gradients_by_their_probability():
+    model, data = network("mlp"), classification(7)
+    truth = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in range(7):
+        inputs = data.tensors[0][row : row + 1]
+        for label in range(CLASSES):
+            p = model(inputs).softmax(1)[0, label].detach()
+            loss = functional.cross_entropy(model(inputs), torch.tensor([label]))
+            for own, slope in zip(truth.values(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+                own.add_(p * slope.square())
+    close(squared_gradients(model, every_class, data), truth)
+
+
+def test_variances_by_hand():
+    information = {
+        "a.weight": torch.tensor([[0.01, 1.0], [0.0, 0.1]]).double(),
+        "a.bias": torch.tensor([0.5, 0.0]).double(),
+        "head.weight": torch.tensor([[0.0, 0.1], [0.01, 0.05]]).double(),
+        "head.bias": torch.tensor([0.001, 2.0]).double(),
+    }
+    last = frozenset({"head.weight", "head.bias"})
+    found = noise_variances(information, last, 2.0)
+    expected = {
+        "a.weight": [[101.0, 101.0], [1010.0, 1010.0]],  # 2 mean(100, 1) and 2 mean(1000, 10)
+        "a.bias": [40.0, 20000.0],  # 20 · 2 and 20 · 1000
+        "head.weight": [[1100.0, 1100.0], [1200.0, 1200.0]],  # 20 mean(100, 10) and 20 mean(100, 20)
+        "head.bias": [2000.0, 10.0],  # 20 · 100, not 20 · 1000, and not 200 · 100
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], torch.tensor(values).double(), rtol=1e-5, atol=0)
+    removed = noise_variances(information, last, 2.0, (1,))
+    torch.testing.assert_close(
+        removed["head.weight"],
+        torch.stack([found["head.weight"][0], torch.full((2,), 1e-4, dtype=torch.float64)]),
+        rtol=0,
+        atol=1e-12,
+    )
+    assert removed["head.bias"].tolist() == [found["head.bias"][0].item(), 1e-4]
+    assert all(torch.equal(removed[name], found[name]) for name in ("a.weight", "a.bias"))
+
+
+def test_noise_has_the_variance_it_is_given_and_a_removed_row_loses_its_mean():
+    theta = {"a": nn.Parameter(torch.full((4, 50000), 7.0)), "head": nn.Parameter(torch.full((4, 50000), 7.0))}
+    per_row = torch.tensor([1e-4, 1e-2, 1.0, 25.0]).double()[:, None].expand(4, 50000)
+    add_noise_(theta, {"a": per_row, "head": per_row}, frozenset({"head"}), (0,), 5)
+    for name, means in (("a", [7, 7, 7, 7]), ("head", [0, 7, 7, 7])):
+        rows = theta[name].detach().double()
+        off = (rows.mean(1) - torch.tensor(means)) / (per_row[:, 0] / 50000).sqrt()
+        assert float(off.abs().max()) < 4
+        torch.testing.assert_close(rows.var(1), per_row[:, 0], rtol=0.03, atol=0)
+    assert not torch.equal(theta["a"][1:], theta["head"][1:])
+
+
+def test_the_method_adds_noise_of_the_published_size_around_the_original():
+    here, alpha = world("batch-norm"), 1e-5
+    model, retain = here.model, here.retain
+    result = unlearn(model, here.blind(), FisherForgetting(alpha=alpha), seed=2)
+    truth = {name: total / len(retain) for name, total in one_by_one(model, every_class, retain).items()}
+    model.train()
+    variances = noise_variances({n: v.double() for n, v in truth.items()}, frozenset({"4.weight", "4.bias"}), alpha)
+    before, after = dict(model.named_parameters()), dict(result.model.named_parameters())
+    scores = torch.cat([((after[n] - before[n]).detach().double() / v.sqrt()).flatten() for n, v in variances.items()])
+    assert float(scores.square().mean()) == pytest.approx(1, abs=4 * (2 / len(scores)) ** 0.5)
+    assert abs(float(scores.mean())) < 4 / len(scores) ** 0.5
+    assert result.trace.facts["examples"] == len(retain)
+    assert result.trace.backwarded == len(retain) * 3
+    assert result.trace.forwarded == 8 - 2 + len(retain)  # positions 0 to 7 without 0 and 5, then the check
+
+
+def test_a_subsample_costs_less_and_still_adds_noise():
+    here = world()
+    result = unlearn(here.model, here.blind(), FisherForgetting(limit=10))
+    assert (result.trace.facts["examples"], result.trace.backwarded) == (10, 30)
+    assert result.trace.facts["noise_norm"] > 0
+
+
+def test_a_removed_class_keeps_nothing_in_the_last_layer():
+    here = world()
+    result = unlearn(here.model, here.blind(), FisherForgetting(removed_classes=(1,), alpha=1e-12)).model
+    before, after = here.model.state_dict(), result.state_dict()
+    last = "layers.linear2"
+    assert float(before[f"{last}.weight"][1].abs().max()) > 0.2
+    assert float(after[f"{last}.weight"][1].abs().max()) < 0.05
+    assert float(after[f"{last}.bias"][1].abs()) < 0.05
+    torch.testing.assert_close(after[f"{last}.weight"][0], before[f"{last}.weight"][0], rtol=0, atol=1e-3)
+
+
+def test_noise_that_destroys_the_model_is_taken_back_and_said():
+    here = world("batch-norm")
+    with pytest.warns(UserWarning, match=r"passed the bound 5; the noise was taken back.*Lower alpha"):
+        result = unlearn(here.model, here.blind(), FisherForgetting(alpha=10.0))
+    assert "taken back" in result.trace.stopped
+    assert len(result.trace.warnings) == 1
+    assert all(torch.equal(a, b) for a, b in zip(here.model.parameters(), result.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": 0.0}, "alpha=0"),
+        ({"loss_bound": float("nan")}, "loss_bound=nan"),
+        ({"limit": 0}, "limit=0"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"removed_classes": (0, -1)}, "classes count from 0"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FisherForgetting(**settings)
+
+
+def test_refuses_what_is_no_classifier():
+    here = world()
+    with pytest.raises(ConfigError, match="the model has classes 0 to 2"):
+        unlearn(here.model, here.blind(), FisherForgetting(removed_classes=(3,)))
+    data = Examples(torch.randn(8, 6), torch.randn(8, 3))
+    given = Blind(retain=data, loss_terms=squared_error, fresh=here.fresh)
+    with without_type_checks(), pytest.raises(UnsupportedModule, match="fisher works on classifiers"):
+        unlearn(here.model, given, FisherForgetting())
