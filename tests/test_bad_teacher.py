@@ -50,7 +50,7 @@ def test_one_step_goes_towards_the_untrained_network_on_the_removed_and_the_orig
     config = BadTeacher(recipe=ONE_STEP, retain_share=1.0, temperature=temperature)
     result = unlearn(model, given, config, seed=3)
 
-    bad, student = given.fresh_model(3).double(), copy.deepcopy(model)
+    bad, student = given.fresh_model(3, model).double(), copy.deepcopy(model)
     left, removed = parts[0].tensors[0], parts[1].tensors[0]
     targets = torch.cat([model(left), bad(removed)]).detach()
     wanted = torch.softmax(targets / temperature, 1)
@@ -65,7 +65,7 @@ def test_one_step_goes_towards_the_untrained_network_on_the_removed_and_the_orig
 def test_ends_nearer_to_the_untrained_network_on_the_removed_records_only():
     here = world()
     result = unlearn(here.model, here.sighted(), BadTeacher(recipe=SLOW, retain_share=1.0), seed=3).model
-    bad, removed, left = here.blind().fresh_model(3), here.forget.tensors[0], here.retain.tensors[0]
+    bad, removed, left = here.blind().fresh_model(3, here.model), here.forget.tensors[0], here.retain.tensors[0]
     with torch.no_grad():
         before = divergence(bad(removed), here.model(removed), 1.0).mean()
         after = divergence(bad(removed), result(removed), 1.0).mean()
@@ -96,7 +96,7 @@ def test_the_teachers_are_frozen_copies_that_nothing_moves(kind, monkeypatch):
     tensors = [tensor.data_ptr() for each in (result, good, bad) for tensor in each.state_dict().values()]
     assert len(set(tensors)) == len(tensors)
     assert same(state(good), state(here.model))
-    assert same(state(bad), state(here.blind().fresh_model(3)))
+    assert same(state(bad), state(here.blind().fresh_model(3, here.model)))
     for teacher in (good, bad):
         assert not any(part.training for part in teacher.modules())
         assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())

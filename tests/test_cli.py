@@ -237,3 +237,34 @@ def test_a_warning_is_printed_as_a_line(folder, capsys):
     cached()
     assert unlearned("reload", "--reset-fraction", "0.9", "--fine-tune.epochs", "1") == 0
     assert "expunge: warning: only" in capsys.readouterr().err
+
+
+def test_a_cache_that_exists_is_not_written_over_unless_told_so(folder, capsys):
+    cached()
+    before = Path("c.safetensors").read_bytes()
+    assert cached() == 2
+    assert "the old one cannot be made again" in capsys.readouterr().err
+    assert Path("c.safetensors").read_bytes() == before
+    assert cached("--replace") == 0
+
+
+@pytest.mark.parametrize("out", ["w.safetensors", "c.safetensors", "setup.py", "new.pt", "."])
+def test_no_command_writes_over_what_it_reads_or_what_cannot_be_read_back(folder, capsys, out):
+    cached()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert unlearned(*RELOAD, out=out) == 2
+    assert "--out" in (said := capsys.readouterr().err) or "name the file" in said or ".safetensors" in said
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_labels_that_do_not_fit_are_a_mistake_of_the_user(folder, capsys):
+    with Path("setup.py").open("a", encoding="utf-8") as file:
+        file.write("\nlabels[50] = 7\n")
+    assert cached() == 2
+    assert "in your setup file's code or data" in capsys.readouterr().err
+
+
+def test_how_much_was_removed_is_said(folder, capsys):
+    cached()
+    unlearned(*RELOAD)
+    assert "removed or corrected: 6 of 60 cached loss terms" in capsys.readouterr().out

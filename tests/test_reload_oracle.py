@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from expunge import Blind, Examples, Recipe, Reload, cross_entropy, gradient, train, unlearn
 from expunge.models.mlp import MLP
-from expunge.seeds import derive
 
 ROUNDOFF = 2.0**-53  # of float64
 SIZE = 8  # positions a micro-batch
@@ -28,9 +27,9 @@ def build(kind: str) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3)).double()
 
 
-def fresh(kind: str, seed: int) -> nn.Module:
+def fresh(kind: str, number: int = 0) -> nn.Module:
     """Untrained values that no trained entry can have by accident, whatever the generators are at."""
-    model, generator = build(kind), torch.Generator().manual_seed(1000 + seed)
+    model, generator = build(kind), torch.Generator().manual_seed(1000 + number)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -48,7 +47,7 @@ class Trained:
         return Blind(
             retain=self.original.without(REMOVED),
             loss_terms=cross_entropy,
-            fresh=lambda seed: fresh(self.kind, seed),
+            fresh=lambda _: fresh(self.kind),
             full=gradient(self.model, cross_entropy, self.original, micro_batch=SIZE),
         )
 
@@ -122,7 +121,7 @@ def flat_reload(trained: Trained, config: Reload, seed: int) -> Flat:
     chosen[allowed[:wanted]] = True
     before = flat(trained.model)
     after = before + (config.priming_lr or 0) / len(everything) * removed
-    after[chosen] = flat(fresh(trained.kind, derive(seed, "fresh") % 2**31))[chosen]
+    after[chosen] = flat(fresh(trained.kind))[chosen]
     return Flat(before, full, removed, noise, eps, paper_choice, chosen, wanted, after)
 
 
@@ -156,7 +155,7 @@ def test_reload_equals_the_one_on_a_flat_vector(trained, reset_untouched, fracti
         warnings.simplefilter("ignore")  # too few informative entries at 0.9, on purpose
         result = unlearn(trained.model, trained.given, config, seed=4).model
     after = flat(result)
-    assert torch.equal(after == flat(fresh(trained.kind, derive(4, "fresh") % 2**31)), expected.chosen)
+    assert torch.equal(after == flat(fresh(trained.kind)), expected.chosen)
     torch.testing.assert_close(after, expected.after, rtol=0, atol=1e-12)
     buffers = zip(result.buffers(), trained.model.buffers(), strict=True)
     assert all(torch.equal(now, before) for now, before in buffers)

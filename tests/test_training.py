@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from expunge import Examples, Recipe, cross_entropy, train
 from expunge.errors import ConfigError, NotFinite
 from expunge.trace import Trace
-from expunge.training import mean_loss, until_converged
+from expunge.training import Step, mean_loss, until_converged
 from tests.contract import architecture, examples, same, state, without_type_checks
 
 ONE = Recipe(epochs=1, lr=0.1, batch_size=16)
@@ -297,6 +298,35 @@ def test_the_stop_rule_measures_on_the_data_once_the_training_loss_is_near():
     assert trace.forwarded == 0  # far away: not even looked
     assert stop(model, 3.9 * at) == f"loss {at:.4g} reached the original's {1.001 * at:.4g} (tolerance 0%)"
     assert trace.forwarded == 60
+
+
+def test_the_stop_rule_measures_every_fifth_epoch_however_high_the_training_loss_is():
+    stop, model, at, trace = rule(1.001)
+    assert [stop(model, 100 * at) for _ in range(4)] == [None] * 4
+    assert trace.forwarded == 0
+    assert "reached the original's" in stop(model, 100 * at)
+    assert trace.forwarded == 60
+
+
+def test_after_every_step_its_positions_and_its_optimizer_are_handed_over():
+    model, loss, steps = built(), Recorder(), []
+    weights = []
+
+    def after(step: Step) -> None:
+        steps.append(step)
+        weights.append(next(model.parameters()).detach().clone())
+
+    data = Examples(*examples().tensors, positions=torch.arange(0, 120, 2))
+    train(model, data, loss, Recipe(epochs=2, lr=0.01, batch_size=16), seed=0, after_step=after)
+    assert all(
+        torch.equal(data.only(step.positions.sort().values).tensors[0].sort(0).values, batch.sort(0).values)
+        for step, batch in zip(steps, loss.seen, strict=True)
+    )
+    assert len({id(step.optimizer) for step in steps}) == 1
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights))
+    assert torch.equal(weights[-1], next(model.parameters()))
+    train(model, batches(), loss, ONE, seed=0, after_step=after)
+    assert [step.positions for step in steps[-3:]] == [None] * 3
 
 
 @pytest.mark.parametrize(("tolerance", "ends"), [(0.04, False), (0.06, True)])

