@@ -318,10 +318,9 @@ def test_after_every_step_its_positions_and_its_optimizer_are_handed_over():
 
     data = Examples(*examples().tensors, positions=torch.arange(0, 120, 2))
     train(model, data, loss, Recipe(epochs=2, lr=0.01, batch_size=16), seed=0, after_step=after)
-    assert all(
-        torch.equal(data.only(step.positions.sort().values).tensors[0].sort(0).values, batch.sort(0).values)
-        for step, batch in zip(steps, loss.seen, strict=True)
-    )
+    rows = examples().tensors[0]
+    assert [len(step.positions) for step in steps] == [16, 16, 16, 12] * 2
+    assert all(torch.equal(rows[step.positions // 2], batch) for step, batch in zip(steps, loss.seen, strict=True))
     assert len({id(step.optimizer) for step in steps}) == 1
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights))
     assert torch.equal(weights[-1], next(model.parameters()))
