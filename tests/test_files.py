@@ -1,6 +1,7 @@
 import os
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +104,12 @@ def test_a_folder_without_permission_is_an_error_of_the_system(tmp_path):
             save_tensors(tmp_path / "file", {"a": torch.zeros(1)})
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_the_file_is_synced_before_it_takes_its_name_and_the_folder_after(tmp_path, monkeypatch):
+    order = []
+    sync, rename = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append("sync"), sync(descriptor))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, target: (order.append("rename"), rename(self, target))[1])
+    write_text(tmp_path / "file", "text")
+    assert order == ["sync", "rename", "sync"]

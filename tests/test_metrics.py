@@ -17,7 +17,7 @@ from expunge.errors import ConfigError, MismatchError, MissingExtra, NotFinite
 from expunge.metrics import membership
 from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
 from expunge.metrics.compare import Measured, distances, profile
-from expunge.metrics.membership import loss_attack
+from expunge.metrics.membership import Attack, loss_attack
 from expunge.metrics.outputs import Outputs, outputs
 from tests.contract import same, state, world
 
@@ -162,6 +162,10 @@ def test_memorisation_is_found_whichever_side_has_the_larger_loss():
     attack = loss_attack(3 + generator.exponential(1.0, 50), generator.exponential(0.02, 50))
     assert attack.accuracy > 0.97
     assert attack.auc > 0.999
+
+
+def test_losses_that_do_not_overlap_are_told_apart_without_error():
+    assert loss_attack(np.linspace(0, 0.1, 20), np.linspace(10, 10.1, 25)) == Attack(accuracy=1.0, auc=1.0, n=20)
 
 
 def test_without_memorisation_the_attack_is_at_chance(monkeypatch):

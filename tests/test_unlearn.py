@@ -276,6 +276,7 @@ def test_a_loss_bound_that_cannot_work_is_refused(bound):
 def test_all_of_the_defaults_are_those_of_the_sources():
     assert (FineTune().recipe.epochs, FineTune().recipe.lr) == (10, 0.01)  # SalUn
     assert (GradientAscent().recipe.epochs, GradientAscent().recipe.lr) == (5, 1e-3)  # SalUn
+    assert (GradientAscent().recipe.weight_decay, GradientAscent().recipe.schedule) == (0, "constant")
     assert (Reload().published_code, Reload().selector) == ((), "small-kv")  # the paper, not its released code
     assert Reload().fine_tune.epochs == 35  # the paper
     assert (Reload().priming_lr, Reload().tolerance, Reload().reset_untouched) == (1.0, 0.05, False)
