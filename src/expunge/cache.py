@@ -106,8 +106,8 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
         MismatchError: Made for other parameters, shapes, weights, buffers, or another loss.
     """
     header, tensors = _read(path)
-    total = {n.removeprefix("total/"): t for n, t in tensors.items() if n.startswith("total/")}
-    noise = {n.removeprefix("noise/"): t for n, t in tensors.items() if n.startswith("noise/")}
+    total = _under("total/", tensors)
+    noise = _under("noise/", tensors)
     owned = {n: p.detach() for n, p in params.named_parameters(model, lambda _, __: True).items()}
     unknown = [name for name in total if name not in owned]
     if unknown:
@@ -188,7 +188,7 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
         values.get("version") == VERSION,
         f"format version {values.get('version')!r}, this library reads {VERSION}",
     )
-    total = {n.removeprefix("total/"): t for n, t in tensors.items() if n.startswith("total/")}
+    total = _under("total/", tensors)
     del values["format"]
     for name, value in values.items():
         kind = Header.__annotations__.get(name, object)
@@ -197,7 +197,7 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
         header = Header(**values, parameters=len(total), entries=params.size(total))
     except TypeError as error:
         raise CorruptCache(f"{path}: its header is incomplete ({error}). Make the cache again.") from error
-    noise = {n.removeprefix("noise/"): t for n, t in tensors.items() if n.startswith("noise/")}
+    noise = _under("noise/", tensors)
     require(bool(total), "it holds no gradient")
     kinds = {t.dtype for t in total.values()}
     require(len(kinds) == 1 and kinds <= set(_ROUNDOFF), f"its totals are of {sorted(map(str, kinds))}")
@@ -231,6 +231,10 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
             f"its loss is {header.loss}, that of its micro-batches {math.fsum(losses.tolist())}",
         )
     return header
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
