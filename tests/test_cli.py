@@ -215,7 +215,7 @@ def test_ctrl_c_writes_nothing_and_ends_with_130(folder, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("expunge.cli.unlearn_model", interrupted)
+    monkeypatch.setattr("expunge.cli.own_model.unlearn_model", interrupted)
     assert unlearned(*RELOAD) == 130
     assert "interrupted" in capsys.readouterr().err
     assert Path("u.safetensors").read_bytes() == before
@@ -225,7 +225,7 @@ def test_a_mistake_of_ours_ends_with_1_and_a_traceback(folder, capsys, monkeypat
     def broken(*_, **__):
         raise RuntimeError("ouch")
 
-    monkeypatch.setattr("expunge.cli.unlearn_model", broken)
+    monkeypatch.setattr("expunge.cli.own_model.unlearn_model", broken)
     cached()
     assert unlearned(*RELOAD) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -92,6 +92,16 @@ def test_exactly_the_micro_batches_that_lost_a_record_are_touched(removed, size)
     assert full.micro_batches.touched_by(full.micro_batches) == (0, 0)
 
 
+@pytest.mark.parametrize("offset", range(1, 9))
+def test_where_a_micro_batch_starts_in_memory_does_not_change_its_bits(offset):
+    model, (inputs, labels) = network("mlp"), tensors(COUNT)
+    moved = torch.cat([torch.zeros(offset, dtype=inputs.dtype), inputs.flatten()])[offset:].view_as(inputs)
+    assert moved.data_ptr() % 64 == offset * 8 % 64
+    here, there = (gradient(model, cross_entropy, Examples(x, labels), micro_batch=8) for x in (inputs, moved))
+    assert all(torch.equal(here.total[name], there.total[name]) for name in here.total)
+    assert here.micro_batches.touched_by(there.micro_batches) == (0, 0)
+
+
 def test_corrected_records_give_the_old_gradient_minus_the_new():
     model, (inputs, labels) = network("mlp"), tensors(COUNT)
     wrong = torch.tensor([3, 17])

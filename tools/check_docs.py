@@ -14,10 +14,10 @@ from pathlib import Path
 
 import expunge
 from expunge.cli import COMMANDS
+from expunge.definitions import METRICS
 from expunge.methods import METHODS, Method
 from expunge.metrics import classification, membership
 from expunge.report import markdown
-from expunge.report.definitions import METRICS
 from expunge.rows import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,13 +16,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from expunge import losses, params, progress
-from expunge.batches import Batch, Batches, LossTerms, indexed, micro_batches, require_reiterable, to_device
+from expunge.batches import (
+    Batch,
+    Batches,
+    LossTerms,
+    indexed,
+    map_tensors,
+    micro_batches,
+    require_reiterable,
+    to_device,
+)
 from expunge.errors import ConfigError, MismatchError, NotFinite
 from expunge.params import Params
 from expunge.probe import checked_terms, probe
 from expunge.seeds import keeping_random_state
 
 MICRO_BATCH = 128
+_BOUNDARY = 64  # bytes; torch's allocators start every tensor at a multiple of it
 _WITHOUT_FLOAT64 = ("mps",)  # device types that cannot hold float64: accumulate on the CPU
 
 
@@ -254,11 +264,12 @@ def _accumulate(
     repeats = True
     batches, stream = micro_batches(data, micro_batch)
     with progress.task("gradient", batches) as advance:
-        for number, batch in stream:
-            terms = checked_terms(loss_terms(model, to_device(batch, device)))
+        for number, each in stream:
+            batch = map_tensors(to_device(each, device), _at_boundary)
+            terms = checked_terms(loss_terms(model, batch))
             terms.sum().backward()
             if not numbers and device.type != "cpu":
-                repeats = _backward_repeats(model, loss_terms, to_device(batch, device), chosen)
+                repeats = _backward_repeats(model, loss_terms, batch, chosen)
             grads = {
                 name: (p.grad.to_dense() if p.grad.is_sparse else p.grad).to(home)
                 for name, p in chosen.items()
@@ -289,6 +300,15 @@ def _accumulate(
         origin=Origin.of(model, loss_terms),
         micro_batches=groups if indexed(data) is not None and repeats else None,
     )
+
+
+def _at_boundary(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it does not start where torch would put a new one.
+
+    A micro-batch is a slice, and a deletion before it moves where it starts in memory. Matrix kernels take another
+    path there and round differently, so that untouched micro-batches would not cancel (seen with MKL on AMD).
+    """
+    return tensor if tensor.data_ptr() % _BOUNDARY == 0 else tensor.clone()
 
 
 def _add_up_(total: Params, magnitude: Params, grads: Params) -> Tensor:

@@ -6,7 +6,7 @@ from statistics import fmean
 import numpy as np
 from jaxtyping import Float
 
-from expunge.report.definitions import split_names
+from expunge.definitions import split_names
 from expunge.report.figures import LEAST_LOSS, Drawing
 from expunge.report.stored import Loss, Point
 from expunge.report.summaries import ORIGINAL, REFERENCE, label

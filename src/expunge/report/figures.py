@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 from jaxtyping import Float
 
-from expunge.report.definitions import define, split_names
+from expunge.definitions import define, split_names
 from expunge.report.stored import Loss, Reset
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number, order
 from expunge.report.svg import FORGET, INK, MUTED, RULE, TEST, Axes, Figure, draw

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from expunge.report.definitions import FACTS, define, split_names
+from expunge.definitions import FACTS, define, split_names
 from expunge.report.stored import Fact
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, at_floor, label, number
 from expunge.rows import Row

@@ -6,9 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from expunge.definitions import anchor, define, slug
 from expunge.errors import MissingExtra
 from expunge.files import write_text
-from expunge.report.definitions import anchor, define, slug
 from expunge.report.overview import findings, sentences, sizes, subject
 from expunge.report.stored import Run, read_run
 from expunge.report.summaries import FLOOR, REFERENCE, Summary, label, seeds, summarise

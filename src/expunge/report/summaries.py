@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
+from expunge.definitions import define
 from expunge.errors import ConfigError
-from expunge.report.definitions import define
 from expunge.rows import Row
 
 ORIGINAL, REFERENCE, FLOOR = "original", "retrain", "retrain again"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from expunge.definitions import slug
 from expunge.errors import MissingExtra
-from expunge.report.definitions import slug
 
 try:
     import matplotlib as mpl

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from expunge.definitions import ARROWS, Good, define
 from expunge.errors import ConfigError
-from expunge.report.definitions import ARROWS, Good, define
 from expunge.report.summaries import FLOOR, ORIGINAL, Summary, at_floor, label, number, order, seeds, summarise
 from expunge.rows import Row
 

@@ -1,16 +1,8 @@
-"""The command line: `expunge cache | unlearn | evaluate | show | methods | demo`.
-
-Exit codes: 0 done, 2 a mistake of the user (said on standard error), 1 a mistake of ours (with a traceback), 130
-interrupted.
-"""
+"""The commands for people with their own model: cache, show, unlearn, evaluate."""
 
 import functools
-import json
 import operator
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,15 +12,16 @@ import tyro
 from torch import nn
 
 from expunge import cache as cache_file
-from expunge import losses
 from expunge.access import Blind, Sighted
-from expunge.errors import ConfigError, ExpungeError
+from expunge.cli import printing
+from expunge.cli.arguments import Flag, SetupFile
+from expunge.errors import ConfigError
 from expunge.files import write_text
 from expunge.gradient import MICRO_BATCH, gradient
 from expunge.methods import METHODS, Method, method_of
 from expunge.metrics.compare import Measured, distances, profile
 from expunge.metrics.outputs import outputs
-from expunge.setup import SETUP, Setup, load_setup
+from expunge.setup import Setup, load_setup
 from expunge.unlearn import unlearn as unlearn_model
 from expunge.weights import load_weights, save_weights
 
@@ -37,9 +30,6 @@ if TYPE_CHECKING:
 else:
     _each = (Annotated[m.config, tyro.conf.subcommand(m.name, description=m.summary)] for m in METHODS.values())
     MethodConfig = Annotated[functools.reduce(operator.or_, _each), tyro.conf.arg(name="")]
-
-SetupFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SETUP")]
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 def cache(
@@ -72,7 +62,7 @@ def cache(
             "made again: give another name, or --replace if you are sure."
         )
     loaded = load_setup(setup)
-    model = _trained(loaded, weights, device)
+    model = trained_model(loaded, weights, device)
     full = gradient(model, loaded.loss_terms, loaded.data("original"), micro_batch=micro_batch)
     cache_file.save(out, full, dtype=torch.float64 if dtype == "float64" else torch.float32)
     _show_header(out, json)
@@ -118,7 +108,7 @@ def unlearn(
     _require_new(out, setup, weights, *([cache] if cache else []))
     story = out.with_name(out.name.removesuffix(".safetensors") + ".trace.json")
     loaded, row = load_setup(setup), method_of(method)
-    model = _trained(loaded, weights, device)
+    model = trained_model(loaded, weights, device)
     full = cache_file.load(cache, model, loaded.loss_terms) if cache is not None else None
     shared: dict[str, Any] = {
         "retain": loaded.data("retain"),
@@ -138,12 +128,12 @@ def unlearn(
     result = unlearn_model(model, given, method, seed=seed, watch=snapshot if snapshots else None)
     settings = {"method": row.name, "seed": seed, "config": asdict(method)}  # type: ignore[call-overload]
     trace = {**result.trace.as_dict(), **settings}
-    save_weights(out, result.model, {"unlearned": _json(settings)})
-    write_text(story, _json(trace) + "\n")
+    save_weights(out, result.model, {"unlearned": printing.as_json(settings)})
+    write_text(story, printing.as_json(trace) + "\n")
     if json:
-        print(_json(trace))
+        print(printing.as_json(trace))
         return
-    print(f"{row.name}: {sum(result.trace.seconds.values()):.2f} s ({_stages(result.trace.seconds)})")
+    print(f"{row.name}: {sum(result.trace.seconds.values()):.2f} s ({printing.stages(result.trace.seconds)})")
     facts = result.trace.facts
     if "removed_count" in facts:
         print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
@@ -179,7 +169,7 @@ def evaluate(
         raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
     profiles = []
     for path in (weights, *retrained):
-        model = _trained(loaded, path, device)
+        model = trained_model(loaded, path, device)
         profiles.append(profile({split: outputs(model, loaded.data(split), loaded.logits) for split in splits}))
     report = {str(weights): profiles[0].values}
     if retrained:
@@ -189,89 +179,11 @@ def evaluate(
         for path, other in zip(retrained[1:], profiles[2:], strict=True):
             report[f"{path} (noise floor)"] = other.values + distances(other, reference)
     if json:
-        print(_json({name: [asdict(each) for each in values] for name, values in report.items()}))
+        print(printing.as_json({name: [asdict(each) for each in values] for name, values in report.items()}))
         return
     _print_measured(report)
     if "forget" not in splits:
         print(f"{setup} defines no forget(): nothing was measured on the removed records.")
-
-
-def methods(*, json: Flag = False) -> None:
-    """List the methods, what they may see and what they do.
-
-    Args:
-        json: Print JSON, with the settings and their defaults.
-    """
-    if json:
-        table = [
-            {"name": m.name, "blind": m.blind, "summary": m.summary, "settings": m.defaults()} for m in METHODS.values()
-        ]
-        print(_json(table))
-        return
-    from rich.table import Table
-
-    columns = Table("method", "sees the removed records", "what it does")
-    for method in METHODS.values():
-        columns.add_row(method.name, "no (blind)" if method.blind else "yes", method.summary)
-    _print(columns)
-
-
-def demo(*, out: Path = Path("runs/demo"), seeds: int = 6) -> None:
-    """The main job on handwritten digits: train, cache, delete, unlearn, retrain, compare.
-
-    Args:
-        out: Folder of the run; a finished seed in it is not computed again.
-        seeds: How many times everything is repeated with another seed, at least 3.
-    """
-    from expunge.bench import demo as digits_demo  # its libraries are extras, and slow to import
-
-    page = digits_demo.run(out, seeds)
-    _print(*digits_demo.tables(out))
-    print(f"\nThe page with pictures: {page.resolve()}")
-
-
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "cache": cache,
-    "unlearn": unlearn,
-    "evaluate": evaluate,
-    "show": show,
-    "methods": methods,
-    "demo": demo,
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
-    warnings.showwarning = _warn
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="expunge",
-            description="Remove deleted or corrected training data from a trained PyTorch model, without that data.",
-            args=arguments,
-        )
-    except (ExpungeError, OSError) as error:
-        print(f"expunge: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("expunge: interrupted; every file is either complete or as it was before.", file=sys.stderr)
-        return 130
-    except SystemExit as stop:  # argument errors and --help
-        return stop.code if isinstance(stop.code, int) else 2
-    except Exception as error:
-        traceback.print_exc()
-        if _in_code_of_the_user(error):
-            print(f"expunge: {type(error).__name__} in your setup file's code or data: {error}", file=sys.stderr)
-            return 2
-        print("expunge: this is a mistake of ours. Please report it with the lines above.", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _in_code_of_the_user(error: Exception) -> bool:
-    """Whether it came out of a setup file, or out of a loss that the file's data does not fit."""
-    loaded = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(SETUP)]
-    return any(frame.filename in (*loaded, losses.__file__) for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _require_new(out: Path, *inputs: Path) -> None:
@@ -285,7 +197,12 @@ def _require_new(out: Path, *inputs: Path) -> None:
             raise ConfigError(f"{out} is read by this command and would be overwritten. Give --out another name.")
 
 
-def _trained(setup: Setup, weights: Path, device: str) -> nn.Module:
+def trained_model(setup: Setup, weights: Path, device: str) -> nn.Module:
+    """The architecture of a setup file with stored weights, on a device.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = load_weights(setup.model(0), weights)
     try:
@@ -307,7 +224,7 @@ def _sighted(setup: Setup, method: Method, shared: dict[str, Any]) -> Sighted:
 def _show_header(path: Path, as_json: bool) -> None:
     header = cache_file.read_header(path)
     if as_json:
-        print(_json({"path": str(path), **asdict(header)}))
+        print(printing.as_json({"path": str(path), **asdict(header)}))
         return
     from rich.table import Table
 
@@ -320,7 +237,7 @@ def _show_header(path: Path, as_json: bool) -> None:
     }
     for name, value in asdict(header).items():
         rows.add_row(name, explained.get(name, str(value)))
-    _print(rows)
+    printing.show(rows)
 
 
 def _print_measured(report: Mapping[str, list[Measured]]) -> None:
@@ -333,28 +250,4 @@ def _print_measured(report: Mapping[str, list[Measured]]) -> None:
             same = [each for each in values if each.metric == first.metric]
             cells.append(f"{same[0].value:.4g} {same[0].unit}" if same else "")
         table.add_row(first.metric, first.split, str(first.n), *cells)
-    _print(table)
-
-
-def _print(*renderables: object) -> None:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    for each in renderables:
-        console.print(each)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _stages(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items())
-
-
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"expunge: warning: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    printing.show(table)

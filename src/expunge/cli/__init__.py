@@ -1,0 +1,67 @@
+"""The command line, a module for each kind of command.
+
+Exit codes: 0 done, 2 a mistake of the user (said on standard error), 1 a mistake of ours (with a traceback), 130
+interrupted.
+"""
+
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from expunge import losses
+from expunge.cli.experiments import demo
+from expunge.cli.own_model import cache, evaluate, show, unlearn
+from expunge.cli.reference import methods
+from expunge.errors import ExpungeError
+from expunge.setup import SETUP
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "cache": cache,
+    "unlearn": unlearn,
+    "evaluate": evaluate,
+    "show": show,
+    "methods": methods,
+    "demo": demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    warnings.showwarning = _warn
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="expunge",
+            description="Remove deleted or corrected training data from a trained PyTorch model, without that data.",
+            args=arguments,
+        )
+    except (ExpungeError, OSError) as error:
+        print(f"expunge: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("expunge: interrupted; every file is either complete or as it was before.", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # argument errors and --help
+        return stop.code if isinstance(stop.code, int) else 2
+    except Exception as error:
+        traceback.print_exc()
+        if _in_code_of_the_user(error):
+            print(f"expunge: {type(error).__name__} in your setup file's code or data: {error}", file=sys.stderr)
+            return 2
+        print("expunge: this is a mistake of ours. Please report it with the lines above.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _in_code_of_the_user(error: Exception) -> bool:
+    """Whether it came out of a setup file, or out of a loss that the file's data does not fit."""
+    loaded = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(SETUP)]
+    return any(frame.filename in (*loaded, losses.__file__) for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"expunge: warning: {message}", file=sys.stderr)
