@@ -141,7 +141,7 @@ MUTANTS = (
     Mutant(
         "the random selector ignores its seed",
         "selectors.py",
-        'stream(seed, "selector", name)',
+        'stream(evidence.seed, "selector", name)',
         'stream(0, "selector", name)',
         "test_selectors.py",
     ),
