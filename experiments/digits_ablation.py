@@ -8,7 +8,7 @@ threshold is taken from the rehearsal's seeds. Nothing is chosen on the seeds th
 Controls: re-initialising at random, re-initialising nothing, doing nothing, and a second retrained model (the noise
 floor).
 Setting: 100 training images, 10 removed a seed, 12 seeds.
-Cost: about 5 minutes on one core.
+Cost: about 6 minutes on one core.
 Expected: most differences are within two standard errors of zero; random re-initialisation is among them.
 
     python experiments/digits_ablation.py
