@@ -23,6 +23,20 @@ def random_removal(count: int, fraction: float, seed: int) -> Int[Tensor, " remo
     return torch.randperm(count, generator=stream(seed, "random removal"))[:removed].sort().values
 
 
+def members(labels: Int[Tensor, " examples"], label: int) -> Int[Tensor, " members"]:
+    """Positions of the records of a class, ascending.
+
+    Raises:
+        ConfigError: A class that does not occur.
+    """
+    found = (labels == label).nonzero()[:, 0].cpu()
+    if not len(found):
+        present = labels.unique().tolist()
+        shown = ", ".join(map(str, present[:12])) + (" …" if len(present) > 12 else "")
+        raise ConfigError(f"label={label}: no record is of this class. Classes here: {shown or 'none'}.")
+    return found
+
+
 def in_class_removal(
     labels: Int[Tensor, " examples"],
     label: int,
@@ -33,23 +47,23 @@ def in_class_removal(
 ) -> Int[Tensor, " removed"]:
     """Positions drawn uniformly from one class, some of which stays: either ``count``, or a ``fraction`` of the class.
 
-    The paper removes 100 records of a class, 10 % and 20 % of it.
+    The paper removes 100 records of a class; its grid also has 10 % and 20 % of one.
 
     Raises:
         ConfigError: Both sizes or neither, a class that does not occur, or a size that leaves or takes none of it.
     """
     if (count is None) == (fraction is None):
         raise ConfigError(f"count={count}, fraction={fraction}: give one of them, how many or what share of the class.")
-    members = _members(labels, label)
-    removed = count if count is not None else round((fraction or 0.0) * len(members))
-    if not 0 < removed < len(members):
+    own = members(labels, label)
+    removed = count if count is not None else round((fraction or 0.0) * len(own))
+    if not 0 < removed < len(own):
         asked = f"count={count}" if count is not None else f"fraction={fraction}"
         raise ConfigError(
-            f"{asked} removes {removed} of the {len(members)} records of class {label}: it must leave some and take "
+            f"{asked} removes {removed} of the {len(own)} records of class {label}: it must leave some and take "
             "some. For the whole class use class_removal()."
         )
-    order = torch.randperm(len(members), generator=stream(seed, "in-class removal", label))
-    return members[order[:removed]].sort().values
+    order = torch.randperm(len(own), generator=stream(seed, "in-class removal", label))
+    return own[order[:removed]].sort().values
 
 
 def class_removal(labels: Int[Tensor, " examples"], label: int) -> Int[Tensor, " removed"]:
@@ -58,10 +72,10 @@ def class_removal(labels: Int[Tensor, " examples"], label: int) -> Int[Tensor, "
     Raises:
         ConfigError: A class that does not occur, or is the only one.
     """
-    members = _members(labels, label)
-    if len(members) == len(labels):
+    own = members(labels, label)
+    if len(own) == len(labels):
         raise ConfigError(f"all {len(labels)} records are of class {label}: removing it leaves nothing.")
-    return members
+    return own
 
 
 def neighbour_removal(inputs: Num[Tensor, "examples ..."], fraction: float, seed: int) -> Int[Tensor, " removed"]:
@@ -104,12 +118,3 @@ def _distances(inputs: Num[Tensor, "examples entries"], middle: int) -> Float[Te
         raise NotFinite(f"record {first} has an input that is NaN or infinite, so it is near nothing. Look at it.")
     distances[middle] = -1
     return distances
-
-
-def _members(labels: Int[Tensor, " examples"], label: int) -> Int[Tensor, " members"]:
-    members = (labels == label).nonzero()[:, 0].cpu()
-    if not len(members):
-        present = labels.unique().tolist()
-        shown = ", ".join(map(str, present[:12])) + (" …" if len(present) > 12 else "")
-        raise ConfigError(f"label={label}: no record is of this class. Classes here: {shown or 'none'}.")
-    return members
