@@ -15,7 +15,7 @@ import tyro
 from expunge import losses
 from expunge.cli.experiments import demo
 from expunge.cli.own_model import cache, evaluate, show, unlearn
-from expunge.cli.reference import methods
+from expunge.cli.reference import explain, methods
 from expunge.errors import ExpungeError
 from expunge.setup import SETUP
 
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "show": show,
     "methods": methods,
+    "explain": explain,
     "demo": demo,
 }
 
