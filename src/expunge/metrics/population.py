@@ -15,27 +15,27 @@ Confidences = Float[np.ndarray, "_ _"]  # models, records
 _LEAST = 4  # models of each kind: two to fit a Gaussian and two to judge
 
 
-def u_lira(unlearned: Confidences, retrained: Confidences, *, folds: int = 2) -> Attack:
+def u_lira(unlearned: Confidences, retrained: Confidences) -> Attack:
     """Can a model be recognised as unlearned rather than retrained, by its confidence on one removed record?
 
     The strongest of the attacks here: for every removed record it compares the very populations that unlearning has
     to make equal. 0.5 is indistinguishable.
 
     Formula: for each record, a Gaussian over the confidences of the unlearned models and one over those of the
-    retrained ones; score log N(c; unlearned) - log N(c; retrained), judged at 0. The Gaussians are fitted on some
-    models and judged on the others, in turns; the area under the ROC curve is taken within a turn, since scores of
-    different fits do not compare. Intervals count models, not records: those of one model are not independent.
+    retrained ones; score log N(c; unlearned) - log N(c; retrained), judged at 0. The Gaussians are fitted on one half
+    of the models and judged on the other, and the other way round; the area under the ROC curve is taken within
+    a turn, since scores of different fits do not compare. Intervals count models, not records: those of one model are
+    not independent.
 
     Args:
         unlearned: Confidences of unlearned models on the removed records.
         retrained: Confidences of as many models that were trained without them.
-        folds: Into how many parts the models are split; each is judged by a fit on the others.
 
     Source: Hayes et al., Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy (2024).
 
     Raises:
         MismatchError: Populations of different size, or of other records.
-        ConfigError: Fewer than four models of each kind, or folds that leave fewer than two to fit or to judge.
+        ConfigError: Fewer than four models of each kind.
         NotFinite: NaN or infinity among the confidences.
     """
     _populations(unlearned, retrained)
@@ -45,14 +45,10 @@ def u_lira(unlearned: Confidences, retrained: Confidences, *, folds: int = 2) ->
             "some out."
         )
     models, records = unlearned.shape
-    part = np.arange(models) % folds
-    if models < _LEAST or folds < 2 or np.bincount(part, minlength=folds).min() < 2:
-        raise ConfigError(
-            f"{models} models of each kind in {folds} folds: two or more folds need at least two models each."
-        )
+    part = np.arange(models) % 2
     scores = np.empty((2, models, records))
-    for fold in range(folds):
-        fit, held = part != fold, part == fold
+    for turn in range(2):
+        fit, held = part != turn, part == turn
         gaussians = [
             (p[fit].mean(axis=0), np.maximum(p[fit].var(axis=0, ddof=1), 1e-12)) for p in (unlearned, retrained)
         ]
@@ -63,8 +59,8 @@ def u_lira(unlearned: Confidences, retrained: Confidences, *, folds: int = 2) ->
             )
             scores[kind][held] = with_it - without
     model = np.repeat(np.arange(models), records)
-    turn = np.repeat(part, records)
-    return judge(scores[0].ravel(), scores[1].ravel(), threshold=0.0, clusters=(model, model), turns=(turn, turn))
+    turns = np.repeat(part, records)
+    return judge(scores[0].ravel(), scores[1].ravel(), threshold=0.0, clusters=(model, model), turns=(turns, turns))
 
 
 def klom(

@@ -65,8 +65,10 @@ def judge(
         threshold: If the attack has one of its own.
         clusters: For members and for unseen records: which scores belong together, for example to one model. The
             intervals then count clusters, not scores.
-        turns: For members and for unseen records: by which of several fits a score was given. Only scores of the same
-            fit are then ranked against each other in the AUC.
+        turns: For members and for unseen records: by which of several fits a score was given, each on what the others
+            judge. Only scores of the same fit are then ranked against each other in the AUC. Chance differences that
+            one fit finds are those that the others confirm, so the average over k turns is no surer than one turn:
+            intervals are √k wider.
         level: Of the intervals.
         seed: Of the folds that choose a threshold.
 
@@ -83,26 +85,29 @@ def judge(
         if not np.isfinite(side).all():
             raise NotFinite(f"{int((~np.isfinite(side)).sum())} of {len(side)} scores are NaN or infinite.")
     right = _right(members, unseen, threshold, seed)
+    repeated = 1 if turns is None else len(np.unique(turns[0]))
     below, above = np.empty(len(members)), np.empty(len(unseen))
     fits = turns or (np.zeros(len(members), dtype=np.int64), np.zeros(len(unseen), dtype=np.int64))
     for turn in np.unique(fits[0]):
         mine = fits[0] == turn, fits[1] == turn
         below[mine[0]], above[mine[1]] = placements(members[mine[0]], unseen[mine[1]])
-    auc, auc_interval = area(below, above, clusters=clusters, level=level)
+    auc, auc_interval = area(below, above, clusters=clusters, repeated=repeated, level=level)
     return Attack(
         accuracy=float(right[0].mean() + right[1].mean()) / 2,
         auc=auc,
         n=len(members),
         unseen=len(unseen),
-        accuracy_interval=_balanced(right, clusters, level),
+        accuracy_interval=_balanced(right, clusters, repeated, level),
         auc_interval=auc_interval,
-        true_positives=tuple(_true_positives(members, unseen, rate, clusters, level) for rate in LOW_RATES),
+        true_positives=tuple(_true_positives(members, unseen, rate, clusters, repeated, level) for rate in LOW_RATES),
     )
 
 
 def placements(members: Scores, unseen: Scores) -> tuple[Scores, Scores]:
     """For each member the share of unseen records below it, for each unseen record of members above it; ties half."""
-    rank = _stats().rankdata
+    _special()
+    from scipy.stats import rankdata as rank
+
     both = rank(np.concatenate([members, unseen]))
     below = (both[: len(members)] - rank(members)) / len(unseen)
     above = 1 - (both[len(members) :] - rank(unseen)) / len(members)
@@ -110,9 +115,14 @@ def placements(members: Scores, unseen: Scores) -> tuple[Scores, Scores]:
 
 
 def area(
-    below: Scores, above: Scores, *, clusters: tuple[Clusters, Clusters] | None = None, level: float = 0.95
+    below: Scores,
+    above: Scores,
+    *,
+    clusters: tuple[Clusters, Clusters] | None = None,
+    repeated: int = 1,
+    level: float = 0.95,
 ) -> tuple[float, Interval]:
-    """The area under the ROC curve and its interval, from `placements`."""
+    """The area under the ROC curve and its interval, from `placements`; see `judge`."""
     auc = float(below.mean())
     sides = clusters or (np.arange(len(below)), np.arange(len(above)))
     counts = [_groups(side)[1] for side in sides]
@@ -121,17 +131,20 @@ def area(
         sums = np.bincount(_groups(side)[0], weights=values - auc, minlength=count)
         variance += count / (count - 1) * float((sums**2).sum()) / len(values) ** 2
     if not 0 < auc < 1:
-        few = ((1 - level) / 2) ** (1 / min(counts))
+        few = ((1 - level) / 2) ** (repeated / min(counts))
         return auc, Interval(few, 1.0, level) if auc == 1 else Interval(0.0, 1 - few, level)
     middle = np.log(auc / (1 - auc))
-    half = float(_stats().norm.ppf((1 + level) / 2)) * np.sqrt(variance) / (auc * (1 - auc))
+    quantile = (
+        _special().ndtri((1 + level) / 2) if clusters is None else _special().stdtrit(min(counts) - 1, (1 + level) / 2)
+    )
+    half = float(quantile) * np.sqrt(variance * repeated) / (auc * (1 - auc))
     low, high = 1 / (1 + np.exp(-(middle - half))), 1 / (1 + np.exp(-(middle + half)))
     return auc, Interval(float(low), float(high), level)
 
 
 def wilson(hits: float, of: int, level: float = 0.95) -> Interval:
     """Wilson's interval of a rate: honest also near 0 and 1 and for small numbers."""
-    z, rate = float(_stats().norm.ppf((1 + level) / 2)), hits / of
+    z, rate = float(_special().ndtri((1 + level) / 2)), hits / of
     middle, scale = rate + z**2 / (2 * of), 1 + z**2 / of
     half = z * np.sqrt(rate * (1 - rate) / of + z**2 / (4 * of**2))
     return Interval(max(0.0, float((middle - half) / scale)), min(1.0, float((middle + half) / scale)), level)
@@ -146,10 +159,12 @@ def balanced(shares: tuple[float, float], numbers: tuple[int, int], level: float
     return Interval(max(0.0, float(middle - down)), min(1.0, float(middle + up)), level)
 
 
-def _balanced(right: tuple[Scores, Scores], clusters: tuple[Clusters, Clusters] | None, level: float) -> Interval:
+def _balanced(
+    right: tuple[Scores, Scores], clusters: tuple[Clusters, Clusters] | None, repeated: int, level: float
+) -> Interval:
     if clusters is None:
         return balanced((float(right[0].mean()), float(right[1].mean())), (len(right[0]), len(right[1])), level)
-    halves = [_over_clusters(values, side, level) for values, side in zip(right, clusters, strict=True)]
+    halves = [_over_clusters(values, side, repeated, level) for values, side in zip(right, clusters, strict=True)]
     middle = sum(each.low + each.high for each in halves) / 4
     half = np.sqrt(sum(((each.high - each.low) / 2) ** 2 for each in halves)) / 2
     return Interval(max(0.0, float(middle - half)), min(1.0, float(middle + half)), level)
@@ -181,7 +196,12 @@ def _best_threshold(members: Scores, unseen: Scores) -> float:
 
 
 def _true_positives(
-    members: Scores, unseen: Scores, rate: float, clusters: tuple[Clusters, Clusters] | None, level: float
+    members: Scores,
+    unseen: Scores,
+    rate: float,
+    clusters: tuple[Clusters, Clusters] | None,
+    repeated: int,
+    level: float,
 ) -> TruePositives:
     allowed = int(np.floor(rate * len(unseen) + 1e-9))
     if allowed < 1:
@@ -189,23 +209,24 @@ def _true_positives(
         return TruePositives(rate, None, None, None, reason)
     threshold = np.partition(unseen, len(unseen) - allowed - 1)[len(unseen) - allowed - 1]
     found = (members > threshold).astype(np.float64)
-    tail, beta = (1 - level) / 2, _stats().beta
+    tail, beta = (1 - level) / 2, _special().betaincinv
     if clusters is None:
         hits, misses = int(found.sum()), int(len(found) - found.sum())
-        low = float(beta.ppf(tail, hits, misses + 1)) if hits else 0.0
-        high = float(beta.ppf(1 - tail, hits + 1, misses)) if misses else 1.0
+        low = float(beta(hits, misses + 1, tail)) if hits else 0.0
+        high = float(beta(hits + 1, misses, 1 - tail)) if misses else 1.0
         interval = Interval(low, high, level)
     else:
-        interval = _over_clusters(found, clusters[0], level)
-    least, most = (float(beta.ppf(p, allowed + 1, len(unseen) - allowed)) for p in (tail, 1 - tail))
+        interval = _over_clusters(found, clusters[0], repeated, level)
+    least, most = (float(beta(allowed + 1, len(unseen) - allowed, p)) for p in (tail, 1 - tail))
     return TruePositives(rate, float(found.mean()), interval, Interval(least, most, level))
 
 
-def _over_clusters(values: Scores, side: Clusters, level: float) -> Interval:
+def _over_clusters(values: Scores, side: Clusters, repeated: int, level: float) -> Interval:
     groups, count = _groups(side)
     means = np.bincount(groups, weights=values, minlength=count) / np.bincount(groups, minlength=count)
     found = t_interval(means, level)
-    return Interval(max(0.0, found.low), min(1.0, found.high), level)
+    middle, half = (found.low + found.high) / 2, np.sqrt(repeated) * (found.high - found.low) / 2
+    return Interval(max(0.0, float(middle - half)), min(1.0, float(middle + half)), level)
 
 
 def _groups(side: Clusters) -> tuple[Clusters, int]:
@@ -215,9 +236,9 @@ def _groups(side: Clusters) -> tuple[Clusters, int]:
     return groups, len(names)
 
 
-def _stats() -> Any:
+def _special() -> Any:
     try:
-        from scipy import stats
+        from scipy import special
     except ImportError as error:
         raise MissingExtra("membership attacks need SciPy: pip install 'expunge[eval]'.") from error
-    return stats
+    return special
