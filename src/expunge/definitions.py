@@ -80,7 +80,7 @@ def find(metric: str) -> str:
         ConfigError: There is no such metric; names the closest.
     """
     slugs = {slug(name): name for name in METRICS}
-    wanted = slug(re.sub(r"^d(?=F|A)", "Δ", metric))
+    wanted = slug(re.sub(r"^d(?=f|a)", "Δ", metric, flags=re.IGNORECASE))
     if wanted in slugs:
         return slugs[wanted]
     parts = [key for key in slugs if wanted and wanted in key]
