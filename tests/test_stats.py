@@ -69,6 +69,13 @@ def test_the_bootstrap_covers_the_mean_of_skewed_values():
     assert mean == pytest.approx(2 * 1.96 / np.sqrt(60), rel=0.1)
 
 
+def test_the_bootstrap_of_ten_values_covers_too_little_which_is_why_it_is_not_used():
+    found = scipy_stats.bootstrap(
+        (normal(400, 10),), np.mean, axis=1, n_resamples=1000, method="BCa", rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert np.mean((found.low <= 0) & (found.high >= 0)) == pytest.approx(0.9, abs=0.03)
+
+
 @pytest.mark.parametrize("values", [normal(19), np.full(30, 0.1), normal(1001)])
 def test_where_resampling_has_nothing_to_offer_the_bootstrap_is_the_t_interval(values):
     assert bootstrap(values) == t_interval(values)
