@@ -73,7 +73,7 @@ def test_the_bootstrap_of_ten_values_covers_too_little_which_is_why_it_is_not_us
     found = scipy_stats.bootstrap(
         (normal(400, 10),), np.mean, axis=1, n_resamples=1000, method="BCa", rng=np.random.default_rng(0)
     ).confidence_interval
-    assert np.mean((found.low <= 0) & (found.high >= 0)) == pytest.approx(0.9, abs=0.03)
+    assert 0.83 < np.mean((found.low <= 0) & (found.high >= 0)) < 0.93
 
 
 @pytest.mark.parametrize("values", [normal(19), np.full(30, 0.1), normal(1001)])

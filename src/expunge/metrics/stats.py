@@ -77,7 +77,7 @@ def bootstrap(values: Values, *, level: float = 0.95, seed: int = 0) -> Interval
     """The bias-corrected and accelerated (BCa) bootstrap interval of the mean, for values that are not normal.
 
     Fewer than 20 values get Student's interval: a resample of a handful is narrower than the population, and of ten
-    normal values the "95 %" interval covers the mean about 90 times in 100. So do values that are all equal, and more
+    normal values the "95 %" interval covers the mean about nine times in ten. So do values that are all equal, and more
     than 1,000, where the two agree and resampling only costs time.
 
     Args:
