@@ -21,6 +21,8 @@ from torch.nn import functional
 
 from expunge import Blind, Examples, Recipe, Reload, cross_entropy, gradient, seeded, stream, train, unlearn
 from expunge.files import write_text
+from expunge.metrics.compare import profile
+from expunge.metrics.outputs import Outputs
 from expunge.models.convnet import ConvNet
 from expunge.models.resnet import ResNet18
 from expunge.params import smallest
@@ -161,12 +163,29 @@ def start_up() -> Iterator[Result]:
     yield at_most("import expunge: seconds added", "import torch", added, 0.3)
 
 
+def scoring() -> Iterator[Result]:
+    """All single-model metrics of 1e6 stored outputs: 700,000 retained, 100,000 removed, 200,000 test records."""
+    generator = np.random.default_rng(0)
+    splits = {}
+    for split, count in {"retain": 700_000, "forget": 100_000, "test": 200_000}.items():
+        labels = generator.integers(10, size=count)
+        logits = generator.normal(size=(count, 10))
+        logits[np.arange(count), labels] += 2
+        splits[split] = Outputs(logits, labels)
+    start = time.process_time()
+    found = profile(splits, full=True)
+    spent = time.process_time() - start
+    what = f"scoring 1e6 outputs of 10 classes, {len(found.values)} metrics: processor seconds"
+    yield at_most(what, "one second", spent, 30)
+
+
 BENCHMARKS = {
     "gradient": gradient_pass,
     "selection": selection,
     "pieces": pieces,
     "reload": reload_without_fine_tuning,
     "import": start_up,
+    "scoring": scoring,
 }
 
 

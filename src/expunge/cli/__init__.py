@@ -16,7 +16,7 @@ from expunge import losses
 from expunge.cli.data import data
 from expunge.cli.experiments import demo
 from expunge.cli.own_model import cache, evaluate, show, unlearn
-from expunge.cli.reference import methods
+from expunge.cli.reference import explain, methods
 from expunge.errors import ExpungeError
 from expunge.setup import SETUP
 
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "show": show,
     "methods": methods,
     "data": data,
+    "explain": explain,
     "demo": demo,
 }
 
