@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +15,7 @@ from expunge import progress
 from expunge.bench import digits
 from expunge.errors import ConfigError
 from expunge.files import write_text
+from expunge.provenance import environment, sources
 from expunge.report import rich_tables, write_page
 from expunge.rows import Row, read_rows, write_csv, write_rows
 
@@ -54,7 +52,7 @@ def run(out: Path, seeds: int) -> Path:
         raise ConfigError(f"seeds={seeds}: a mean and a spread need at least 3.")
     folder = folder_of(out)
     write_text(folder / "config.json", json.dumps(_config(), indent=2) + "\n")
-    write_text(folder / "env.json", json.dumps(_environment(), indent=2) + "\n")
+    write_text(folder / "env.json", json.dumps({**environment(), "threads": 1}, indent=2) + "\n")
     with _one_thread(), progress.task("demo", seeds * len(_CASES)) as advance:
         for seed in range(seeds):
             for scenario, case in _CASES.items():
@@ -96,37 +94,9 @@ def _config() -> dict[str, Any]:
         "reload, label correction": asdict(digits.CORRECTING_RELOAD),
         "fine-tune, label correction": asdict(digits.CORRECTING_FINE_TUNE),
         "expunge": version("expunge"),
-        "sources": _sources(),
+        "sources": sources(),
     }
     return dict(json.loads(json.dumps(settings)))
-
-
-def _sources() -> str:
-    """A hash of the library's code: other code is another run."""
-    digest = hashlib.sha256()
-    package = Path(digits.__file__).parent.parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _environment() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "expunge": version("expunge"),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 @contextmanager
