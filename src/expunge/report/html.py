@@ -1,13 +1,13 @@
 """Templates into self-contained HTML: no network, no scripts, the same bytes for the same values."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from typing import Any
 
 from expunge.definitions import anchor, define
 from expunge.errors import MissingExtra
-from expunge.report.summaries import FLOOR, REFERENCE
+from expunge.report.summaries import FLOOR, REFERENCE, label
 from expunge.report.tables import Table
 
 
@@ -36,7 +36,13 @@ def render(template: str, context: Mapping[str, Any], metrics: Iterable[str]) ->
     )
     metrics = list(metrics)
     environment.filters["linked"] = lambda text: Markup(linked(text, metrics))  # linked() escapes
-    environment.globals |= {"anchor": anchor, "widths": _widths, "standards": (REFERENCE, FLOOR)}
+    environment.globals |= {
+        "anchor": anchor,
+        "widths": _widths,
+        "flat": flat,
+        "label": label,
+        "standards": (REFERENCE, FLOOR),
+    }
     return environment.get_template(template).render(context) + "\n"
 
 
@@ -48,6 +54,17 @@ def linked(text: str, metrics: Iterable[str]) -> str:
     longest_first = sorted(names, key=len, reverse=True)
     pattern = re.compile(rf"(?<![\w#-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w-])")
     return pattern.sub(lambda found: f'<a href="#{names[found[0]]}">{found[0]}</a>', escape(text))
+
+
+def flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as lines: ``reload.fine_tune.epochs``, 10."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        yield name, ", ".join(str(each) for each in value) or "none"
+    else:
+        yield name, "none" if value is None or value == {} else str(value)
 
 
 def _widths(table: Table) -> list[int]:

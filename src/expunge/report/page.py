@@ -1,13 +1,12 @@
 """One self-contained HTML page from the files of a run: no network, no scripts, the same bytes for the same files."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from expunge.definitions import define, slug
 from expunge.files import write_text
-from expunge.report.html import render
+from expunge.report.html import flat, render
 from expunge.report.overview import findings, sentences, sizes, subject
 from expunge.report.stored import Run, read_run
 from expunge.report.summaries import Summary, label, repetitions, summarise
@@ -62,8 +61,8 @@ def _context(run: Run) -> dict[str, Any]:
         "sections": [_section(run, summaries, name) for name in dict.fromkeys(s.scenario for s in summaries)],
         "findings": {(_title(s), label(m)): found for (s, m), found in findings(run.facts).items()},
         "definitions": {metric: define(metric) for metric in metrics},
-        "config": list(_flat(run.config)),
-        "environment": list(_flat(run.environment)),
+        "config": list(flat(run.config)),
+        "environment": list(flat(run.environment)),
     }
 
 
@@ -96,14 +95,3 @@ def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
 
 def _title(scenario: str) -> str:
     return scenario.replace("-", " ").capitalize()
-
-
-def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as lines: ``reload.fine_tune.epochs``, 10."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list):
-        yield name, ", ".join(str(each) for each in value) or "none"
-    else:
-        yield name, "none" if value is None or value == {} else str(value)

@@ -71,27 +71,38 @@ class Run:
     resets: list[Reset]
     losses: list[Loss]
     facts: list[Fact]
+    trace: dict[str, Any]  # of the unlearning of one model; empty for runs of many
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Read a JSON object of a run folder.
+
+    Raises:
+        ConfigError: It is missing, or is no JSON object.
+    """
+    return _checked(Path(path), _object)
 
 
 def read_run(folder: Path | str) -> Run:
     """Read a run folder.
 
     Args:
-        folder: With config.json, env.json and rows.csv, and of curves.csv, reset.csv, losses.csv and facts.csv what
-            the run has something for.
+        folder: With config.json, env.json and rows.csv, and of curves.csv, reset.csv, losses.csv, facts.csv and
+            trace.json what the run has something for.
 
     Raises:
         ConfigError: A file is missing, is not what its name says, or there are no rows.
     """
     folder = Path(folder)
     run = Run(
-        config=_checked(folder / "config.json", _object),
-        environment=_checked(folder / "env.json", _object),
+        config=read_json(folder / "config.json"),
+        environment=read_json(folder / "env.json"),
         rows=_checked(folder / "rows.csv", read_rows),
         curves=_optional(folder / "curves.csv", Point),
         resets=_optional(folder / "reset.csv", Reset),
         losses=_optional(folder / "losses.csv", Loss),
         facts=_optional(folder / "facts.csv", Fact),
+        trace=read_json(folder / "trace.json") if (folder / "trace.json").exists() else {},
     )
     if not any(row.source == "measured" for row in run.rows):
         raise ConfigError(f"{folder / 'rows.csv'} holds no measured row: there is nothing to report. Finish the run.")

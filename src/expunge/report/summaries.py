@@ -8,7 +8,6 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from expunge.definitions import define
 from expunge.errors import ConfigError
 from expunge.metrics.stats import t_interval
 from expunge.rows import EVALUATION, Row
@@ -20,6 +19,7 @@ LABELS = {
     "reload": "RELOAD",
     "gradient-ascent": "gradient ascent",
 }
+_MOST = {"%": 100.0, "fraction": 1.0}
 _DECIMALS = {"%": 2, "points": 2, "s": 1}  # 3 for every other unit
 
 
@@ -55,15 +55,16 @@ class Summary:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """95 % t-interval of the mean; None for one repetition. A quantity that cannot be negative ends at 0.
+        """95 % t-interval of the mean; None for one repetition. It ends at 0, and for shares at 100 % or 1.
 
         Raises:
             MissingExtra: SciPy is not installed.
         """
         if self.sd is None or not math.isfinite(self.sd):
             return None
-        found = t_interval(np.array(self.values))
-        return (max(found.low, 0.0) if define(self.metric).kind != "value" else found.low, found.high)
+        found, most = t_interval(np.array(self.values)), _MOST.get(self.unit, math.inf)
+        low = max(found.low, 0.0) if min(self.values) >= 0 else found.low
+        return low, min(found.high, most) if max(self.values) <= most else found.high
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
@@ -128,6 +129,8 @@ def repetitions(summaries: Iterable[Summary]) -> str:
     if over != "seed":  # one model against many retrained ones, and these against each other
         pairs = max((s.n for s in summaries if s.method == FLOOR), default=0)
         count = max((s.n for s in summaries if s.method != FLOOR), default=0)
+        if count == 1 and not pairs:
+            return "a single comparison"
         floor = f", the noise floor over {_counted(pairs, 'pair')} of them" if pairs else ""
         return _counted(count, over) + floor
     counts = sorted({summary.n for summary in summaries})

@@ -1,6 +1,6 @@
 """Tables as text: Markdown, the terminal, and CSV with every digit."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ def write_table(path: Path | str, rows: Iterable[Row]) -> None:
     write_csv(path, COLUMNS, lines(rows))
 
 
-def lines(rows: Iterable[Row]) -> Iterable[Sequence[object]]:
+def lines(rows: Iterable[Row]) -> Iterator[tuple[object, ...]]:
     """The lines of that file; what there is not is empty."""
     rows = list(rows)
     summaries = summarise(rows)
