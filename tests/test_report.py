@@ -1,3 +1,4 @@
+import csv
 import io
 import json
 import math
@@ -10,19 +11,33 @@ from importlib.resources import files
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 from rich.console import Console
 from scipy import stats as scipy_stats
+from sklearn.metrics import roc_curve
 
 import expunge.report
 from expunge.errors import ConfigError, MissingExtra
 from expunge.metrics import stats
-from expunge.report import comparison, latex_table, markdown, rich_tables, summarise, tables, write_page
+from expunge.report import (
+    comparison,
+    latex_table,
+    markdown,
+    rich_tables,
+    summarise,
+    tables,
+    write_page,
+    write_table,
+)
+from expunge.report.attack import roc, true_positives
 from expunge.report.curves import steps
 from expunge.report.figures import distances, histograms, resets
+from expunge.report.html import linked
 from expunge.report.overview import findings, sentences, sizes
 from expunge.report.stored import Fact, Loss, Point, Reset
 from expunge.report.summaries import number
+from expunge.report.tradeoff import tradeoff
 from expunge.report.verdicts import verdicts
 from expunge.rows import Row, write_csv, write_rows
 
@@ -165,7 +180,11 @@ def test_mean_sample_sd_and_interval_by_hand():
     assert low < 0
     assert gap.interval == pytest.approx((0.0, high))  # a distance ends at 0
     own = found["reload", "FA"]
-    assert own.interval == pytest.approx(scipy_stats.t.interval(0.95, 2, loc=94.0, scale=scipy_stats.sem(own.values)))
+    low, high = scipy_stats.t.interval(0.95, 2, loc=94.0, scale=scipy_stats.sem(own.values))
+    assert high > 100
+    assert own.interval == pytest.approx((low, 100.0))  # and a share at 100 %
+    far = replace(own, values=(93.0, 92.0, 101.0))
+    assert far.interval[1] == pytest.approx(scipy_stats.t.interval(0.95, 2, 286 / 3, scipy_stats.sem(far.values))[1])
 
 
 def test_markdown_shows_reference_then_floor_and_delta_last():
@@ -319,6 +338,63 @@ def test_terminal_tables_mark_what_is_as_close():
     assert re.search(r"noise floor \(two retrains\) +yes +3\.50 ± 1\.20 ", text)
 
 
+def latex_is_balanced(text):
+    """Environments nest, braces and maths close, and every row of a tabular has as many cells as it has columns."""
+    plain = re.sub(r"\\\\(?=[\s{])|\\[{}$%&#_]", "", text)  # line ends and escaped characters
+    assert plain.count("{") == plain.count("}")
+    assert plain.count("$") % 2 == 0
+    open_ = []
+    for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
+        if kind == "begin":
+            open_.append(name)
+        else:
+            assert open_.pop() == name
+    assert not open_
+    for columns, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.DOTALL):
+        rows_ = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(rows_) > 2
+        assert {len(re.findall(r"(?<!\\)&", line)) for line in rows_} == {len(columns) - 1}
+
+
+def test_latex_is_balanced_and_escapes_what_it_must():
+    rows = [replace(r, method="50%_off & more{}~^\\#$") if r.method == "reload" else r for r in clear_rows()]
+    text = latex_table(tables(rows, "removal")[0], "distances")
+    latex_is_balanced(text)
+    assert r"50\%\_off \& more\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}\#\$ & yes" in text
+    assert r"$\Delta$FA & NSKL \\" in text
+    assert r"\shortstack[r]{\textbf{1.75}\\{\tiny 1.25 to 2.25}}" in text
+    assert r"12.00~$>$" in text
+    assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+    assert not re.search("[^\\x00-\\x7f]", text)
+
+
+def test_csv_holds_every_digit(tmp_path):
+    rows = [*clear_rows(), row("reload", 0, "NSKL", 0.15, "nats", source="paper, Table 1")]
+    write_table(tmp_path / "t.csv", rows)
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        lines = {(line["method"], line["metric"]): line for line in csv.DictReader(file)}
+    summaries, judged = summarise(rows), verdicts(summarise(rows))
+    assert lines.keys() == {(s.method, s.metric) for s in summaries}
+    for s in summaries:
+        line = lines[s.method, s.metric]
+        assert (float(line["mean"]), float(line["sd"]), int(line["n"])) == (s.mean, s.sd, 8)
+        assert (float(line["low"]), float(line["high"])) == s.interval
+        verdict = judged.get((s.method, s.metric))
+        assert line["verdict"] == (verdict.state if verdict else "")
+        assert line["p"] == (str(verdict.p) if verdict else "")
+    assert (lines["reload", "NSKL"]["paper"], lines["reload", "NSKL"]["source"]) == ("0.15", "paper, Table 1")
+    assert lines["original", "NSKL"]["source"] == ""
+
+
+def test_names_of_metrics_become_links_once_and_text_stays_text():
+    text = linked("ΔFA <b> and FA; the accuracy on the removed records, not FAX", ["FA", "ΔFA"])
+    assert text == (
+        '<a href="#metric-delta-fa">ΔFA</a> &lt;b&gt; and <a href="#metric-fa">FA</a>; the '
+        '<a href="#metric-fa">accuracy on the removed records</a>, not FAX'
+    )
+    assert linked("a < b", []) == "a &lt; b"
+
+
 # ── words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -366,6 +442,48 @@ def test_figures_state_their_finding_in_numbers():
         "The losses of removed and of test records overlap by 0 % for original, 50 % for RELOAD, 100 % for retrain "
         "(reference)."
     )
+
+
+def test_roc_curves_are_those_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    members, unseen = generator.exponential(1.0, 40), np.round(generator.exponential(2.0, 200), 1)  # with ties
+    fpr, tpr, _ = roc_curve(np.repeat([1, 0], [40, 200]), -np.concatenate([members, unseen]), drop_intermediate=False)
+    rates = np.array([0.0, 0.005, 0.01, 0.1, 0.5, 0.999, 1.0])
+    expected = [tpr[fpr <= rate + 1e-9].max() for rate in rates]
+    found = true_positives(members, unseen, rates)
+    assert (found >= np.array(expected) - 1e-12).all()  # between two thresholds a tie may be cut more finely
+    assert found[-1] == 1
+    untied = generator.exponential(2.0, 200)
+    fpr, tpr, _ = roc_curve(np.repeat([1, 0], [40, 200]), -np.concatenate([members, untied]), drop_intermediate=False)
+    assert true_positives(members, untied, rates) == pytest.approx([tpr[fpr <= rate + 1e-9].max() for rate in rates])
+
+
+def test_the_roc_figure_states_how_many_are_found():
+    losses = [
+        Loss("removal", m, 0, "test", 0.1 + k / 100) for m in ("original", "reload", "retrain") for k in range(200)
+    ]
+    for method, low in {"original": 25, "reload": 5, "retrain": 1}.items():
+        values = [0.01] * low + [5.0] * (50 - low)
+        losses += [Loss("removal", method, 0, "forget", value) for value in values]
+    assert roc(losses, "removal", "reload").finding == (
+        "At a false-positive rate of 10 %, the loss alone gives away removed records: 50.0 % for original, 10.0 % for "
+        "RELOAD, 2.0 % for retrain (reference)."
+    )
+    assert roc(losses[:10], "removal", "reload") is None
+
+
+def test_the_tradeoff_numbers_every_method_once_a_panel():
+    many = [replace(r, method=f"method {k}") for k in range(18) for r in some_rows() if r.method == "reload"]
+    drawn = tradeoff(summarise([*some_rows(), *many]), "removal", "reload")
+    assert drawn.finding == "RELOAD: ΔFA 3.00 points, TA 90.00 %, Cost 0.250 ratio."
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn.svg)
+    listed = [text.split(maxsplit=1) for text in texts if re.fullmatch(r"\d+ +\D.*", text)]
+    assert [name for _, name in listed][:2] == ["original", "RELOAD"]
+    assert len(listed) == 22
+    costless = sum(name.startswith("original") for _, name in listed)
+    numbers = [text for text in texts if text in {number for number, _ in listed}]
+    assert len(numbers) >= 2 * len(listed) - costless
+    assert tradeoff(summarise(some_rows()), "label-correction", "reload") is None
 
 
 def test_there_is_no_figure_without_data():

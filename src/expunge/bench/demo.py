@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expunge import progress
-from expunge.bench import digits
+from expunge.bench import digits, inputs
 from expunge.errors import ConfigError
 from expunge.files import write_text
 from expunge.provenance import environment, sources
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 _CASES: dict[str, Callable[[Path, int], digits.Case]] = {
     "removal": digits.removal,
     "label-correction": digits.label_correction,
+}
+_ROLES = {
+    "setup.py": "setup file",
+    "original.safetensors": "weights before",
+    "cache.safetensors": "gradient cache",
+    "data.safetensors": "records that are left",
+    "reload.safetensors": "weights after",
+    "reload.trace.json": "trace",
 }
 _COLUMNS = {
     "curves": ("method", "moment", "step", "split", "loss"),
@@ -62,6 +70,7 @@ def run(out: Path, seeds: int) -> Path:
                 advance()
     parts = [folder / scenario / f"seed-{seed}" for scenario in _CASES for seed in range(seeds)]
     _gather(parts, folder)
+    _describe(folder, seeds)
     return write_page(folder)
 
 
@@ -129,3 +138,22 @@ def _gather(parts: Sequence[Path], folder: Path) -> None:
     for name in ("rows", *_COLUMNS):
         texts = [(part / f"{name}.csv").read_text(encoding="utf-8").splitlines(keepends=True) for part in parts]
         write_text(folder / f"{name}.csv", "".join([texts[0][0], *(line for text in texts for line in text[1:])]))
+
+
+def _describe(folder: Path, seeds: int) -> None:
+    """Say what the files of each seed are for, and which records it removed or corrected, for the evidence."""
+    salt = inputs.salt_of(folder)
+    parts = [folder / "removal" / f"seed-{seed}" for seed in range(seeds)]
+    files = [
+        inputs.file_entry(role, part / name, folder)
+        for part in parts
+        for name, role in _ROLES.items()
+        if (part / name).exists()
+    ]
+    data = [
+        inputs.split_entry(scenario, seed, split, records, salt)
+        for scenario in _CASES
+        for seed in range(seeds)
+        for split, records in digits.records(scenario, seed).items()
+    ]
+    inputs.write_inputs(folder / "inputs.json", files, data)

@@ -200,6 +200,16 @@ def label_correction(folder: Path, seed: int) -> Case:
     return case
 
 
+def records(scenario: str, seed: int) -> dict[str, Examples]:
+    """The records of a scenario and seed by split, at the end: kept, and removed or corrected."""
+    train = digits(TRAIN, seed=seed).train
+    if scenario == "removal":
+        removed = random_removal(TRAIN, REMOVED, seed)
+        return {"retain": train.without(removed), "forget": train.only(removed)}
+    faulty = wrong_labels(train.tensors[1], CLASSES, FAULTY, seed)[1]
+    return {"retain": train, "forget": train.only(faulty)}
+
+
 def train_original(data: Examples, seed: int) -> nn.Module:
     """The model before anything was deleted or corrected."""
     with seeded(seed, "original"):

@@ -11,7 +11,7 @@ from expunge.report.stored import Loss
 from expunge.report.summaries import ORIGINAL, REFERENCE, label
 from expunge.report.svg import FORGET, INK, MUTED, RULE, TEST, Figure, draw
 
-_RATES = (0.001, 0.01, 0.1)  # false-positive rates that are stated, the least that the records can show
+_RATES = (0.001, 0.01, 0.1)  # false-positive rates; the least for which there are records enough is stated
 
 
 def roc(losses: Iterable[Loss], scenario: str, subject: str) -> Drawing | None:
@@ -30,10 +30,10 @@ def roc(losses: Iterable[Loss], scenario: str, subject: str) -> Drawing | None:
     unseen = min(len(test) for method in methods for _, test in pairs[method])
     rates = np.geomspace(1 / unseen, 1, 200)
     curves = {m: np.mean([true_positives(*pair, rates) for pair in pairs[m]], axis=0) for m in methods}
-    stated = next((rate for rate in _RATES if rate * unseen >= 1), 1.0)
+    members = min(sum(len(forget) for forget, _ in pairs[method]) for method in methods)
+    stated = next((rate for rate in _RATES if rate * unseen >= 10 and rate * members >= 0.5), 1.0)
     at = {m: float(np.mean([true_positives(*pair, np.array([stated]))[0] for pair in pairs[m]])) for m in methods}
     name = split_names(scenario)["forget"]
-    least = min(1 / unseen, *(1 / len(forget) / len(pairs[m]) for m in methods for forget, _ in pairs[m]))
 
     def plot(figure: Figure) -> None:
         ax = figure.subplots()
@@ -45,7 +45,7 @@ def roc(losses: Iterable[Loss], scenario: str, subject: str) -> Drawing | None:
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlim(rates[0], 1)
-        ax.set_ylim(least, 1.15)
+        ax.set_ylim(0.8 / members, 1.15)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.minorticks_off()

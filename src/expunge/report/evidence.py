@@ -136,11 +136,14 @@ def _evidence(run: Run, given: dict[str, Any], files: list[dict[str, Any]]) -> d
 
 def _counts(run: Run, scenario: str, method: str | None) -> list[dict[str, Any]]:
     """What the unlearning itself counted: loss terms that were removed, of those that were cached."""
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, dict[str, int]] = {}
     for fact in run.facts:
         if (fact.scenario, fact.method) == (scenario, method) and fact.fact in _ASKED:
-            found.setdefault(fact.seed, {"seed": fact.seed})[fact.fact] = int(float(fact.value))
-    return list(found.values())
+            found.setdefault(fact.seed, {})[fact.fact] = int(float(fact.value))
+    return [
+        {"seed": seed, **counts, "said": " of ".join(str(counts.get(name, "?")) for name in _ASKED)}
+        for seed, counts in found.items()
+    ]
 
 
 def _line(line: tuple[object, ...]) -> dict[str, object]:

@@ -57,14 +57,14 @@ def distances(summaries: Iterable[Summary], scenario: str, subject: str) -> Draw
         if summary is not None:
             against = f" (noise floor {number(floor.mean, floor.unit)})" if floor else ""
             compared.append(f"{metric} {number(summary.mean, summary.unit)}{against}")
-    heading = "Distance to retraining"
+    heading, over = "Distance to retraining", f"{summaries[0].over}s"
     finding = f"{label(subject)}: {', '.join(compared)}."
     size = (9.0, height * (0.85 + 0.22 * len(methods)))
     return Drawing(
         heading,
         draw(f"distances-{scenario}", f"{heading}. {finding}", size, plot),
         finding,
-        "Large dots are means over seeds with their 95 % intervals, faint dots the seeds. The grey band is the noise "
+        f"Large dots are means over {over} with 95 % intervals, faint dots the {over}. The grey band is the noise "
         "floor: how far a second retrained model is from the first (dashed: its mean; band: its 95 % interval). Left "
         "is closer to retraining, and inside the band is as close as a model that was itself retrained. δ is what 95 % "
         "of pairs of retrained models stay below. A line that runs to the right edge goes on beyond it, and an arrow "
@@ -167,8 +167,15 @@ def _panel(
     limit = max(_limit([*present, *([floor] if floor else [])], subject), 1.06 * (margin or 0.0))
     if margin is not None:
         ax.axvline(margin, color=FORGET, lw=1.0)
-        ax.annotate("δ", (margin, 1), (0, 1), xycoords=("data", "axes fraction"), textcoords="offset points",
-                    ha="center", va="bottom", color=FORGET)  # fmt: skip
+        ax.annotate(
+            "δ",
+            (margin, 1),
+            (3, -1),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            color=FORGET,
+        )
     if floor is not None:
         low, high = floor.interval or (floor.mean, floor.mean)
         ax.axvspan(low, min(high, limit), color=RULE, alpha=0.65, lw=0)

@@ -87,7 +87,7 @@ def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
         title=_title(scenario),
         summary=sentences(summaries, scenario, about) if about else "",
         about=about,
-        sizes=f"{sizes(run.rows, scenario)} a {summaries[0].over}, {repetitions(summaries)}",
+        sizes=sizes(run.rows, scenario) + (f" a seed, {repetitions(summaries)}" if summaries[0].over == "seed" else ""),
         tables=tables(run.rows, scenario) + ([compared] if compared else []),
         drawings=[drawing for drawing in drawings if drawing is not None],
     )

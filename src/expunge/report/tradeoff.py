@@ -1,19 +1,22 @@
 """The figure of forgetting against usefulness and against cost, with every method a numbered dot."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
 from expunge.definitions import ARROWS, define
 from expunge.report.figures import Drawing
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number, order
-from expunge.report.svg import INK, MUTED, RULE, Axes, Figure, draw
+from expunge.report.svg import INK, MUTED, RULE, Axes, Figure, LogLocator, draw
 
 _FORGETTING = ("FSKL", "ΔFE", "ΔFMIA", "ΔFA", "NSKL")  # the first that is there; a mean that cannot cancel is best
 _USE = ("TA", "NA")
 _STANDARDS = (ORIGINAL, REFERENCE, FLOOR)
-_PLACES = [(math.cos(turn), math.sin(turn)) for turn in (math.pi * k / 6 for k in range(12))]
+_REACHES, _ENOUGH = (8, 16, 25, 35), 8.5  # of a number from its dot, and what it needs around itself; points
+_ANGLES = [math.pi * turn / 8 for turn in range(16)]
 
 Found = dict[tuple[str, str], Summary]
+Dot = tuple[int, str, float, float]  # number, method, across, up
 
 
 def tradeoff(summaries: Iterable[Summary], scenario: str, subject: str) -> Drawing | None:
@@ -31,13 +34,17 @@ def tradeoff(summaries: Iterable[Summary], scenario: str, subject: str) -> Drawi
 
     def plot(figure: Figure) -> None:
         axes: Sequence[Axes] = figure.subplots(1, len(across), sharey=True, squeeze=False).flatten().tolist()
-        for ax, metric in zip(axes, across, strict=True):
-            _panel(ax, found, methods, (metric, forgetting), subject)
+        shown = [
+            _panel(ax, found, methods, (metric, forgetting), subject) for ax, metric in zip(axes, across, strict=True)
+        ]
         axes[0].set_ylabel(_axis(forgetting, found))
         for place, method in enumerate(methods):
             name = f"{place + 1}  {label(method)}"
             axes[-1].plot([], [], " ", label=name)
         figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", handlelength=0, handletextpad=0)
+        figure.draw_without_rendering()  # so that it is known where the dots are
+        for ax, dots in zip(axes, shown, strict=True):
+            _number(ax, dots, subject)
 
     definition = define(forgetting)
     heading = "Forgetting, usefulness and cost"
@@ -58,18 +65,20 @@ def tradeoff(summaries: Iterable[Summary], scenario: str, subject: str) -> Drawi
     )
 
 
-def _panel(ax: Axes, found: Found, methods: Sequence[str], metrics: tuple[str, str], subject: str) -> None:
+def _panel(ax: Axes, found: Found, methods: Sequence[str], metrics: tuple[str, str], subject: str) -> list[Dot]:
     across, up = metrics
     shown = [
         (place + 1, method, found[method, across].mean, found[method, up].mean)
         for place, method in enumerate(methods)
         if (method, across) in found and (across != "Cost" or found[method, across].mean > 0)
     ]
-    ys = [y for *_, y in shown if y > 0]
-    if ys and max(ys) > 8 * sorted(ys)[len(ys) // 2]:
+    ys = [y for *_, y in shown]
+    if min(ys, default=0) > 0 and max(ys) > 5 * min(ys):
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     if across == "Cost":
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         ax.locator_params(axis="x", nbins=5)
@@ -85,7 +94,7 @@ def _panel(ax: Axes, found: Found, methods: Sequence[str], metrics: tuple[str, s
     ax.minorticks_off()
     ax.grid(color=RULE, lw=0.5)
     ax.set_xlabel(_axis(across, found))
-    _number(ax, shown, subject)
+    return shown
 
 
 def _axis(metric: str, found: Found) -> str:
@@ -93,19 +102,24 @@ def _axis(metric: str, found: Found) -> str:
     return f"{metric} ({unit} {ARROWS[define(metric).good]})"
 
 
-def _number(ax: Axes, shown: Sequence[tuple[int, str, float, float]], subject: str) -> None:
-    """Write each dot's number beside it, where it is furthest from the other dots and numbers."""
-    dots = [tuple(ax.transData.transform((x, y))) for *_, x, y in shown]
-    taken = list(dots)
+def _number(ax: Axes, shown: Sequence[Dot], subject: str) -> None:
+    """Write each dot's number beside it, further out and with a line to it where there is no room."""
+    dots: list[tuple[float, float]] = [tuple(ax.transData.transform((x, y))) for *_, x, y in shown]
+    taken: list[tuple[float, float]] = []
+    scale = ax.figure.dpi / 72
     for (name, method, x, y), (left, bottom) in zip(shown, dots, strict=True):
-        others = [point for point in taken if point != (left, bottom)]
-        rooms = {
-            place: min((math.dist((left + 8 * place[0], bottom + 8 * place[1]), other) for other in others), default=0)
-            for place in _PLACES
-        }
-        best = max(rooms, key=rooms.__getitem__)
-        taken.append((left + 8 * best[0], bottom + 8 * best[1]))
+        rooms = {}
+        for reach, angle in itertools.product(_REACHES, _ANGLES):
+            offset = (reach * math.cos(angle), reach * math.sin(angle))
+            at = (left + scale * offset[0], bottom + scale * offset[1])
+            others = [*taken, *(dot for dot in dots if dot != (left, bottom))]
+            free = min((math.dist(at, other) / scale for other in others), default=math.inf)
+            rooms[offset] = min(free, _ENOUGH) - reach / 100  # of those with room enough, the nearest
+        offset = max(rooms, key=rooms.__getitem__)
+        taken.append((left + scale * offset[0], bottom + scale * offset[1]))
+        line = {"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkA": 0, "shrinkB": 2}
         ax.annotate(
-            str(name), (x, y), (8 * best[0], 8 * best[1]), textcoords="offset points", ha="center", va="center",
+            str(name), (x, y), offset, textcoords="offset points", ha="center", va="center",
             fontsize=7.5, weight="bold" if method == subject else "normal", color=INK,
-        )  # fmt: skip
+            arrowprops=line if math.hypot(*offset) > _REACHES[0] + 1 else None,
+        ).set_in_layout(False)  # fmt: skip
