@@ -402,7 +402,7 @@ def test_summary_sentences():
     text = sentences(summarise(some_rows()), "removal", "reload").replace("\N{NO-BREAK SPACE}", " ")
     assert text == (
         "RELOAD changed the accuracy on the removed records from 100.00 % (original) to 94.00 %; retraining gives "
-        "93.00 %, and two retrains differ by 4.00 points. On none of 1 distances it is indistinguishable from "
+        "93.00 %, and two retrains differ by 4.00 points. On none of 1 distance it is indistinguishable from "
         "retraining within the noise floor (the original: on none); it took 25 % of the time of retraining."
     )
     assert "On 2 of 2 distances it is indistinguishable" in sentences(summarise(clear_rows()), "removal", "reload")

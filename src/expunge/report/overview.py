@@ -43,8 +43,9 @@ def sentences(summaries: Sequence[Summary], scenario: str, method: str) -> str:
             who: [m for (w, m), v in judged.items() if w == who and v.state == "within"] for who in (method, ORIGINAL)
         }
         tested = sum(who == method for who, _ in judged)
+        of = f"{tested} distance{'s' * (tested > 1)}"
         said.append(
-            f"On {len(within[method]) or 'none'} of {tested} distances it is indistinguishable from retraining within "
+            f"On {len(within[method]) or 'none'} of {of} it is indistinguishable from retraining within "
             f"the noise floor (the original: on {len(within[ORIGINAL]) or 'none'})"
         )
     cost = found.get((method, "Cost"))
