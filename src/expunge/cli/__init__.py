@@ -16,7 +16,7 @@ from expunge import losses
 from expunge.cli.evaluation import evaluate
 from expunge.cli.experiments import demo
 from expunge.cli.own_model import cache, show, unlearn
-from expunge.cli.reference import methods
+from expunge.cli.reference import explain, methods
 from expunge.cli.reports import evidence, report
 from expunge.errors import ExpungeError
 from expunge.setup import SETUP
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evidence": evidence,
     "show": show,
     "methods": methods,
+    "explain": explain,
     "demo": demo,
 }
 

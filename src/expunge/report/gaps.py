@@ -8,7 +8,8 @@ from expunge.report.stored import Run
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
 from expunge.report.verdicts import verdicts
 
-_ATTACKS, _STRONG = ("FMIA", "AUC", "ΔFMIA", "ΔAUC"), ("LiRA", "RMIA")
+_ATTACKS = ("FMIA", "AUC", "ΔFMIA", "ΔAUC")
+_STRONG = ("LiRA", "RMIA", "Shadow")  # attacks that know how hard a record is, by what their metrics' names hold
 
 
 def outcomes(summaries: Sequence[Summary], scenario: str, method: str | None) -> list[str]:
@@ -67,9 +68,10 @@ def _of_scenario(run: Run, summaries: Sequence[Summary]) -> Iterator[str]:
     elif FLOOR not in methods:
         yield "a noise floor. With one retrained model nobody knows how far two retrained models are apart."
     yield from _verdicts(summaries, about)
-    if not metrics & set(_ATTACKS) and not any(metric.startswith(_STRONG) for metric in metrics):
+    strong = any(name in metric for metric in metrics for name in _STRONG)
+    if not strong and not metrics & set(_ATTACKS):
         yield "what a membership attack finds. None was run."
-    elif not any(metric.startswith(_STRONG) for metric in metrics):
+    elif not strong:
         yield "what an attack stronger than a regression on losses finds (LiRA, RMIA). None was run."
     if ORIGINAL not in methods:
         yield "what unlearning changed. The model before it was not measured."
