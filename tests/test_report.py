@@ -362,7 +362,8 @@ def test_latex_is_balanced_and_escapes_what_it_must():
     latex_is_balanced(text)
     assert r"50\%\_off \& more\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}\#\$ & yes" in text
     assert r"$\Delta$FA & NSKL \\" in text
-    assert r"\shortstack[r]{\textbf{1.75}\\{\tiny 1.25 to 2.25}}" in text
+    assert r"& yes & \textbf{1.75} & \textbf{0.021} \\" in text
+    assert r" &  & {\tiny 1.25 to 2.25} & {\tiny 0.021 to 0.022} \\" in text
     assert r"12.00~$>$" in text
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
     assert not re.search("[^\\x00-\\x7f]", text)

@@ -32,7 +32,12 @@ def latex_table(table: Table, name: str) -> str:
         " & ".join(["", "", *map(escape, table.metrics)]),
         " & ".join(["method", "blind", *map(escape, table.units)]),
     ]
-    body = [" & ".join([escape(line.label), escape(line.blind), *map(_cell, line.cells)]) for line in table.lines]
+    body = []
+    for line in table.lines:
+        body.append(" & ".join([escape(line.label), escape(line.blind), *map(_cell, line.cells)]))
+        if any(cell and cell.interval for cell in line.cells):
+            below = (rf"{{\tiny {escape(cell.interval)}}}" if cell and cell.interval else "" for cell in line.cells)
+            body += [" & ".join(["", "", *below]), r"\addlinespace[4pt]"]
     if table.margins:
         body += [r"\midrule", " & ".join([r"$\delta$", "", *map(escape, table.margins)])]
     return "\n".join(
@@ -54,7 +59,7 @@ def latex_table(table: Table, name: str) -> str:
 
 
 def _lines(texts: list[str]) -> list[str]:
-    return [text if text == r"\midrule" else rf"{text} \\" for text in texts]
+    return [text if text.startswith((r"\midrule", r"\addlinespace")) else rf"{text} \\" for text in texts]
 
 
 def _cell(cell: Cell | None) -> str:
@@ -63,5 +68,4 @@ def _cell(cell: Cell | None) -> str:
     text = escape(cell.mean)
     text = rf"\textbf{{{text}}}" if cell.mark in ("within", "differs") else text
     text += r"~$>$" if cell.mark == "beyond" else ""
-    text += rf" \emph{{{escape(cell.paper)}}}" if cell.paper else ""
-    return rf"\shortstack[r]{{{text}\\{{\tiny {escape(cell.interval)}}}}}" if cell.interval else text
+    return text + (rf" \emph{{{escape(cell.paper)}}}" if cell.paper else "")
