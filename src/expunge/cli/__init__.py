@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from expunge import losses
-from expunge.cli.experiments import demo
+from expunge.cli.experiments import compare, demo
 from expunge.cli.own_model import cache, evaluate, show, unlearn
 from expunge.cli.reference import methods
 from expunge.errors import ExpungeError
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "show": show,
     "methods": methods,
     "demo": demo,
+    "compare": compare,
 }
 
 
