@@ -57,15 +57,15 @@ MUTANTS = (
     Mutant(
         "means instead of sums are accumulated",
         "gradient.py",
-        " terms.sum().backward()",
-        " terms.mean().backward()",
+        "terms.backward(torch.ones_like(terms))",
+        "terms.backward(torch.ones_like(terms) / len(terms))",
         "test_reload_oracle.py",
     ),
     Mutant(
         "gradients are accumulated in float32",
-        "gradient.py",
-        "torch.zeros(p.shape, dtype=torch.float64, device=home)",
-        "torch.zeros(p.shape, dtype=torch.float32, device=home)",
+        "accumulator.py",
+        "torch.zeros(size, dtype=torch.float64, device=home or device)",
+        "torch.zeros(size, dtype=torch.float32, device=home or device)",
         "test_reload_oracle.py",
     ),
     Mutant(
