@@ -6,9 +6,9 @@ same four rehearsal seeds, whose images, removed records, removed classes and fa
 that are reported. None trains for more than a fifth of the epochs of retraining, all its phases together.
 Score: ΔFE and NSKL to retrained models, each over the mean distance of two retrained models from each other, averaged:
 1 is as close as another retrained model. Three retrained models a seed, so that no setting is chosen for being close to
-the luck of one. Loss on what was removed and outputs on what is left are what a judge looks at first, and as ratios they
-weigh the same in every scenario: after the removal of a class, ΔFE alone is many nats. After a correction FSKL takes
-the place of ΔFE: retrained models fit the corrected records, so that their losses say next to nothing.
+the luck of one. Loss on what was removed and outputs on what is left are what a judge looks at first, and as ratios
+they weigh the same in every scenario: after the removal of a class, ΔFE alone is many nats. After a correction FSKL
+takes the place of ΔFE: retrained models fit the corrected records, so that their losses say next to nothing.
 Cost: about 20 minutes on one core; goes on where it was interrupted.
 Expected: doing nothing at 2.3 noise floors (removal), 10 (class removal) or far more (correction); RELOAD below it.
 
@@ -35,7 +35,7 @@ from torch import nn
 
 from expunge.bench import entries as bench_entries
 from expunge.bench.entries import Entry, entries
-from expunge.bench.situations import FULL, SITUATIONS, Situation
+from expunge.bench.situations import FULL, LEADING, SITUATIONS, Situation
 from expunge.errors import NotFinite
 from expunge.files import write_text
 from expunge.methods.retrain import Retrain
@@ -93,9 +93,10 @@ def judged(model: nn.Module, situation: Situation) -> Judged:
 
 def distances(scenario: str, one: Judged, other: Judged) -> Distances:
     """ΔFE or FSKL, and NSKL, nats."""
-    if scenario == "label-correction":
-        return symmetric_kl(one[1], other[1]), symmetric_kl(one[0], other[0])
-    return abs(cross_entropy(one[1]) - cross_entropy(other[1])), symmetric_kl(one[0], other[0])
+    leading = symmetric_kl(one[1], other[1])
+    if LEADING[scenario] == "ΔFE":
+        leading = abs(cross_entropy(one[1]) - cross_entropy(other[1]))
+    return leading, symmetric_kl(one[0], other[0])
 
 
 def mean_distances(models: Sequence[nn.Module], rehearsals: Sequence[Rehearsal]) -> Distances:
@@ -128,7 +129,9 @@ def try_out(entry: Entry, scenario: str, rehearsals: Sequence[Rehearsal], floor:
         start = time.perf_counter()
         try:
             models = [
-                unlearn(r.situation.original, r.situation.given, entry.configured(settings, r.situation), seed=seed).model
+                unlearn(
+                    r.situation.original, r.situation.given, entry.configured(settings, r.situation), seed=seed
+                ).model
                 for seed, r in zip(SEEDS, rehearsals, strict=True)
             ]
             found = mean_distances(models, rehearsals)

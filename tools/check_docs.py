@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import expunge
+from expunge.bench import compare
+from expunge.bench.entries import entries
+from expunge.bench.situations import FULL
 from expunge.cli import COMMANDS
 from expunge.definitions import METRICS
 from expunge.methods import METHODS, Method
@@ -79,7 +82,28 @@ def demo_table() -> str:
     return markdown(shown, "removal")
 
 
+def compared(scenario: str) -> str:
+    """What the comparison measured in a scenario, or over all of them, from the rows it left."""
+    rows = read_rows(ROOT / "results" / "compare_rows.csv")
+    if scenario == compare.OVERVIEW:
+        return markdown(compare.overview(rows), scenario)
+    return markdown([row for row in rows if row.metric in compare.SHOWN[scenario]], scenario)
+
+
+def unfit() -> str:
+    """Who takes no part in a scenario of the comparison, and why."""
+    lines = ["| method | scenario | why not |", "|---|---|---|"]
+    for name, entry in entries(FULL.budget).items():
+        lines += [f"| `{name}` | {s.replace('-', ' ')} | {why} |" for s, why in entry.unfit.items()]
+    return "\n".join(lines)
+
+
 GENERATED = {
+    "compare-overview": lambda: compared(compare.OVERVIEW),
+    "compare-removal": lambda: compared("removal"),
+    "compare-class-removal": lambda: compared("class-removal"),
+    "compare-label-correction": lambda: compared("label-correction"),
+    "compare-unfit": unfit,
     "demo": demo_table,
     "methods-table": methods_table,
     "methods": method_sections,

@@ -119,9 +119,7 @@ def _within(config: Any, budget: Recipe) -> Any:
     recipes = {f.name: getattr(config, f.name) for f in fields(config) if isinstance(getattr(config, f.name), Recipe)}
     published = sum(recipe.epochs for recipe in recipes.values())
     changed: dict[str, Any] = {
-        name: replace(
-            recipe, epochs=max(budget.epochs * recipe.epochs // published, 1), batch_size=budget.batch_size
-        )
+        name: replace(recipe, epochs=max(budget.epochs * recipe.epochs // published, 1), batch_size=budget.batch_size)
         for name, recipe in recipes.items()
     }
     if not recipes and hasattr(config, "epochs"):  # GRDA: each step passes over all of the data twice

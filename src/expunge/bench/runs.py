@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from expunge import progress
 from expunge.bench.case import Case
 from expunge.errors import ConfigError
 from expunge.files import write_text
+from expunge.provenance import environment, sources
 from expunge.report import write_page
 from expunge.rows import Row, read_rows, write_csv, write_rows
 
@@ -50,7 +48,7 @@ def carry_out(name: str, out: Path, config: Mapping[str, Any], cases: Cases, see
         raise ConfigError(f"seeds={seeds}: a mean and a spread need at least {LEAST_SEEDS}.")
     folder = folder_of(out, config)
     write_text(folder / "config.json", json.dumps(_whole(config), indent=2) + "\n")
-    write_text(folder / "env.json", json.dumps(_environment(), indent=2) + "\n")
+    write_text(folder / "env.json", json.dumps({**environment(), "threads": 1}, indent=2) + "\n")
     with _one_thread(), progress.task(name, seeds * len(cases)) as advance:
         for seed in range(seeds):
             for scenario, case in cases.items():
@@ -75,35 +73,8 @@ def rows_of(out: Path, config: Mapping[str, Any]) -> list[Row]:
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as JSON holds it, with the code that it runs: other code is another run."""
-    whole = {**config, "expunge": version("expunge"), "sources": _sources()}
+    whole = {**config, "expunge": version("expunge"), "sources": sources()}
     return dict(json.loads(json.dumps(whole)))
-
-
-def _sources() -> str:
-    digest = hashlib.sha256()
-    package = Path(progress.__file__).parent
-    for path in sorted([*package.rglob("*.py"), *package.rglob("*.json")]):
-        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _environment() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "expunge": version("expunge"),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 @contextmanager

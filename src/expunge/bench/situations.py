@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from expunge.access import Sighted
 from expunge.batches import Examples
@@ -14,7 +13,7 @@ from expunge.data.digits import CLASSES, digits
 from expunge.gradient import gradient
 from expunge.losses import cross_entropy
 from expunge.scenarios.labels import wrong_labels
-from expunge.scenarios.removal import random_removal
+from expunge.scenarios.removal import class_removal, members, random_removal
 from expunge.seeds import seeded
 from expunge.training import Recipe, train
 
@@ -64,9 +63,9 @@ def whole_class(seed: int, size: Size = FULL) -> Situation:
     """All records of one digit removed; which digit, the last figure of the seed says."""
     split = digits(size.train, seed=seed)
     gone = seed % CLASSES
-    removed = _of_class(split.train, gone)
+    removed = class_removal(split.train.tensors[1], gone)
     retain, forget = split.train.without(removed), split.train.only(removed)
-    of_class = _of_class(split.test, gone)
+    of_class = members(split.test.tensors[1], gone)
     parts = {"retain": retain, "forget": forget, "test": split.test.without(of_class)}
     unseen = split.test.only(of_class)
     return _situation("class-removal", seed, size, split.train, retain, forget, parts, unseen, removed_class=gone)
@@ -100,10 +99,6 @@ def train_original(data: Examples, seed: int, recipe: Recipe = FULL.recipe) -> n
         model = digits_setup.model(seed)
     train(model, data, cross_entropy, recipe, seed=seed)
     return model
-
-
-def _of_class(data: Examples, number: int) -> Int[Tensor, " members"]:
-    return (data.tensors[1] == number).nonzero().flatten()
 
 
 def _situation(
