@@ -125,12 +125,11 @@ def overview(rows: Sequence[Row]) -> list[Row]:
     found: list[Row] = []
     for scenario, leading in LEADING.items():
         pair = (leading, "NSKL")
-        mine = [row for row in rows if row.scenario == scenario]
+        mine = [row for row in rows if row.scenario == scenario and row.metric in pair]
         floor = {m: fmean(row.value for row in mine if (row.method, row.metric) == (FLOOR, m)) for m in pair if mine}
         grouped: dict[tuple[str, int], dict[str, Row]] = {}
         for row in mine:
-            if row.metric in pair:
-                grouped.setdefault((row.method, row.seed), {})[row.metric] = row
+            grouped.setdefault((row.method, row.seed), {})[row.metric] = row
         for both in grouped.values():
             value = fmean(both[metric].value / floor[metric] for metric in pair)
             changes: dict[str, Any] = {"metric": f"Δ {scenario}", "value": value, "unit": "floors", "split": ""}
