@@ -129,11 +129,6 @@ class Gradient:
         """Nats a term."""
         return self.loss / max(self.count, 1)
 
-    @property
-    def aligned(self) -> bool:
-        """Whether untouched micro-batches cancel exactly in a difference with another aligned pass."""
-        return self.micro_batches is not None
-
     def relative_noise(self) -> float:
         """The predicted relative error: norm of the rounding floor over norm of the total."""
         assert self.noise is not None

@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from expunge import losses
+from expunge.cli.data import data
 from expunge.cli.experiments import compare, demo
 from expunge.cli.own_model import cache, evaluate, show, unlearn
 from expunge.cli.reference import methods
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "show": show,
     "methods": methods,
+    "data": data,
     "demo": demo,
     "compare": compare,
 }

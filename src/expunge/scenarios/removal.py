@@ -10,7 +10,7 @@ from torch import Tensor
 from expunge.errors import ConfigError, NotFinite
 from expunge.seeds import stream
 
-_PIECE = 2**24  # entries widened to float64 at a time, 128 MB
+_PIECE = 2**20  # entries widened to float64 at a time, 8 MB
 
 
 def random_removal(count: int, fraction: float, seed: int) -> Int[Tensor, " removed"]:
