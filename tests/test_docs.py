@@ -1,5 +1,6 @@
 """The documentation is run, not only read."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -45,3 +46,29 @@ def test_the_commands_for_ones_own_model_run_in_an_empty_folder(tmp_path):
 def test_the_documentation_agrees_with_the_code():
     done = run(sys.executable, "tools/check_docs.py", folder=ROOT)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("page", ["docs/data.md", "docs/scenarios.md"])
+def test_the_python_of_a_page_about_data_runs(page):
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), names)
+    if page == "docs/data.md":
+        assert len(names["train"]) == 100
+    else:
+        assert (len(names["known"]), len(names["left"])) == (12, 188)
+        assert names["pictures"].startswith(b"\x89PNG")
+
+
+def test_functions_that_a_page_about_data_names_exist():
+    for page, package in (("docs/data.md", "expunge.data"), ("docs/scenarios.md", "expunge.scenarios")):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        found = re.findall(r"`(\w+)\.(\w+)\((?=[\w\"])", text)
+        named = [
+            (module, name)
+            for module, name in found
+            if (ROOT / "src" / package.replace(".", "/") / f"{module}.py").exists()
+        ]
+        assert len(named) >= 5
+        for module, name in named:
+            assert hasattr(importlib.import_module(f"{package}.{module}"), name), (page, module, name)

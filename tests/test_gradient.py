@@ -121,8 +121,8 @@ def test_only_data_with_positions_is_aligned():
     model, data = network("mlp"), tensors(12)
     for form in FORMS:
         full = gradient(model, cross_entropy, in_form(form, data, torch.arange(12), 4))
-        assert full.aligned == (form != "batches")
-        assert not (full - full).aligned
+        assert (full.micro_batches is not None) == (form != "batches")
+        assert (full - full).micro_batches is None
 
 
 def test_tied_parameters_are_summed_into_one():
@@ -183,7 +183,7 @@ def test_a_sampler_of_its_own_is_taken_as_batches():
     in_order = DataLoader(data, batch_sampler=[[0, 1, 2, 3], [4, 5]])
     model = network("mlp")
     taken = gradient(model, cross_entropy, in_order)
-    assert not taken.aligned
+    assert taken.micro_batches is None
     assert close(taken.total, gradient(model, cross_entropy, data).total, 1e-12)
     everything = DataLoader(data, sampler=WeightedRandomSampler([1.0] + [0.0] * 5, 6), batch_size=6)
     assert close(

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from expunge import Blind, Examples, Recipe, Reload, cross_entropy, gradient, squared_error, train, unlearn
 from expunge.errors import ConfigError, MismatchError, NotFinite, NotInformative
+from expunge.methods.kronecker import diagonal_fisher, kronecker_fisher
 from expunge.methods.reload import PUBLISHED_CODE
 from expunge.models.mlp import MLP
-from expunge.selectors import SELECTORS
+from expunge.selectors import SELECTORS, Evidence
+from expunge.trace import Trace
 from expunge.training import mean_loss
 from tests.contract import quick, same, state, without_type_checks, world
 from tests.contract.test_methods import rebuild
@@ -284,9 +287,22 @@ def test_normal_1d_draws_re_initialised_vectors_with_a_standard_deviation_of_two
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_every_selector_resets_its_smallest_scores(selector):
     model, given = HUNDRED
-    result = unlearn(model, given, change(ONLY_RESET, reset_fraction=0.2, eps=0.5, selector=selector), seed=8)
+    config = change(ONLY_RESET, reset_fraction=0.2, eps=0.5, selector=selector, damping=0.7)
+    result = unlearn(model, given, config, seed=8)
     removed = given.full - gradient(model, squared_error, given.retain)
-    scores = SELECTORS[selector](removed.total, given.full.total, 0.5, 8)["weight"]
+    measure = kronecker_fisher if selector == "ekfac" else diagonal_fisher
+    curvature = measure(copy.deepcopy(model), squared_error, given.retain, ["weight"], Trace("", 0))
+    delta = {"weight": 77 - model.weight.detach()}
+    evidence = Evidence(
+        removed=removed.total,
+        full=given.full.total,
+        eps=0.5,
+        seed=8,
+        change=delta,
+        curvature=curvature,
+        damping=0.7,
+    )
+    scores = SELECTORS[selector](evidence)["weight"]
     assert set((result.model.weight == 77).flatten().nonzero().flatten().tolist()) == set(
         scores.flatten().argsort()[:20].tolist()
     )
@@ -356,6 +372,16 @@ def test_a_learning_rate_that_blows_up_is_reported_with_epoch_and_step():
         ({"tolerance": -0.01}, "tolerance=-0.01, patience=10: must be 0 or more"),
         ({"patience": -1}, "patience=-1: must be 0 or more"),
         ({"selector": "smallest"}, "selector='smallest': choose from small-kv, large-kv"),
+        ({"scope": "tensor"}, "scope='tensor': choose from global, layer"),
+        ({"reset_to": "ones"}, "reset_to='ones': choose from fresh, zero, layer-mean, kaiming-normal"),
+        ({"statistics": "reset"}, "statistics='reset': choose from kept, re-estimated"),
+        ({"damping": 0.0}, "damping=0.0: must be positive"),
+        ({"threshold": 0.0}, "threshold=0.0: must be positive, or None"),
+        ({"threshold": math.nan}, "threshold=nan: must be positive, or None"),
+        ({"threshold": 0.5, "selector": "random"}, "threshold=0.5, selector='random': a threshold is one of knowledge"),
+        ({"threshold": 0.5, "published_code": ("scaled-fraction",)}, "threshold=0.5: 'scaled-fraction' scales a share"),
+        ({"reset_std": -1.0, "reset_to": "normal"}, "reset_std=-1.0: must be positive, or None"),
+        ({"reset_std": 0.1}, "reset_std=0.1: only reset_to='normal' has one, not 'fresh'"),
         ({"published_code": ("typo",)}, r"published_code=\['typo'\]: choose from absolute-direction, batch-means"),
     ],
 )
@@ -366,4 +392,6 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 def test_settings_with_lists_survive_json():
     config = Reload(published_code=PUBLISHED_CODE, eps=0.1, priming_lr=None, fine_tune=Recipe(epochs=1, lr=1.0))
+    assert rebuild(Reload, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    config = Reload(threshold=0.9, reset_to="normal", reset_std=0.3, scope="layer", statistics="re-estimated")
     assert rebuild(Reload, json.loads(json.dumps(dataclasses.asdict(config)))) == config

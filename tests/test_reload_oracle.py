@@ -112,17 +112,36 @@ def flat_reload(trained: Trained, config: Reload, seed: int) -> Flat:
     noise = touched * spread(floor, trained.model) + accumulation * floor + 32 * ROUNDOFF * removed.abs()
     eps = float(noise.mean()) if config.eps == "auto" else config.eps
     knowledge = (removed.abs() + eps) / (full.abs() + eps)
-    wanted = int(Decimal(str(config.reset_fraction)) * len(full))
     by_knowledge = torch.argsort(knowledge, stable=True)
     informative = removed.abs() > noise
     paper_choice, chosen = torch.zeros(len(full), dtype=torch.bool), torch.zeros(len(full), dtype=torch.bool)
-    paper_choice[by_knowledge[:wanted]] = True
-    allowed = by_knowledge if config.reset_untouched else by_knowledge[informative[by_knowledge]]
-    chosen[allowed[:wanted]] = True
+    for group in groups(trained.model, config):
+        ranked = by_knowledge[torch.isin(by_knowledge, group)]
+        if config.threshold is None:
+            most = int(Decimal(str(config.reset_fraction)) * len(group))
+        else:
+            most = int((knowledge[group] <= config.threshold).sum())
+        paper_choice[ranked[:most]] = True
+        allowed = ranked if config.reset_untouched else ranked[informative[ranked]]
+        allowed = allowed if config.threshold is None else allowed[knowledge[allowed] <= config.threshold]
+        chosen[allowed[:most]] = True
+    wanted = int(paper_choice.sum())
     before = flat(trained.model)
     after = before + (config.priming_lr or 0) / len(everything) * removed
     after[chosen] = flat(fresh(trained.kind))[chosen]
     return Flat(before, full, removed, noise, eps, paper_choice, chosen, wanted, after)
+
+
+def groups(model: nn.Module, config: Reload) -> list[Tensor]:
+    """Places among which a share is taken: all, or those of a layer; vectors only if they may be reset."""
+    found: dict[str, list[Tensor]] = {}
+    start = 0
+    for name, p in model.named_parameters():
+        if config.reset_1d or p.ndim > 1:
+            key = name[: name.rindex(".")] if config.scope == "layer" else "all"
+            found.setdefault(key, []).append(torch.arange(start, start + p.numel()))
+        start += p.numel()
+    return [torch.cat(places) for places in found.values()]
 
 
 def spread(vector: Tensor, model: nn.Module) -> Tensor:
@@ -159,6 +178,26 @@ def test_reload_equals_the_one_on_a_flat_vector(trained, reset_untouched, fracti
     torch.testing.assert_close(after, expected.after, rtol=0, atol=1e-12)
     buffers = zip(result.buffers(), trained.model.buffers(), strict=True)
     assert all(torch.equal(now, before) for now, before in buffers)
+
+
+@pytest.mark.parametrize("reset_untouched", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"scope": "layer"}, {"reset_1d": False}, {"scope": "layer", "reset_1d": False}, {"threshold": 0.1}],
+    ids=str,
+)
+def test_options_of_the_choice_equal_those_on_a_flat_vector(trained, options, reset_untouched):
+    config = settings(reset_fraction=0.29, eps=0.01, reset_untouched=reset_untouched, priming_lr=0.7, **options)
+    expected = flat_reload(trained, config, seed=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a layer may have too few informative entries
+        result = unlearn(trained.model, trained.given, config, seed=4)
+    after = flat(result.model)
+    assert expected.chosen.any()
+    assert not expected.chosen.all()
+    assert torch.equal(after == flat(fresh(trained.kind)), expected.chosen)
+    torch.testing.assert_close(after, expected.after, rtol=0, atol=1e-12)
+    assert result.trace.facts["requested_count"] == expected.wanted
 
 
 @pytest.mark.parametrize("reset_untouched", [True, False])

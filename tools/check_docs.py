@@ -8,11 +8,16 @@ import ast
 import dataclasses
 import inspect
 import re
+import statistics
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import expunge
+from expunge.bench import compare
+from expunge.bench.entries import entries
+from expunge.bench.situations import FULL
 from expunge.cli import COMMANDS
 from expunge.definitions import METRICS, Definition
 from expunge.methods import METHODS, Method
@@ -97,7 +102,56 @@ def demo_table() -> str:
     return markdown(shown, "removal")
 
 
+def compared(scenario: str) -> str:
+    """What the comparison measured in a scenario, or over all of them, from the rows it left."""
+    rows = read_rows(ROOT / "results" / "compare_rows.csv")
+    if scenario == compare.OVERVIEW:
+        return markdown(compare.overview(rows), scenario)
+    return markdown([row for row in rows if row.metric in compare.SHOWN[scenario]], scenario)
+
+
+def unfit() -> str:
+    """Who takes no part in a scenario of the comparison, and why."""
+    lines = ["| method | scenario | why not |", "|---|---|---|"]
+    for name, entry in entries(FULL.budget).items():
+        lines += [f"| `{name}` | {s.replace('-', ' ')} | {why} |" for s, why in entry.unfit.items()]
+    return "\n".join(lines)
+
+
+def ablation_table() -> str:
+    """What RELOAD's options changed, from the rows their experiment left."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for row in read_rows(ROOT / "results" / "digits_ablation.csv"):
+        found.setdefault(row.method, {}).setdefault(row.seed, {})[row.metric] = row.value
+    lines = [
+        "| setting | re-initialised | ΔFE | NSKL | ΔFE + NSKL | farther than the default |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, seeds in found.items():
+        shares = [100 * each["reset share"] for each in seeds.values() if "reset share" in each]
+        share = f"{min(shares):.0f} to {max(shares):.0f} %" if shares and max(shares) - min(shares) > 0.5 else ""
+        share = share or (f"{shares[0]:.0f} %" if shares else "")
+        columns = [[each["ΔFE"] for each in seeds.values()], [each["NSKL"] for each in seeds.values()]]
+        columns.append([sum(pair) for pair in zip(*columns, strict=True)])
+        cells = [f"{statistics.mean(column):.3f} ± {statistics.stdev(column):.3f}" for column in columns]
+        apart = [
+            own - sum(found["default"][seed][m] for m in ("ΔFE", "NSKL"))
+            for seed, own in zip(seeds, columns[2], strict=True)
+        ]
+        cells.append(
+            f"{statistics.mean(apart):+.3f} ± {statistics.stdev(apart) / len(apart) ** 0.5:.3f}" if any(apart) else ""
+        )
+        lines.append(f"| {name} | {share} | {' | '.join(cells)} |")
+    return "Mean ± sample standard deviation over seeds, nats.\n\n" + "\n".join(lines)
+
+
 GENERATED = {
+    "compare-overview": lambda: compared(compare.OVERVIEW),
+    "compare-removal": lambda: compared("removal"),
+    "compare-class-removal": lambda: compared("class-removal"),
+    "compare-label-correction": lambda: compared("label-correction"),
+    "compare-unfit": unfit,
+    "ablation": ablation_table,
     "demo": demo_table,
     "methods-table": methods_table,
     "methods": method_sections,
@@ -131,7 +185,7 @@ def problems() -> Iterator[str]:
             except SyntaxError as error:
                 yield f"{name}: a Python block does not parse: {error}"
         for attribute in re.findall(r"\bexpunge\.([A-Za-z_]+)\b(?!\.py|/)", _code(text)):
-            if not hasattr(expunge, attribute):
+            if not hasattr(expunge, attribute) and not find_spec(f"expunge.{attribute}"):
                 yield f"{name}: there is no expunge.{attribute}"
     api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     yield from (f"docs/api.md does not name {name}" for name in expunge.__all__ if f"`{name}" not in api)

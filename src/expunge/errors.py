@@ -20,6 +20,14 @@ class CorruptCache(ExpungeError, ValueError):
     """A gradient cache that is damaged, truncated, or was never one."""
 
 
+class MissingData(ExpungeError, FileNotFoundError):
+    """A file of a dataset that is not where it was looked for, or could not be downloaded."""
+
+
+class CorruptData(ExpungeError, ValueError):
+    """A file of a dataset that is damaged, truncated, or something else."""
+
+
 class NotFinite(ExpungeError, FloatingPointError):
     """A NaN or an infinity in the weights, a loss, a gradient or a score."""
 

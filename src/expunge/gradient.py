@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from expunge import losses, params, progress
+from expunge.accumulator import Accumulator
 from expunge.batches import (
     Batch,
     Batches,
@@ -127,11 +128,6 @@ class Gradient:
     def mean_loss(self) -> float:
         """Nats a term."""
         return self.loss / max(self.count, 1)
-
-    @property
-    def aligned(self) -> bool:
-        """Whether untouched micro-batches cancel exactly in a difference with another aligned pass."""
-        return self.micro_batches is not None
 
     def relative_noise(self) -> float:
         """The predicted relative error: norm of the rounding floor over norm of the total."""
@@ -254,40 +250,31 @@ def _accumulate(
     micro_batch: int,
     device: torch.device,
 ) -> Gradient:
-    home = torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
-    total = {name: torch.zeros(p.shape, dtype=torch.float64, device=home) for name, p in chosen.items()}
-    magnitude = {name: torch.zeros(p.shape, dtype=torch.float32, device=home) for name, p in chosen.items()}
+    sums = Accumulator(chosen, home=torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else None)
     numbers: list[int] = []
     counts: list[int] = []
-    sums: list[Tensor] = []
+    found: list[Tensor] = []
     magnitudes: list[Tensor] = []
     repeats = True
     batches, stream = micro_batches(data, micro_batch)
     with progress.task("gradient", batches) as advance:
         for number, each in stream:
             batch = map_tensors(to_device(each, device), _at_boundary)
-            terms = checked_terms(loss_terms(model, batch))
-            terms.sum().backward()
+            terms = _backward(model, loss_terms, batch, sums)
             if not numbers and device.type != "cpu":
-                repeats = _backward_repeats(model, loss_terms, batch, chosen)
-            grads = {
-                name: (p.grad.to_dense() if p.grad.is_sparse else p.grad).to(home)
-                for name, p in chosen.items()
-                if p.grad is not None
-            }
-            for p in chosen.values():
-                p.grad = None
-            magnitudes.append(_add_up_(total, magnitude, grads))
+                repeats = _backward_repeats(model, loss_terms, batch, sums)
+            magnitudes.append(sums.add_up())
             numbers.append(number)
             counts.append(len(terms))
-            sums.append(terms.detach().to(home).sum(dtype=torch.float64))
+            found.append(terms.to(magnitudes[-1].device).sum(dtype=torch.float64))
             advance()
     if not sum(counts):
         raise ConfigError(
             f"{len(counts)} batches gave no loss term. Are all targets masked, or is the data read only once?"
         )
-    loss = torch.stack(sums).cpu()
+    loss = torch.stack(found).cpu()
     _require_finite_losses(loss, numbers, micro_batch if indexed(data) else None)
+    total = sums.totals()
     params.require_finite(total, "after the gradient pass")
     roundoff = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()) / 2
     groups = MicroBatches(micro_batch, torch.tensor(numbers), torch.tensor(counts), loss, torch.stack(magnitudes).cpu())
@@ -295,7 +282,7 @@ def _accumulate(
         total=total,
         count=sum(counts),
         loss=math.fsum(loss.tolist()),
-        noise={name: m.mul_(4 * roundoff) for name, m in magnitude.items()},
+        noise={name: m.mul_(4 * roundoff) for name, m in sums.magnitudes().items()},
         roundoff=roundoff,
         origin=Origin.of(model, loss_terms),
         micro_batches=groups if indexed(data) is not None and repeats else None,
@@ -311,31 +298,19 @@ def _at_boundary(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % _BOUNDARY == 0 else tensor.clone()
 
 
-def _add_up_(total: Params, magnitude: Params, grads: Params) -> Tensor:
-    """Add gradients to the totals and their magnitudes to those; returns the sum of all magnitudes.
-
-    torch's multi-tensor functions, as in its optimisers: a hundred times faster than a loop with a float64 sum.
-    """
-    values = list(grads.values())
-    torch._foreach_add_([total[name] for name in grads], values)
-    torch._foreach_abs_(values)
-    torch._foreach_add_([magnitude[name] for name in grads], values)
-    return torch.stack(torch._foreach_norm(values, 1, dtype=torch.float64)).sum()
+def _backward(model: nn.Module, loss_terms: LossTerms, batch: Batch, sums: Accumulator) -> Tensor:
+    """The loss terms of a micro-batch; the gradient of their sum is left with the accumulator."""
+    sums.start()
+    terms = checked_terms(loss_terms(model, batch))
+    terms.backward(torch.ones_like(terms))
+    return terms.detach()
 
 
-def _backward_repeats(model: nn.Module, loss_terms: LossTerms, batch: Batch, chosen: dict[str, nn.Parameter]) -> bool:
+def _backward_repeats(model: nn.Module, loss_terms: LossTerms, batch: Batch, sums: Accumulator) -> bool:
     """Whether a second backward pass gives the same bits, as kernels with atomic additions do not."""
-    first = {name: p.grad for name, p in chosen.items()}
-    for p in chosen.values():
-        p.grad = None
-    loss_terms(model, batch).sum().backward()
-    same = all((first[name] is None) == (p.grad is None) for name, p in chosen.items()) and all(
-        p.grad is None or torch.equal(p.grad.to_dense(), first[name].to_dense())  # type: ignore[union-attr]
-        for name, p in chosen.items()
-    )
-    for name, p in chosen.items():
-        p.grad = first[name]
-    return same
+    first = [flat.clone() for flat in sums.gradients]
+    _backward(model, loss_terms, batch, sums)
+    return all(torch.equal(own, again) for own, again in zip(first, sums.gradients, strict=True))
 
 
 @contextmanager

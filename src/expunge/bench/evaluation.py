@@ -127,7 +127,7 @@ def write_run(folder: Path, found: Evaluation, loaded: Setup) -> None:
         _json(temporary / "env.json", provenance.environment())
         salt = inputs.salt_of(folder)
         inputs.write_inputs(
-            temporary / "inputs.json",
+            temporary / inputs.NAME,
             [inputs.file_entry(role, path, folder) for role, path in roles if path is not None],
             [inputs.split_entry(SCENARIO, 0, split, loaded.data(split), salt) for split in found.subject.splits],
         )

@@ -12,6 +12,7 @@ from expunge.errors import ConfigError
 from expunge.files import replacing, write_text
 
 Entry = dict[str, object]
+NAME = "inputs.json"
 REMOVED = "forget"  # the split whose records get a hash each
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import tyro
 
 from expunge import losses
+from expunge.cli.data import data
 from expunge.cli.evaluation import evaluate
-from expunge.cli.experiments import demo
+from expunge.cli.experiments import compare, demo
 from expunge.cli.own_model import cache, show, unlearn
 from expunge.cli.reference import explain, methods
 from expunge.cli.reports import evidence, report
@@ -30,7 +31,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "show": show,
     "methods": methods,
     "explain": explain,
+    "data": data,
     "demo": demo,
+    "compare": compare,
 }
 
 

@@ -15,27 +15,36 @@ Deviations from the paper, each with a way back:
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from expunge import params
 from expunge.access import Blind
+from expunge.curvature import Curvature
 from expunge.errors import ConfigError, NotInformative
 from expunge.gradient import MICRO_BATCH, Gradient, gradient
+from expunge.methods.choice import Masks, Scope, at_most, choose, decimal, smallest_share
+from expunge.methods.kronecker import diagonal_fisher, kronecker_fisher
+from expunge.methods.reinitialise import (
+    ResetTo,
+    Statistics,
+    new_values,
+    normal,
+    re_estimate_statistics_,
+    reinitialise_,
+)
 from expunge.params import Params
-from expunge.seeds import stream
-from expunge.selectors import SELECTORS
+from expunge.selectors import SECOND_ORDER, SELECTORS, Evidence, Name
 from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train, until_converged
 
 Departure = Literal["absolute-direction", "batch-means", "normal-1d", "scaled-fraction"]
-PUBLISHED_CODE: tuple[Departure, ...] = ("absolute-direction", "batch-means", "normal-1d", "scaled-fraction")
+PUBLISHED_CODE: tuple[Departure, ...] = get_args(Departure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +63,17 @@ class Reload:
     """
 
     priming_lr: float | None = 1.0  # η_p n_D: step of the ascent on the mean loss over D; None: no ascent
-    reset_fraction: float = 0.1  # α: share of all parameters that is re-initialised, in [0, 1)
+    reset_fraction: float = 0.1  # α: share of all entries that is re-initialised, in [0, 1)
+    threshold: float | None = None  # instead of a share: every entry with a knowledge value of at most this
+    scope: Scope = "global"  # is the share one of all entries together, or of each layer's?
     eps: float | Literal["auto"] = "auto"  # ε: smooths the knowledge values, unit of a summed gradient
-    selector: Literal["small-kv", "large-kv", "large-gradient", "large-ratio", "random"] = (
-        "small-kv"  # which entries are re-initialised first
-    )
+    selector: Name = "small-kv"  # which entries are re-initialised first
+    damping: float = 0.1  # of the selector ekfac: added to the curvature, as a share of its mean eigenvalue
     reset_untouched: bool = False  # may entries below the rounding floor be re-initialised?
+    reset_1d: bool = True  # may biases and normalisation scales be? If not, they do not count in the share either
+    reset_to: ResetTo = "fresh"  # what re-initialised entries become
+    reset_std: float | None = None  # standard deviation of reset_to="normal"; None: that of the tensor
+    statistics: Statistics = "kept"  # of BatchNorm: those of the trained model, or of what is left
     tolerance: float = 0.05  # of the stop rule: share of the original's loss
     patience: int = 10  # epochs without a lower training loss that end fine-tuning; 0: never
     published_code: tuple[Departure, ...] = ()  # departures of the released code to follow
@@ -72,15 +86,33 @@ class Reload:
             raise ConfigError(
                 f"reset_fraction={self.reset_fraction}: must be in [0, 1). To start from nothing, use retrain."
             )
-        if self.eps != "auto" and not 0 < self.eps < math.inf:
-            raise ConfigError(f"eps={self.eps}: must be positive, or 'auto'.")
+        if not 0 < self.damping < math.inf:
+            raise ConfigError(f"damping={self.damping}: must be positive.")
+        for name, other in (("eps", "auto"), ("threshold", None), ("reset_std", None)):
+            value = getattr(self, name)
+            if value != other and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value}: must be positive, or {other!r}.")
         if not 0 <= self.tolerance < math.inf or self.patience < 0:
             raise ConfigError(f"tolerance={self.tolerance}, patience={self.patience}: must be 0 or more.")
-        if self.selector not in SELECTORS:
-            raise ConfigError(f"selector={self.selector!r}: choose from {', '.join(SELECTORS)}.")
+        for name, kind in (("selector", Name), ("scope", Scope), ("reset_to", ResetTo), ("statistics", Statistics)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose from {', '.join(get_args(kind))}.")
         unknown = set(self.published_code) - set(PUBLISHED_CODE)
         if unknown:
             raise ConfigError(f"published_code={sorted(unknown)}: choose from {', '.join(PUBLISHED_CODE)}.")
+        self._require_agreement()
+
+    def _require_agreement(self) -> None:
+        """Refuse settings that another one makes meaningless."""
+        if self.threshold is not None and self.selector != "small-kv":
+            raise ConfigError(
+                f"threshold={self.threshold}, selector={self.selector!r}: a threshold is one of knowledge values. Take "
+                "selector='small-kv', or a reset_fraction."
+            )
+        if self.threshold is not None and "scaled-fraction" in self.published_code:
+            raise ConfigError(f"threshold={self.threshold}: 'scaled-fraction' scales a share. Leave one of them out.")
+        if self.reset_std is not None and self.reset_to != "normal":
+            raise ConfigError(f"reset_std={self.reset_std}: only reset_to='normal' has one, not {self.reset_to!r}.")
 
 
 SPACE: Space = {
@@ -96,11 +128,14 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
 
     ``trace.facts``: removed_count and cached_count (loss terms), eps, relative_noise (predicted relative error of the
     difference, an upper estimate), informative_share, reset_count, requested_count, untouched_in_paper_choice and
-    overlap_with_paper_choice (how the choice differs from the paper's to the letter), target_loss.
+    overlap_with_paper_choice (how the choice differs from the one that takes untouched entries, too), target_loss; of
+    a selector of second order kronecker_share (of entries whose curvature is in blocks); with ``statistics``
+    re-estimated, statistics_layers (how many have some).
 
     Raises:
-        NotInformative: The difference shows nothing of what was removed.
+        NotInformative: The difference shows nothing of what was removed, or the curvature nothing at all.
         MismatchError: A cache, retain set or ``fresh`` that do not belong together.
+        UnsupportedModule: A selector of second order, and a model that cannot be taken apart into examples.
     """
     full = given.cached()
     theta = params.named_parameters(model, full.total)
@@ -112,21 +147,41 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
         trace.backwarded += retain.count
         trace.facts |= {"removed_count": removed.count, "cached_count": full.count}
         _require_informative(removed, trace)
+        values = new_values(model, theta, given, config.reset_to, std=config.reset_std, seed=seed)
+        eps = _eps(removed, config)
+
+    change, curvature = None, None
+    if config.selector in SECOND_ORDER:
+        with trace.stage("curvature", model):
+            change = {name: values[name] - p.detach() for name, p in theta.items()}
+            curvature = _curvature(model, given, config, theta, trace)
 
     with trace.stage("ascend", model):
         if config.priming_lr is not None:
             ascend_(theta, removed.total, config, full.count)
 
     with trace.stage("select", model):
-        eps = _eps(removed, config)
-        chosen = _choose(removed, full, eps, config, seed, trace)
+        evidence = Evidence(
+            removed=removed.total,
+            full=full.total,
+            eps=eps,
+            seed=seed,
+            change=change,
+            curvature=curvature,
+            damping=config.damping,
+        )
+        chosen = _choose(SELECTORS[config.selector](evidence), removed, full, config, trace)
 
     with trace.stage("re-initialise", model):
-        values = given.fresh_values(seed, model, theta)
         if "normal-1d" in config.published_code:
             one_d = [name for name, value in values.items() if value.ndim == 1]
-            values.update({n: _normal(values[n], stream(seed, "normal-1d", n)) for n in one_d})
+            values |= {name: normal(values[name], 2, seed, name, "normal-1d") for name in one_d}
         reinitialise_(theta, values, chosen)
+
+    if config.statistics == "re-estimated":
+        with trace.stage("statistics", model):
+            layers = re_estimate_statistics_(model, given, config.fine_tune.batch_size, seed=seed, trace=trace)
+            trace.facts["statistics_layers"] = layers
 
     with trace.stage("fine-tune", model):
         stop = until_converged(
@@ -152,13 +207,6 @@ def ascend_(theta: dict[str, nn.Parameter], removed: Params, config: Reload, ter
         p.add_((step * direction).to(p))
 
 
-@torch.no_grad()
-def reinitialise_(theta: dict[str, nn.Parameter], values: Params, chosen: dict[str, Tensor]) -> None:
-    """Put the given values into the chosen entries."""
-    for name, p in theta.items():
-        p.copy_(torch.where(chosen[name].to(p.device), values[name], p))
-
-
 def _require_informative(removed: Gradient, trace: Trace) -> None:
     marked = removed.informative()
     share = sum(int(mask.sum()) for mask in marked.values()) / params.size(marked)
@@ -181,46 +229,34 @@ def _eps(removed: Gradient, config: Reload) -> float:
     return max(mean, torch.finfo(torch.float64).tiny)
 
 
-def _choose(
-    removed: Gradient, full: Gradient, eps: float, config: Reload, seed: int, trace: Trace
-) -> dict[str, Tensor]:
+def _curvature(
+    model: nn.Module, given: Blind, config: Reload, theta: dict[str, nn.Parameter], trace: Trace
+) -> Curvature:
+    """Of what is left, at the trained weights."""
+    measure = kronecker_fisher if config.selector == "ekfac" else diagonal_fisher
+    curvature = measure(model, given.loss_terms, given.retain, theta, trace)
+    trace.facts["kronecker_share"] = curvature.kronecker_share
+    return curvature
+
+
+def _choose(scores: Params, removed: Gradient, full: Gradient, config: Reload, trace: Trace) -> Masks:
     """Mark the entries to re-initialise, and record where they are."""
-    fraction = Fraction(repr(float(config.reset_fraction)))  # its decimal digits: as floats, 0.29 x 100 is below 29
+    fraction = decimal(config.reset_fraction)
     if "scaled-fraction" in config.published_code:
         fraction = max(min(fraction * removed.count / full.count, Fraction(1)), Fraction(1, 20))
-    wanted = math.floor(fraction * params.size(removed.total))
-    scores = SELECTORS[config.selector](removed.total, full.total, eps, seed)
-    to_the_letter = params.smallest(scores, wanted)
-    touched = removed.informative()
-    if config.reset_untouched:
-        chosen = to_the_letter
-    else:
-        for name, score in scores.items():
-            score[~touched[name].to(score.device)] = math.inf
-        chosen = params.smallest(scores, wanted)
-    count = _count(chosen)
-    if count < wanted:
-        message = (
-            f"only {count} of the {wanted} entries that reset_fraction={config.reset_fraction} asks for stand above "
-            "the rounding floor; the others were never touched by what was removed and keep their values "
-            "(reset_untouched=True would reset them)."
-        )
-        warnings.warn(message, stacklevel=2)
-        trace.warnings.append(message)
-    both = _count({name: chosen[name] & to_the_letter[name] for name in chosen})
-    trace.facts |= {
-        "reset_count": count,
-        "requested_count": wanted,
-        "untouched_in_paper_choice": _count({n: to_the_letter[n] & ~touched[n] for n in touched}) / max(wanted, 1),
-        "overlap_with_paper_choice": both / max(count + wanted - both, 1),
-    }
-    trace.reset = {name: float(mask.double().mean()) if mask.numel() else 0.0 for name, mask in chosen.items()}
-    return chosen
 
+    def pick(among: Params) -> tuple[Masks, int]:
+        if config.threshold is not None:
+            return at_most(among, config.threshold)
+        return smallest_share(among, fraction, config.scope)
 
-def _count(masks: dict[str, Tensor]) -> int:
-    return sum(int(mask.count_nonzero()) for mask in masks.values())
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.empty(like.shape).normal_(0, 2, generator=generator).to(like)
+    asked = "reset_fraction" if config.threshold is None else "threshold"
+    return choose(
+        scores,
+        pick,
+        removed.informative(),
+        asked=f"{asked}={getattr(config, asked)}",
+        reset_untouched=config.reset_untouched,
+        reset_1d=config.reset_1d,
+        trace=trace,
+    )

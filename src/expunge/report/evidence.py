@@ -48,8 +48,10 @@ def write_evidence(folder: Path | str, *, replace: bool = False) -> Path:
             "before is lost."
         )
     run = read_run(folder)
-    given = read_json(folder / "inputs.json") if (folder / "inputs.json").exists() else {}
-    evidence = _evidence(run, given, _files(folder, given.get("files", [])))
+    given = [read_json(path) for path in sorted(folder.rglob("inputs.json"))]  # one, or one a scenario and seed
+    named = [entry for each in given for entry in each.get("files", [])]
+    data = [entry for each in given for entry in each.get("data", [])]
+    evidence = _evidence(run, data, _files(folder, named))
     metrics = list(dict.fromkeys(summary.metric for summary in summarise(run.rows)))
     definitions = {metric: define(metric) for metric in metrics}
     page = render("evidence.html.j2", {"evidence": evidence, "definitions": definitions}, metrics)
@@ -96,12 +98,11 @@ def digest(evidence: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _evidence(run: Run, given: dict[str, Any], files: list[dict[str, Any]]) -> dict[str, Any]:
+def _evidence(run: Run, data: list[dict[str, Any]], files: list[dict[str, Any]]) -> dict[str, Any]:
     summaries = summarise(run.rows)
     scenarios = list(dict.fromkeys(summary.scenario for summary in summaries))
     first = next(row for row in run.rows if row.source == "measured")
     about = {s: subject(each.method for each in summaries if each.scenario == s) for s in scenarios}
-    data = given.get("data", [])
     origin = run.trace.get("provenance", {})
     return {
         "format": FORMAT,
