@@ -26,7 +26,8 @@ import torch
 from expunge import Blind, Reload, Retrain, cross_entropy, gradient, unlearn
 from expunge.batches import Examples
 from expunge.bench import digits_setup
-from expunge.bench.digits import RECIPE, RELOAD, REMOVED, TRAIN, train_original
+from expunge.bench.entries import chosen, entries
+from expunge.bench.situations import FULL, REMOVED, train_original
 from expunge.data.digits import digits
 from expunge.metrics.compare import Measured, Profile, distances, profile
 from expunge.metrics.outputs import outputs
@@ -37,6 +38,8 @@ from expunge.space import with_settings
 from expunge.unlearn import Unlearned
 
 SEEDS, REHEARSAL = range(12), range(100, 106)
+RECIPE, TRAIN = FULL.recipe, FULL.train
+RELOAD: Reload = with_settings(entries(FULL.budget)["reload"].start, chosen("removal", "reload"))
 SHARES = (0.05, RELOAD.reset_fraction, 0.4)
 RESULTS = Path(__file__).parent.parent / "results" / "digits_ablation.csv"
 

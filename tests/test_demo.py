@@ -1,40 +1,30 @@
-"""The main job from end to end, on the real digits with training cut short."""
+"""The main job from end to end, on the real digits with training cut short; and how runs are kept and go on."""
 
-import ast
 import csv
-from dataclasses import replace
-from operator import attrgetter
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from expunge.bench import demo, digits
+from expunge.bench import demo, runs
+from expunge.bench.case import Case, Result
+from expunge.bench.entries import chosen
+from expunge.bench.situations import REMOVED, Size
 from expunge.data.digits import digits as load_digits
 from expunge.errors import ConfigError
 from expunge.metrics import membership
+from expunge.metrics.compare import Measured
 from expunge.rows import read_rows
 from expunge.scenarios.removal import random_removal
+from expunge.training import Recipe
+
+BRIEF = Size(train=60, recipe=Recipe(epochs=10, lr=0.05, batch_size=32))
 
 
-@pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(digits, "RECIPE", replace(digits.RECIPE, epochs=4))
-    quick = replace(digits.RELOAD, fine_tune=replace(digits.RELOAD.fine_tune, epochs=2))
-    monkeypatch.setattr(digits, "RELOAD", quick)
+def test_the_demo_deletes_unlearns_blind_compares_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(membership, "DRAWS", 1)
-
-
-def values(folder):
-    return [
-        (r.scenario, r.method, r.seed, r.metric, r.value) for r in read_rows(folder / "rows.csv") if r.metric != "Cost"
-    ]
-
-
-def test_the_demo_deletes_unlearns_blind_compares_and_draws(short, tmp_path):
-    page = demo.run(tmp_path, 3)
-    folder = demo.folder_of(tmp_path)
+    page = demo.run(tmp_path, 3, BRIEF)
+    folder = runs.folder_of(tmp_path, demo.config(BRIEF))
     assert page == folder / "report.html"
     text = page.read_text(encoding="utf-8")
     assert "noise floor" in text
@@ -49,50 +39,65 @@ def test_the_demo_deletes_unlearns_blind_compares_and_draws(short, tmp_path):
     assert {row.metric for row in removal if row.method == "reload"} == {
         "NA", "FA", "TA", "FE", "FMIA", "AUC", "ΔFA", "ΔFE", "ΔFMIA", "ΔAUC", "NSKL", "FSKL", "Cost",
     }  # fmt: skip
+    assert {row.metric for row in rows if row.scenario == "label-correction"} == {
+        "Accuracy on corrected", "TA", "NSKL", "FSKL", "Cost",
+    }  # fmt: skip
     assert {row.method for row in rows if not row.blind} == {"gradient-ascent"}
 
     for seed in range(3):
         on_disk = load_file(folder / "removal" / f"seed-{seed}" / "data.safetensors")
-        removed = random_removal(digits.TRAIN, digits.REMOVED, seed)
-        assert len(on_disk["positions"]) == digits.TRAIN - len(removed)
+        removed = random_removal(BRIEF.train, REMOVED, seed)
+        assert len(on_disk["positions"]) == BRIEF.train - len(removed)
         assert not torch.isin(removed, on_disk["positions"]).any()
-        gone = load_digits(digits.TRAIN, seed=seed).train.only(removed).tensors[0]
+        gone = load_digits(BRIEF.train, seed=seed).train.only(removed).tensors[0]
         assert not any((image == on_disk["images"]).flatten(1).all(1).any() for image in gone)
 
     with (folder / "reset.csv").open(encoding="utf-8") as file:
         resets = [row for row in csv.DictReader(file) if row["scenario"] == "removal" and row["seed"] == "0"]
     total = sum(int(row["entries"]) for row in resets)
-    chosen = sum(float(row["share"]) * int(row["entries"]) for row in resets)
-    assert round(chosen) == int(total * digits.RELOAD.reset_fraction)
+    reset = sum(float(row["share"]) * int(row["entries"]) for row in resets)
+    assert round(reset) == int(total * chosen("removal", "reload")["reset_fraction"])
 
 
-def test_a_finished_demo_is_not_run_again(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "_CASES", {"label-correction": digits.label_correction})
-    first = demo.run(tmp_path, 3).read_bytes()
-
-    def never(*_):
-        raise AssertionError("ran again")
-
-    monkeypatch.setattr(demo, "_CASES", {"label-correction": never})
-    assert demo.run(tmp_path, 3).read_bytes() == first
+def a_case(folder, seed):
+    """A measured case in no time."""
+    case = Case("trial", "removal", seed)
+    for method, value in (("original", 2.0), ("retrain again", 1.0), ("reload", 0.5 + seed)):
+        case.add(method, Result(torch.nn.Identity()), [Measured("ΔFE", value, "nats", "forget", 6)])
+    return case
 
 
-def test_an_interrupted_demo_goes_on_and_gives_the_same_rows(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "_CASES", {"label-correction": digits.label_correction})
-    demo.run(tmp_path / "unbroken", 3)
+def never(folder, seed):
+    raise AssertionError("ran again")
 
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = runs.carry_out("trial", tmp_path, {}, {"removal": a_case}, 3).read_bytes()
+    assert runs.carry_out("trial", tmp_path, {}, {"removal": never}, 3).read_bytes() == first
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     def interrupted(folder, seed):
         if seed == 1:
             raise KeyboardInterrupt
-        return digits.label_correction(folder, seed)
+        return a_case(folder, seed)
 
-    monkeypatch.setattr(demo, "_CASES", {"label-correction": interrupted})
     with pytest.raises(KeyboardInterrupt):
-        demo.run(tmp_path / "broken", 3)
-    assert not (demo.folder_of(tmp_path / "broken") / "report.html").exists()
-    monkeypatch.setattr(demo, "_CASES", {"label-correction": digits.label_correction})
-    demo.run(tmp_path / "broken", 3)
-    assert values(demo.folder_of(tmp_path / "broken")) == values(demo.folder_of(tmp_path / "unbroken"))
+        runs.carry_out("trial", tmp_path, {}, {"removal": interrupted}, 3)
+    folder = runs.folder_of(tmp_path, {})
+    assert not (folder / "report.html").exists()
+
+    def rest(folder, seed):
+        assert seed > 0
+        return a_case(folder, seed)
+
+    runs.carry_out("trial", tmp_path, {}, {"removal": rest}, 3)
+    assert read_rows(folder / "rows.csv") == [row for seed in range(3) for row in a_case(folder, seed).rows]
+
+
+def test_another_configuration_is_another_run(tmp_path):
+    assert runs.folder_of(tmp_path, {"lr": 1.0}) != runs.folder_of(tmp_path, {"lr": 2.0})
+    assert runs.folder_of(tmp_path, demo.config(BRIEF)) != runs.folder_of(tmp_path, demo.config())
 
 
 def test_too_few_seeds_for_an_interval_are_refused(tmp_path):
@@ -101,25 +106,18 @@ def test_too_few_seeds_for_an_interval_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_global_threads_are_as_before(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "_CASES", {"label-correction": digits.label_correction})
+def test_a_run_has_one_thread_and_leaves_the_number_as_it_was(tmp_path):
     before = torch.get_num_threads()
-    demo.run(tmp_path, 3)
-    assert torch.get_num_threads() == before
+    inside = []
 
+    def watched(folder, seed):
+        inside.append(torch.get_num_threads())
+        return a_case(folder, seed)
 
-def test_the_published_settings_are_the_best_of_the_rehearsal():
-    path = Path(__file__).parent.parent / "results" / "digits_rehearsal.csv"
-    best: dict[tuple[str, str], dict[str, object]] = {}
-    with path.open(encoding="utf-8") as file:
-        for trial in csv.DictReader(file):  # best first
-            best.setdefault((trial["scenario"], trial["method"]), ast.literal_eval(trial["settings"]))
-    for key, used in {
-        ("removal", "reload"): digits.RELOAD,
-        ("removal", "fine-tune"): digits.FINE_TUNE,
-        ("removal", "gradient-ascent"): digits.ASCENT,
-        ("correction", "reload"): digits.CORRECTING_RELOAD,
-        ("correction", "fine-tune"): digits.CORRECTING_FINE_TUNE,
-    }.items():
-        for setting, value in best[key].items():
-            assert attrgetter(setting)(used) == (value if isinstance(value, str) else pytest.approx(value, rel=5e-3))
+    torch.set_num_threads(2)
+    try:
+        runs.carry_out("trial", tmp_path, {}, {"removal": watched}, 3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert inside == [1, 1, 1]

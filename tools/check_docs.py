@@ -15,6 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import expunge
+from expunge.bench import compare
+from expunge.bench.entries import entries
+from expunge.bench.situations import FULL
 from expunge.cli import COMMANDS
 from expunge.definitions import METRICS, Definition
 from expunge.methods import METHODS, Method
@@ -99,6 +102,22 @@ def demo_table() -> str:
     return markdown(shown, "removal")
 
 
+def compared(scenario: str) -> str:
+    """What the comparison measured in a scenario, or over all of them, from the rows it left."""
+    rows = read_rows(ROOT / "results" / "compare_rows.csv")
+    if scenario == compare.OVERVIEW:
+        return markdown(compare.overview(rows), scenario)
+    return markdown([row for row in rows if row.metric in compare.SHOWN[scenario]], scenario)
+
+
+def unfit() -> str:
+    """Who takes no part in a scenario of the comparison, and why."""
+    lines = ["| method | scenario | why not |", "|---|---|---|"]
+    for name, entry in entries(FULL.budget).items():
+        lines += [f"| `{name}` | {s.replace('-', ' ')} | {why} |" for s, why in entry.unfit.items()]
+    return "\n".join(lines)
+
+
 def ablation_table() -> str:
     """What RELOAD's options changed, from the rows their experiment left."""
     found: dict[str, dict[int, dict[str, float]]] = {}
@@ -127,6 +146,11 @@ def ablation_table() -> str:
 
 
 GENERATED = {
+    "compare-overview": lambda: compared(compare.OVERVIEW),
+    "compare-removal": lambda: compared("removal"),
+    "compare-class-removal": lambda: compared("class-removal"),
+    "compare-label-correction": lambda: compared("label-correction"),
+    "compare-unfit": unfit,
     "ablation": ablation_table,
     "demo": demo_table,
     "methods-table": methods_table,

@@ -9,6 +9,8 @@ from typing import Any
 from expunge.errors import ConfigError
 from expunge.files import replacing
 
+EVALUATION = "evaluate"  # the experiment in which a "seed" numbers a retrained model, or a pair of them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:

@@ -1,161 +1,182 @@
 """The main job on real data, from training to the page: what `expunge demo` and `make demo` run."""
 
-import hashlib
-import json
+import copy
 import os
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from functools import partial
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import nn
 
-from expunge import progress
-from expunge.bench import digits
-from expunge.errors import ConfigError
-from expunge.files import write_text
-from expunge.report import rich_tables, write_page
-from expunge.rows import Row, read_rows, write_csv, write_rows
+from expunge import cache
+from expunge.batches import Examples
+from expunge.bench import digits_setup, inputs, runs
+from expunge.bench.case import Case, Result, attempt, curves, measure, standards
+from expunge.bench.entries import chosen, entries
+from expunge.bench.situations import FAULTY, FULL, REMOVED, Situation, Size, label_correction, removal
+from expunge.errors import IncompleteRun
+from expunge.files import save_tensors
+from expunge.methods.reload import Reload
+from expunge.report import rich_tables
+from expunge.rows import Row
+from expunge.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_CASES: dict[str, Callable[[Path, int], digits.Case]] = {
-    "removal": digits.removal,
-    "label-correction": digits.label_correction,
+_ROLES = {
+    "setup.py": "setup file",
+    "original.safetensors": "weights before",
+    "cache.safetensors": "gradient cache",
+    "data.safetensors": "records that are left",
+    "reload.safetensors": "weights after",
+    "reload.trace.json": "trace",
 }
-_COLUMNS = {
-    "curves": ("method", "moment", "step", "split", "loss"),
-    "reset": ("method", "parameter", "share", "entries"),
-    "losses": ("method", "split", "loss"),
-    "facts": ("method", "fact", "value"),
-}
+METHODS = {"removal": ("reload", "fine-tune", "gradient-ascent"), "label-correction": ("reload", "fine-tune")}
 
 
-def run(out: Path, seeds: int) -> Path:
-    """Run every case for every seed and draw the page; seeds that are done already are not run again.
+def run(out: Path, seeds: int, size: Size = FULL) -> Path:
+    """Run both cases for every seed and draw the page; seeds that are done already are not run again.
 
     Args:
-        out: Folder for runs. The run itself is a folder in it, named by the hash of its configuration.
+        out: Folder for runs.
         seeds: 0, 1, … seeds - 1.
+        size: How much data, and how long it is trained on.
 
     Returns:
         The path of the page.
 
     Raises:
-        ConfigError: Fewer than three seeds: an interval over them would mean nothing.
+        ConfigError: Fewer than three seeds.
         IncompleteRun: The unlearning process failed.
     """
-    if seeds < 3:
-        raise ConfigError(f"seeds={seeds}: a mean and a spread need at least 3.")
-    folder = folder_of(out)
-    write_text(folder / "config.json", json.dumps(_config(), indent=2) + "\n")
-    write_text(folder / "env.json", json.dumps(_environment(), indent=2) + "\n")
-    with _one_thread(), progress.task("demo", seeds * len(_CASES)) as advance:
-        for seed in range(seeds):
-            for scenario, case in _CASES.items():
-                part = folder / scenario / f"seed-{seed}"
-                if not (part / "DONE").exists():
-                    _store(case(part, seed), part)
-                advance()
-    parts = [folder / scenario / f"seed-{seed}" for scenario in _CASES for seed in range(seeds)]
-    _gather(parts, folder)
-    return write_page(folder)
-
-
-def folder_of(out: Path) -> Path:
-    """Where the run of the present configuration lives."""
-    digest = hashlib.sha256(json.dumps(_config(), sort_keys=True).encode()).hexdigest()
-    return out / digest[:12]
+    cases = {"removal": partial(deleted, size=size), "label-correction": partial(corrected, size=size)}
+    return runs.carry_out("demo", out, config(size), cases, seeds)
 
 
 def rows(out: Path) -> list[Row]:
     """All rows of the run of the present configuration."""
-    return read_rows(folder_of(out) / "rows.csv")
+    return runs.rows_of(out, config())
 
 
 def tables(out: Path) -> list["Table"]:
     """The tables of that run, for a terminal."""
     found = rows(out)
-    return [table for scenario in _CASES for table in rich_tables(found, scenario)]
+    return [table for scenario in METHODS for table in rich_tables(found, scenario)]
 
 
-def _config() -> dict[str, Any]:
-    settings = {
-        "train": digits.TRAIN,
-        "removed": digits.REMOVED,
-        "faulty": digits.FAULTY,
-        "original and retrain": asdict(digits.RECIPE),
-        "reload": asdict(digits.RELOAD),
-        "fine-tune": asdict(digits.FINE_TUNE),
-        "gradient-ascent": asdict(digits.ASCENT),
-        "reload, label correction": asdict(digits.CORRECTING_RELOAD),
-        "fine-tune, label correction": asdict(digits.CORRECTING_FINE_TUNE),
-        "expunge": version("expunge"),
-        "sources": _sources(),
-    }
-    return dict(json.loads(json.dumps(settings)))
+def config(size: Size = FULL) -> dict[str, Any]:
+    """Everything that a run depends on."""
+    settings = {s: {name: chosen(s, name) for name in names} for s, names in METHODS.items()}
+    return {**asdict(size), "removed": REMOVED, "faulty": FAULTY, "budget": asdict(size.budget), "settings": settings}
 
 
-def _sources() -> str:
-    """A hash of the library's code: other code is another run."""
-    digest = hashlib.sha256()
-    package = Path(digits.__file__).parent.parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+def deleted(folder: Path, seed: int, size: Size = FULL) -> Case:
+    """Train, cache, delete 10 % of the records from disk, unlearn in a process of its own, compare."""
+    situation = removal(seed, size)
+    config = _configured("reload", situation, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(digits_setup.__file__, folder / "setup.py")
+    assert isinstance(situation.given.original, Examples)
+    assert isinstance(situation.given.retain, Examples)
+    _store(folder, situation.given.original)
+    save_weights(folder / "original.safetensors", situation.original)
+    start = time.perf_counter()
+    cache.save(folder / "cache.safetensors", situation.given.cached())
+    caching = situation.caching + time.perf_counter() - start
+
+    _store(folder, situation.given.retain)  # the only copy on disk: the removed records are gone
+    trace = _unlearn_blind(folder, config, seed)
+
+    # From here on the judge's work, who knows which records were removed.
+    model = load_weights(digits_setup.model(0), folder / "reload.safetensors")
+    reload = Result(model, caching + sum(trace["seconds"].values()), trace=trace)
+    _describe(folder, situation)
+    return _compared(situation, reload, list(_snapshots(folder)), size)
 
 
-def _environment() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "expunge": version("expunge"),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+def corrected(folder: Path, seed: int, size: Size = FULL) -> Case:
+    """Train on faulty labels, cache, correct them, and learn the correction with the same call."""
+    situation = label_correction(seed, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    _describe(folder, situation)
+    moments: list[tuple[str, nn.Module]] = []
+    reload = attempt(
+        situation.original,
+        situation.given,
+        _configured("reload", situation, size),
+        seed,
+        caching=situation.caching,
+        watch=lambda name, now: moments.append((name, copy.deepcopy(now))),
+    )
+    return _compared(situation, reload, moments, size)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+def _compared(situation: Situation, reload: Result, moments: list[tuple[str, nn.Module]], size: Size) -> Case:
+    """The other methods, then all of them measured."""
+    results = {**standards(situation, size.recipe), "reload": reload}
+    for name in METHODS[situation.scenario][1:]:
+        config, blind = _configured(name, situation, size), entries(size.budget)[name].blind
+        results[name] = attempt(situation.original, situation.given, config, situation.seed, blind=blind)
+    case = measure("demo", situation, results)
+    case.describe("reload", reload, resets=True)
+    case.curves += curves(situation, moments, reload.trace)
+    return case
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread is faster on tiny models, and gives the same bits on one core as on many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _configured(name: str, situation: Situation, size: Size) -> object:
+    return entries(size.budget)[name].configured(chosen(situation.scenario, name), situation)
 
 
-def _store(case: digits.Case, part: Path) -> None:
-    write_rows(part / "rows.csv", case.rows)
-    lines: dict[str, list[tuple[Any, ...]]] = {
-        "curves": case.curves,
-        "reset": case.resets,
-        "losses": case.losses,
-        "facts": case.facts,
-    }
-    for name, columns in _COLUMNS.items():
-        whole = [(case.scenario, line[0], case.seed, *line[1:]) for line in lines[name]]
-        write_csv(part / f"{name}.csv", ("scenario", columns[0], "seed", *columns[1:]), whole)
-    write_text(part / "DONE", "")
+def _store(folder: Path, records: Examples) -> None:
+    images, labels = records.tensors
+    save_tensors(folder / "data.safetensors", {"images": images, "labels": labels, "positions": records.positions})
 
 
-def _gather(parts: Sequence[Path], folder: Path) -> None:
-    """Put the tables of all parts together, one header each."""
-    for name in ("rows", *_COLUMNS):
-        texts = [(part / f"{name}.csv").read_text(encoding="utf-8").splitlines(keepends=True) for part in parts]
-        write_text(folder / f"{name}.csv", "".join([texts[0][0], *(line for text in texts for line in text[1:])]))
+def _unlearn_blind(folder: Path, config: object, seed: int) -> dict[str, Any]:
+    """The command line, as a user would run it, in a folder from which the records are gone."""
+    command = [sys.executable, "-m", "expunge", "unlearn", "setup.py", "--weights", "original.safetensors"]
+    command += ["--cache", "cache.safetensors", "--out", "reload.safetensors", "--snapshots", "snapshots"]
+    command += ["--seed", str(seed), "--device", "cpu", "reload", *_options(config, Reload())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the demo itself
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise IncompleteRun(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr}")
+    trace: dict[str, Any] = loads((folder / "reload.trace.json").read_text(encoding="utf-8"))
+    return trace
+
+
+def _options(config: object, default: object, prefix: str = "--") -> Iterator[str]:
+    """The command-line options that turn the default settings into these."""
+    for setting in fields(config):  # type: ignore[arg-type]
+        value, usual = getattr(config, setting.name), getattr(default, setting.name)
+        option = prefix + setting.name.replace("_", "-")
+        if is_dataclass(value):
+            yield from _options(value, usual, f"{option}.")
+        elif value != usual:
+            yield from (option, str(value))
+
+
+def _snapshots(folder: Path) -> Iterator[tuple[str, nn.Module]]:
+    """The models that the unlearning left after each stage and epoch."""
+    for path in sorted((folder / "snapshots").glob("*.safetensors")):
+        yield path.stem.split(" ", 1)[1], load_weights(digits_setup.model(0), path)
+
+
+def _describe(part: Path, situation: Situation) -> None:
+    """Say what the files of a seed are for, and which records it removed or corrected, for the evidence."""
+    run = part.parent.parent
+    salt, splits = inputs.salt_of(run), situation.parts
+    files = [inputs.file_entry(role, part / name, run) for name, role in _ROLES.items() if (part / name).exists()]
+    data = [
+        inputs.split_entry(situation.scenario, situation.seed, split, splits[split], salt)
+        for split in ("retain", "forget")
+    ]
+    inputs.write_inputs(part / inputs.NAME, files, data)

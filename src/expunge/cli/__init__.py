@@ -1,7 +1,7 @@
 """The command line, a module for each kind of command.
 
-Exit codes: 0 done, 2 a mistake of the user (said on standard error), 1 a mistake of ours (with a traceback), 130
-interrupted.
+Exit codes: 0 done, 2 a mistake of the user (said on standard error), 3 evidence that does not fit its files, 1 a
+mistake of ours (with a traceback), 130 interrupted.
 """
 
 import sys
@@ -14,9 +14,11 @@ import tyro
 
 from expunge import losses
 from expunge.cli.data import data
-from expunge.cli.experiments import demo
-from expunge.cli.own_model import cache, evaluate, show, unlearn
+from expunge.cli.evaluation import evaluate
+from expunge.cli.experiments import compare, demo
+from expunge.cli.own_model import cache, show, unlearn
 from expunge.cli.reference import explain, methods
+from expunge.cli.reports import evidence, report
 from expunge.errors import ExpungeError
 from expunge.setup import SETUP
 
@@ -24,11 +26,14 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "cache": cache,
     "unlearn": unlearn,
     "evaluate": evaluate,
+    "report": report,
+    "evidence": evidence,
     "show": show,
     "methods": methods,
     "data": data,
     "explain": explain,
     "demo": demo,
+    "compare": compare,
 }
 
 

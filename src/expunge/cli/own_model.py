@@ -1,8 +1,7 @@
-"""The commands for people with their own model: cache, show, unlearn, evaluate."""
+"""The commands for people with their own model: cache, show, unlearn."""
 
 import functools
 import operator
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,15 +11,15 @@ import tyro
 from torch import nn
 
 from expunge import cache as cache_file
+from expunge import provenance
 from expunge.access import Blind, Sighted
+from expunge.bench import evaluation
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, SetupFile
 from expunge.errors import ConfigError
 from expunge.files import write_text
 from expunge.gradient import MICRO_BATCH, gradient
 from expunge.methods import METHODS, Method, method_of
-from expunge.metrics.compare import Measured, distances, profile
-from expunge.metrics.outputs import outputs
 from expunge.setup import Setup, load_setup
 from expunge.unlearn import unlearn as unlearn_model
 from expunge.weights import load_weights, save_weights
@@ -106,7 +105,7 @@ def unlearn(
         json: Print the trace as JSON.
     """
     _require_new(out, setup, weights, *([cache] if cache else []))
-    story = out.with_name(out.name.removesuffix(".safetensors") + ".trace.json")
+    story = evaluation.trace_path(out)
     loaded, row = load_setup(setup), method_of(method)
     model = trained_model(loaded, weights, device)
     full = cache_file.load(cache, model, loaded.loss_terms) if cache is not None else None
@@ -127,8 +126,14 @@ def unlearn(
 
     result = unlearn_model(model, given, method, seed=seed, watch=snapshot if snapshots else None)
     settings = {"method": row.name, "seed": seed, "config": asdict(method)}  # type: ignore[call-overload]
-    trace = {**result.trace.as_dict(), **settings}
     save_weights(out, result.model, {"unlearned": printing.as_json(settings)})
+    read = {"setup file": setup, "weights before": weights, "weights after": out} | ({"cache": cache} if cache else {})
+    origin = {
+        "sources": provenance.sources(),
+        "environment": provenance.environment(),
+        "files": {role: provenance.file_hash(path) for role, path in read.items()},
+    }
+    trace = {**result.trace.as_dict(), **settings, "provenance": origin}
     write_text(story, printing.as_json(trace) + "\n")
     if json:
         print(printing.as_json(trace))
@@ -140,50 +145,6 @@ def unlearn(
     print(f"ended because: {result.trace.stopped}")
     print(f"weights: {out}\ntrace:   {out.with_suffix('.trace.json')}")
     print("The cache is personal data: destroy it now, and cache again if more deletions may come." if cache else "")
-
-
-def evaluate(
-    setup: SetupFile,
-    *,
-    weights: Path,
-    retrained: tuple[Path, ...] = (),
-    device: str = "auto",
-    json: Flag = False,
-) -> None:
-    """Measure a model, and how far it is from one that was retrained from scratch.
-
-    Every split that the setup file defines is used: retain(), forget(), test(). Without forget(), what can be said
-    about the removed records is nothing.
-
-    Args:
-        setup: Python file with model(seed) and the splits; logits(model, batch) if a batch is not (inputs, labels).
-        weights: The model to measure.
-        retrained: Weights of retrained models: the first is the reference, the others show how far two retrained
-            models are apart (the noise floor).
-        device: auto, cpu, cuda, cuda:1, …
-        json: Print JSON.
-    """
-    loaded = load_setup(setup)
-    splits = [split for split in ("retain", "forget", "test") if loaded.has(split)]
-    if not splits:
-        raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
-    profiles = []
-    for path in (weights, *retrained):
-        model = trained_model(loaded, path, device)
-        profiles.append(profile({split: outputs(model, loaded.data(split), loaded.logits) for split in splits}))
-    report = {str(weights): profiles[0].values}
-    if retrained:
-        reference = profiles[1]
-        report[str(weights)] = profiles[0].values + distances(profiles[0], reference)
-        report[f"{retrained[0]} (reference)"] = reference.values
-        for path, other in zip(retrained[1:], profiles[2:], strict=True):
-            report[f"{path} (noise floor)"] = other.values + distances(other, reference)
-    if json:
-        print(printing.as_json({name: [asdict(each) for each in values] for name, values in report.items()}))
-        return
-    _print_measured(report)
-    if "forget" not in splits:
-        print(f"{setup} defines no forget(): nothing was measured on the removed records.")
 
 
 def _require_new(out: Path, *inputs: Path) -> None:
@@ -238,16 +199,3 @@ def _show_header(path: Path, as_json: bool) -> None:
     for name, value in asdict(header).items():
         rows.add_row(name, explained.get(name, str(value)))
     printing.show(rows)
-
-
-def _print_measured(report: Mapping[str, list[Measured]]) -> None:
-    from rich.table import Table
-
-    table = Table("metric", "split", "n", *report)
-    for first in next(iter(report.values())):
-        cells = []
-        for values in report.values():
-            same = [each for each in values if each.metric == first.metric]
-            cells.append(f"{same[0].value:.4g} {same[0].unit}" if same else "")
-        table.add_row(first.metric, first.split, str(first.n), *cells)
-    printing.show(table)

@@ -40,7 +40,7 @@ class GAR:
             raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
 
 
-SPACE: Space = {"ascent.lr": Range(1e-5, 1e-2, log=True), "descent.lr": Range(1e-4, 0.1, log=True)}
+SPACE: Space = {"ascent.lr": Range(1e-5, 0.3, log=True), "descent.lr": Range(1e-4, 0.3, log=True)}
 
 
 def gar(model: nn.Module, given: Sighted, config: GAR, *, seed: int, trace: Trace) -> nn.Module:

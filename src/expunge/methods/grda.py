@@ -47,7 +47,7 @@ class GRDA:
                 raise ConfigError(f"{name}={value}: must be a positive number.")
 
 
-SPACE: Space = {"lr": Range(1e-4, 0.3, log=True), "epochs": Range(1, 20)}
+SPACE: Space = {"lr": Range(1e-4, 3.0, log=True), "epochs": Range(1, 20)}
 
 
 def grda(model: nn.Module, given: Sighted, config: GRDA, *, seed: int, trace: Trace) -> nn.Module:  # noqa: ARG001

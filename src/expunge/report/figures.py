@@ -13,6 +13,7 @@ from expunge.definitions import define, split_names
 from expunge.report.stored import Loss, Reset
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number, order
 from expunge.report.svg import FORGET, INK, MUTED, RULE, TEST, Axes, Figure, draw
+from expunge.report.verdicts import verdicts
 
 LEAST_LOSS, BINS = 1e-6, 18  # of the histograms; a smaller loss, in nats, counts as this one
 
@@ -29,11 +30,9 @@ class Drawing:
 
 def distances(summaries: Iterable[Summary], scenario: str, subject: str) -> Drawing | None:
     """A panel for each distance to retraining: means, intervals, seeds, and the noise floor behind them."""
-    found = {
-        (s.metric, s.method): s
-        for s in summaries
-        if s.scenario == scenario and define(s.metric).kind == "distance" and math.isfinite(s.mean)
-    }
+    summaries = [s for s in summaries if s.scenario == scenario and math.isfinite(s.mean)]
+    found = {(s.metric, s.method): s for s in summaries if define(s.metric).kind == "distance"}
+    margins = {metric: verdict.margin for (_, metric), verdict in verdicts(summaries).items()}
     metrics = list(dict.fromkeys(metric for metric, _ in found))
     methods = [m for m in order(method for _, method in found) if m not in (REFERENCE, FLOOR)]
     if not methods:
@@ -48,7 +47,7 @@ def distances(summaries: Iterable[Summary], scenario: str, subject: str) -> Draw
                 ax.set_visible(False)
                 continue
             floor, shown = found.get((metric, FLOOR)), [found.get((metric, method)) for method in methods]
-            _panel(ax, metric, shown, floor, subject)
+            _panel(ax, metric, shown, floor, margins.get(metric), subject)
         axes[0].set_yticks(range(len(methods)), [label(method) for method in methods])
         axes[0].set_ylim(len(methods) - 0.4, -0.6)
 
@@ -58,17 +57,18 @@ def distances(summaries: Iterable[Summary], scenario: str, subject: str) -> Draw
         if summary is not None:
             against = f" (noise floor {number(floor.mean, floor.unit)})" if floor else ""
             compared.append(f"{metric} {number(summary.mean, summary.unit)}{against}")
-    heading = "Distance to retraining"
+    heading, over = "Distance to retraining", f"{summaries[0].over}s"
     finding = f"{label(subject)}: {', '.join(compared)}."
     size = (9.0, height * (0.85 + 0.22 * len(methods)))
     return Drawing(
         heading,
         draw(f"distances-{scenario}", f"{heading}. {finding}", size, plot),
         finding,
-        "Large dots are means over seeds with their 95 % intervals, faint dots the seeds. The grey band is the noise "
+        f"Large dots are means over {over} with 95 % intervals, faint dots the {over}. The grey band is the noise "
         "floor: how far a second retrained model is from the first (dashed: its mean; band: its 95 % interval). Left "
-        "is closer to retraining, and inside the band is as close as a model that was itself retrained. A line "
-        "that runs to the right edge goes on beyond it, and an arrow gives a mean that is off the scale.",
+        "is closer to retraining, and inside the band is as close as a model that was itself retrained. δ is what 95 % "
+        "of pairs of retrained models stay below. A line that runs to the right edge goes on beyond it, and an arrow "
+        "gives a mean that is off the scale.",
     )
 
 
@@ -155,12 +155,30 @@ def histograms(losses: Iterable[Loss], scenario: str, subject: str) -> Drawing |
     )
 
 
-def _panel(ax: Axes, metric: str, shown: Sequence[Summary | None], floor: Summary | None, subject: str) -> None:
+def _panel(
+    ax: Axes,
+    metric: str,
+    shown: Sequence[Summary | None],
+    floor: Summary | None,
+    margin: float | None,
+    subject: str,
+) -> None:
     present = [summary for summary in shown if summary is not None]
-    limit = _limit([*present, *([floor] if floor else [])], subject)
+    limit = max(_limit([*present, *([floor] if floor else [])], subject), 1.06 * (margin or 0.0))
+    if margin is not None:
+        ax.axvline(margin, color=FORGET, lw=1.0)
+        ax.annotate(
+            "δ",
+            (margin, 1),
+            (3, -1),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            color=FORGET,
+        )
     if floor is not None:
-        half = floor.half_width or 0.0
-        ax.axvspan(max(floor.mean - half, 0), min(floor.mean + half, limit), color=RULE, alpha=0.65, lw=0)
+        low, high = floor.interval or (floor.mean, floor.mean)
+        ax.axvspan(low, min(high, limit), color=RULE, alpha=0.65, lw=0)
         ax.axvline(floor.mean, color=MUTED, lw=0.9, ls=(0, (4, 3)))
     for y, summary in enumerate(shown):
         if summary is None:
@@ -169,10 +187,10 @@ def _panel(ax: Axes, metric: str, shown: Sequence[Summary | None], floor: Summar
         if summary.mean > limit:
             ax.text(limit, y, f"{number(summary.mean, summary.unit)} →", color=colour, ha="right", va="center")
             continue
-        half = summary.half_width or 0.0
+        low, high = summary.interval or (summary.mean, summary.mean)
         seeds = [value for value in summary.values if value <= limit]
         ax.plot(seeds, [y] * len(seeds), "o", color=colour, ms=3, mew=0, alpha=0.35, clip_on=False)
-        ax.plot([max(summary.mean - half, 0), min(summary.mean + half, limit)], [y, y], color=colour, lw=width)
+        ax.plot([low, min(high, limit)], [y, y], color=colour, lw=width)
         ax.plot([summary.mean], [y], "o", color=colour, ms=5.5 if summary.method == subject else 4.5, clip_on=False)
     ax.set_xlim(0, limit)
     ax.locator_params(axis="x", nbins=4)
@@ -185,7 +203,7 @@ def _limit(summaries: Sequence[Summary], subject: str) -> float:
     """Where a panel ends: it shows all of what matters, and of the other methods those within twice as much."""
 
     def reach(summary: Summary) -> float:
-        return max(summary.mean + (summary.half_width or 0.0), *summary.values)
+        return max((summary.interval or (0.0, summary.mean))[1], *summary.values)
 
     core = max((reach(s) for s in summaries if s.method in (ORIGINAL, FLOOR, subject)), default=0.0)
     return 1.06 * max(reach(s) for s in summaries if core == 0 or reach(s) <= 2 * core) or 1.0

@@ -7,7 +7,8 @@ from statistics import fmean
 
 from expunge.definitions import FACTS, define, split_names
 from expunge.report.stored import Fact
-from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, at_floor, label, number
+from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
+from expunge.report.verdicts import verdicts
 from expunge.rows import Row
 
 _LEADING = ("Accuracy on corrected", "FA")  # the number a reader asks for first
@@ -36,15 +37,16 @@ def sentences(summaries: Sequence[Summary], scenario: str, method: str) -> str:
     own = [metric for who, metric in found if who == method and define(metric).kind == "value"]
     leading = next((metric for metric in _LEADING if metric in own), next(iter(own), None))
     said = [] if leading is None else [_change(found, leading, method)]
-    relative = [metric for who, metric in found if who == method and define(metric).kind == "distance"]
-    if any((FLOOR, metric) in found for metric in relative):
-        counts = {
-            who: sum((who, m) in found and at_floor(found[who, m], found.get((FLOOR, m))) for m in relative)
-            for who in (method, ORIGINAL)
+    judged = verdicts(found.values())
+    if any(who == method for who, _ in judged):
+        within = {
+            who: [m for (w, m), v in judged.items() if w == who and v.state == "within"] for who in (method, ORIGINAL)
         }
+        tested = sum(who == method for who, _ in judged)
+        of = f"{tested} distance{'s' * (tested > 1)}"
         said.append(
-            f"On {counts[method] or 'none'} of {len(relative)} distances it is as close to retraining as a second "
-            f"retrained model is (the original: on {counts[ORIGINAL] or 'none'})"
+            f"On {len(within[method]) or 'none'} of {of} it is indistinguishable from retraining within "
+            f"the noise floor (the original: on {len(within[ORIGINAL]) or 'none'})"
         )
     cost = found.get((method, "Cost"))
     if cost is not None:

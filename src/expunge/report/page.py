@@ -1,18 +1,16 @@
 """One self-contained HTML page from the files of a run: no network, no scripts, the same bytes for the same files."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from expunge.definitions import anchor, define, slug
-from expunge.errors import MissingExtra
+from expunge.definitions import define, slug
 from expunge.files import write_text
+from expunge.report.html import flat, render
 from expunge.report.overview import findings, sentences, sizes, subject
 from expunge.report.stored import Run, read_run
-from expunge.report.summaries import FLOOR, REFERENCE, Summary, label, seeds, summarise
-from expunge.report.tables import Table, tables
+from expunge.report.summaries import Summary, label, repetitions, summarise
+from expunge.report.tables import Table, comparison, tables
 
 NAME = "report.html"
 
@@ -26,7 +24,7 @@ class Section:
     summary: str
     about: str | None  # the method that the summary and the figures are about
     sizes: str
-    tables: list[Table]
+    tables: list[Table]  # distances to retraining, own values, and the subject against the other methods
     drawings: list[Any]  # of `figures.Drawing`, which needs Matplotlib
 
 
@@ -43,15 +41,10 @@ def write_page(run: Path | str) -> Path:
         ConfigError: A file of the run is missing or damaged; the message names it.
         MissingExtra: Jinja2 or Matplotlib is not installed.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise MissingExtra("the page of a report needs Jinja2: pip install 'expunge[report]'.") from error
     stored = read_run(run)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("expunge.report") / "page.html.j2").read_text(encoding="utf-8"))
     path = Path(run) / NAME
-    write_text(path, template.render(_context(stored)) + "\n")
+    context = _context(stored)
+    write_text(path, render("page.html.j2", context, context["definitions"]))
     return path
 
 
@@ -63,21 +56,18 @@ def _context(run: Run) -> dict[str, Any]:
         "experiment": first.experiment,
         "dataset": first.dataset,
         "model": first.model,
-        "seeds": seeds(summaries),
+        "repetitions": repetitions(summaries),
         "date": run.environment.get("date", ""),
-        "standards": (REFERENCE, FLOOR),
         "sections": [_section(run, summaries, name) for name in dict.fromkeys(s.scenario for s in summaries)],
         "findings": {(_title(s), label(m)): found for (s, m), found in findings(run.facts).items()},
         "definitions": {metric: define(metric) for metric in metrics},
-        "anchor": anchor,
-        "widths": _widths,
-        "config": list(_flat(run.config)),
-        "environment": list(_flat(run.environment)),
+        "config": list(flat(run.config)),
+        "environment": list(flat(run.environment)),
     }
 
 
 def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
-    from expunge.report import curves, figures
+    from expunge.report import attack, curves, figures, tradeoff
 
     summaries = [summary for summary in summaries if summary.scenario == scenario]
     about = subject(summary.method for summary in summaries)
@@ -85,39 +75,23 @@ def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
     if about is not None:
         drawings = [
             figures.distances(summaries, scenario, about),
+            tradeoff.tradeoff(summaries, scenario, about),
             curves.steps(run.curves, run.losses, scenario, about),
             figures.resets(run.resets, scenario, about),
             figures.histograms(run.losses, scenario, about),
+            attack.roc(run.losses, scenario, about),
         ]
+    compared = comparison(run.rows, scenario, about) if about else None
     return Section(
         slug=f"scenario-{slug(scenario)}",
         title=_title(scenario),
         summary=sentences(summaries, scenario, about) if about else "",
         about=about,
-        sizes=f"{sizes(run.rows, scenario)} a seed, {seeds(summaries)}",
-        tables=tables(run.rows, scenario),
+        sizes=sizes(run.rows, scenario) + (f" a seed, {repetitions(summaries)}" if summaries[0].over == "seed" else ""),
+        tables=tables(run.rows, scenario) + ([compared] if compared else []),
         drawings=[drawing for drawing in drawings if drawing is not None],
     )
 
 
 def _title(scenario: str) -> str:
     return scenario.replace("-", " ").capitalize()
-
-
-def _widths(table: Table) -> list[int]:
-    """The longest spread of each column, to which the others are padded so that numbers line up."""
-    return [
-        max((len(cell.sd) for cell in cells if cell), default=0)
-        for cells in zip(*(line.cells for line in table.lines), strict=True)
-    ]
-
-
-def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as lines: ``reload.fine_tune.epochs``, 10."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list):
-        yield name, ", ".join(str(each) for each in value) or "none"
-    else:
-        yield name, "none" if value is None or value == {} else str(value)

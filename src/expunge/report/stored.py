@@ -71,31 +71,46 @@ class Run:
     resets: list[Reset]
     losses: list[Loss]
     facts: list[Fact]
+    trace: dict[str, Any]  # of the unlearning of one model; empty for runs of many
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Read a JSON object of a run folder.
+
+    Raises:
+        ConfigError: It is missing, or is no JSON object.
+    """
+    return _checked(Path(path), _object)
 
 
 def read_run(folder: Path | str) -> Run:
     """Read a run folder.
 
     Args:
-        folder: With config.json, env.json, rows.csv, curves.csv, reset.csv, losses.csv and facts.csv. A table that a
-            run has nothing for holds its header alone.
+        folder: With config.json, env.json and rows.csv, and of curves.csv, reset.csv, losses.csv, facts.csv and
+            trace.json what the run has something for.
 
     Raises:
         ConfigError: A file is missing, is not what its name says, or there are no rows.
     """
     folder = Path(folder)
     run = Run(
-        config=_checked(folder / "config.json", _object),
-        environment=_checked(folder / "env.json", _object),
+        config=read_json(folder / "config.json"),
+        environment=read_json(folder / "env.json"),
         rows=_checked(folder / "rows.csv", read_rows),
-        curves=_checked(folder / "curves.csv", lambda path: _table(path, Point)),
-        resets=_checked(folder / "reset.csv", lambda path: _table(path, Reset)),
-        losses=_checked(folder / "losses.csv", lambda path: _table(path, Loss)),
-        facts=_checked(folder / "facts.csv", lambda path: _table(path, Fact)),
+        curves=_optional(folder / "curves.csv", Point),
+        resets=_optional(folder / "reset.csv", Reset),
+        losses=_optional(folder / "losses.csv", Loss),
+        facts=_optional(folder / "facts.csv", Fact),
+        trace=read_json(folder / "trace.json") if (folder / "trace.json").exists() else {},
     )
     if not any(row.source == "measured" for row in run.rows):
         raise ConfigError(f"{folder / 'rows.csv'} holds no measured row: there is nothing to report. Finish the run.")
     return run
+
+
+def _optional(path: Path, line: type[T]) -> list[T]:
+    return _checked(path, lambda path: _table(path, line)) if path.exists() else []
 
 
 def _checked(path: Path, read: Callable[[Path], T]) -> T:
@@ -103,8 +118,8 @@ def _checked(path: Path, read: Callable[[Path], T]) -> T:
         return read(path)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path} is missing: a report is drawn from a whole run folder. Finish the run; a table that it has "
-            "nothing for is a file with its header alone."
+            f"{path} is missing: a run folder has config.json, env.json and rows.csv. Name such a folder, as `expunge "
+            "demo` and `expunge evaluate --out` write them, or finish the run."
         ) from error
     except ConfigError:
         raise

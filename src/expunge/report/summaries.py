@@ -1,13 +1,16 @@
-"""Mean, spread and interval over seeds, and how methods and numbers are written."""
+"""Mean, spread and interval over repetitions, and how methods and numbers are written."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from functools import cached_property
+from statistics import fmean, stdev
 
-from expunge.definitions import define
+import numpy as np
+
 from expunge.errors import ConfigError
-from expunge.rows import Row
+from expunge.metrics.stats import t_interval
+from expunge.rows import EVALUATION, Row
 
 ORIGINAL, REFERENCE, FLOOR = "original", "retrain", "retrain again"
 LABELS = {
@@ -16,42 +19,52 @@ LABELS = {
     "reload": "RELOAD",
     "gradient-ascent": "gradient ascent",
 }
+_MOST = {"%": 100.0, "fraction": 1.0}
 _DECIMALS = {"%": 2, "points": 2, "s": 1}  # 3 for every other unit
-_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)  # 97.5 % quantiles for 1 to 5 degrees of freedom
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One metric of one method in one scenario, over seeds."""
+    """One metric of one method in one scenario, over repetitions."""
 
     scenario: str
     method: str
     blind: bool
     metric: str
     unit: str
-    values: tuple[float, ...]  # one a seed
+    values: tuple[float, ...]  # one a repetition, in the order of `seeds`
+    seeds: tuple[int, ...]
+    over: str = "seed"  # what a repetition is
 
     @property
     def n(self) -> int:
-        """Number of seeds."""
+        """Number of repetitions."""
         return len(self.values)
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
+        """Mean over repetitions."""
         return fmean(self.values)
 
     @property
     def sd(self) -> float | None:
-        """Sample standard deviation over seeds (n - 1); None for one seed, NaN if a value is not finite."""
+        """Sample standard deviation (n - 1); None for one repetition, NaN if a value is not finite."""
         if not all(map(math.isfinite, self.values)):
             return math.nan
         return stdev(self.values) if self.n > 1 else None
 
-    @property
-    def half_width(self) -> float | None:
-        """Half of the 95 % t-interval of the mean; None for one seed."""
-        return None if self.sd is None else student(self.n - 1) * self.sd / math.sqrt(self.n)
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % t-interval of the mean; None for one repetition. It ends at 0, and for shares at 100 % or 1.
+
+        Raises:
+            MissingExtra: SciPy is not installed.
+        """
+        if self.sd is None or not math.isfinite(self.sd):
+            return None
+        found, most = t_interval(np.array(self.values)), _MOST.get(self.unit, math.inf)
+        low = max(found.low, 0.0) if min(self.values) >= 0 else found.low
+        return low, min(found.high, most) if max(self.values) <= most else found.high
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
@@ -81,6 +94,8 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
             metric=metric,
             unit=next(iter(group.values())).unit,
             values=tuple(row.value for _, row in sorted(group.items())),
+            seeds=tuple(sorted(group)),
+            over="retrained model" if next(iter(group.values())).experiment == EVALUATION else "seed",
         )
         for (scenario, method, metric), group in groups.items()
     ]
@@ -107,28 +122,20 @@ def number(value: float, unit: str) -> str:
     return f"<{least:.{decimals}f}" if 0 < value < least / 2 else f"{value:.{decimals}f}"
 
 
-def at_floor(summary: Summary, floor: Summary | None) -> bool:
-    """Whether a distance is, on average, no larger than that of a second retrained model."""
-    compared = floor is not None and summary is not floor and define(summary.metric).kind == "distance"
-    return compared and floor is not None and summary.mean <= floor.mean
-
-
-def seeds(summaries: Iterable[Summary]) -> str:
-    """How many seeds stand behind the numbers."""
+def repetitions(summaries: Iterable[Summary]) -> str:
+    """How many repetitions stand behind the numbers: "3 seeds", or for a single model "3 retrained models"."""
+    summaries = list(summaries)
+    over = summaries[0].over
+    if over != "seed":  # one model against many retrained ones, and these against each other
+        pairs = max((s.n for s in summaries if s.method == FLOOR), default=0)
+        count = max((s.n for s in summaries if s.method != FLOOR), default=0)
+        if count == 1 and not pairs:
+            return "a single comparison"
+        floor = f", the noise floor over {_counted(pairs, 'pair')} of them" if pairs else ""
+        return _counted(count, over) + floor
     counts = sorted({summary.n for summary in summaries})
-    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{span} seed{'s' if counts[-1] > 1 else ''}"
+    return _counted(counts[0], over) if len(counts) == 1 else f"{counts[0]} to {_counted(counts[-1], over)}"
 
 
-def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to four digits (expansion of Abramowitz and Stegun, 26.7.5)."""
-    if freedom <= len(_STUDENT):
-        return _STUDENT[freedom - 1]
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, 1))
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

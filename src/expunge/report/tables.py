@@ -1,28 +1,33 @@
-"""Rows in, tables out: for a terminal, for Markdown and for the page."""
+"""Rows in, tables out: means, spreads, intervals, verdicts and a paper's figures, as text in cells."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from expunge.definitions import ARROWS, Good, define
 from expunge.errors import ConfigError
-from expunge.report.summaries import FLOOR, ORIGINAL, Summary, at_floor, label, number, order, seeds, summarise
+from expunge.report.paper import Printed, attribution, printed
+from expunge.report.summaries import ORIGINAL, Summary, label, number, order, repetitions, summarise
+from expunge.report.verdicts import LEVEL, Difference, Verdict, differences, verdicts
 from expunge.rows import Row
-
-if TYPE_CHECKING:
-    import rich.table
 
 _WORDS: dict[Good, str] = {"high": "high", "low": "low", "close": "close to retraining"}
 _YES = {True: "yes", False: "no"}
+_PERCENT = f"{100 * (1 - LEVEL):.0f}"
+_NOTHING = "\N{EN DASH}"
+Found = Mapping[tuple[str, str], Summary]  # by method and metric
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A mean and its spread as text, and whether it is as close to retraining as a second retraining."""
+    """A mean with its spread as text, and what may be said of it."""
 
     mean: str
-    sd: str  # "" for one seed
-    at_floor: bool = False
+    sd: str = ""  # "" for one repetition
+    interval: str = ""  # "1.20 to 4.80"
+    mark: Literal["within", "beyond", "differs", ""] = ""  # δ of retraining; for a difference, from zero
+    paper: str = ""  # the figure that a paper prints
 
     def __str__(self) -> str:
         return f"{self.mean} ± {self.sd}" if self.sd else self.mean
@@ -44,10 +49,12 @@ class Table:
 
     title: str
     note: str  # what the numbers are
-    marked: str  # what a marked cell means; "" where none can be
+    marked: str  # what a marked cell means; "" where none is marked
+    source: str  # where a paper's figures come from; "" without any
     metrics: tuple[str, ...]
     units: tuple[str, ...]  # with the direction: "points ↓"
     lines: tuple[Line, ...]
+    margins: tuple[str, ...]  # δ of each metric; empty without a noise floor
 
 
 def tables(rows: Iterable[Row], scenario: str) -> list[Table]:
@@ -55,95 +62,112 @@ def tables(rows: Iterable[Row], scenario: str) -> list[Table]:
 
     Raises:
         ConfigError: No row is of this scenario.
+        MissingExtra: SciPy is not installed, and there are intervals to compute.
     """
+    rows = list(rows)
     found = {(s.method, s.metric): s for s in summarise(rows) if s.scenario == scenario}
     if not found:
         raise ConfigError(f"no measured row has scenario={scenario!r}.")
+    papers = printed(rows, scenario)
     metrics = list(dict.fromkeys(metric for _, metric in found))
     own = [metric for metric in metrics if define(metric).kind == "value"]
     relative = [metric for metric in metrics if metric not in own]
     titles = {"Distance to retraining": relative, "What each model does": own}
-    return [_table(title, found, listed) for title, listed in titles.items() if listed]
+    return [_table(title, found, papers, listed) for title, listed in titles.items() if listed]
 
 
-def markdown(rows: Iterable[Row], scenario: str) -> str:
-    """The tables of a scenario as Markdown whose columns also line up as plain text."""
-    return "\n\n".join(_markdown(table) for table in tables(rows, scenario)) + "\n"
-
-
-def rich_tables(rows: Iterable[Row], scenario: str) -> list["rich.table.Table"]:
-    """The tables of a scenario for a terminal."""
-    import rich.box
-    import rich.table
-
-    made = []
-    for table in tables(rows, scenario):
-        caption = f"{table.note}\n* {table.marked}" if table.marked else table.note
-        drawn = rich.table.Table(title=f"{scenario}: {table.title}", caption=caption, box=rich.box.SIMPLE_HEAD)
-        drawn.add_column("method", no_wrap=True)
-        drawn.add_column("blind")
-        for metric, unit in zip(table.metrics, table.units, strict=True):
-            drawn.add_column(f"{metric}\n{unit} ", justify="right")
-        for line in table.lines:
-            cells = (f"[bold]{cell}*[/bold]" if cell and cell.at_floor else f"{cell or ''} " for cell in line.cells)
-            drawn.add_row(line.label, line.blind, *cells)
-        made.append(drawn)
-    return made
-
-
-def _table(title: str, found: dict[tuple[str, str], Summary], metrics: list[str]) -> Table:
-    shown = [summary for (_, metric), summary in found.items() if metric in metrics]
-    spread = "Mean ± sample standard deviation" if any(summary.n > 1 for summary in shown) else "Mean"
+def comparison(rows: Iterable[Row], scenario: str, subject: str) -> Table | None:
+    """The subject against every other method, by paired differences of their distances; None without a pair."""
+    found = {(s.method, s.metric): s for s in summarise(rows) if s.scenario == scenario}
+    pairs = differences(found, subject)
+    if not pairs:
+        return None
+    metrics = list(dict.fromkeys(metric for _, metric in pairs))
+    others = list(dict.fromkeys(method for method, _ in pairs))
     lines = []
-    for method in order(summary.method for summary in shown):
-        cells = tuple(_cell(found.get((method, metric)), found.get((FLOOR, metric))) for metric in metrics)
-        blind = all(summary.blind for summary in shown if summary.method == method)
-        lines.append(Line(method, label(method), "\N{EN DASH}" if method == ORIGINAL else _YES[blind], cells))
-    units = {metric: next(summary.unit for summary in shown if summary.metric == metric) for metric in metrics}
-    arrows = [f"{ARROWS[good]} {word}" for good, word in _WORDS.items() if good in {define(m).good for m in metrics}]
+    for method in others:
+        cells = tuple(_difference(pairs.get((method, metric)), found, metric, subject) for metric in metrics)
+        lines.append(Line(method, f"\N{MINUS SIGN} {label(method)}", _blind(found, method), cells))
+    name = label(subject)
+    shown = [found[subject, metric] for metric in metrics]
+    marked = any(cell and cell.mark for line in lines for cell in line.cells)
     return Table(
-        title=title,
-        note=f"{spread} over {seeds(shown)}" + (f"; {', '.join(arrows)} is good." if arrows else "."),
-        marked=_marked(found, metrics),
+        title=f"{name} against the other methods",
+        note=f"Distance of {name} less that of the other method, paired: mean difference with 95 % interval over "
+        f"{repetitions(shown)}. Below zero, {name} is closer to retraining.",
+        marked=f"Bold: different from zero (paired t-test, {_PERCENT} %, Holm over this table)." if marked else "",
+        source="",
         metrics=tuple(metrics),
-        units=tuple(f"{unit} {ARROWS[define(metric).good]}".strip() for metric, unit in units.items()),
+        units=tuple(found[subject, metric].unit for metric in metrics),
         lines=tuple(lines),
+        margins=(),
     )
 
 
-def _cell(summary: Summary | None, floor: Summary | None) -> Cell | None:
+def _table(title: str, found: Found, papers: Mapping[tuple[str, str], Printed], metrics: list[str]) -> Table:
+    shown = [summary for (_, metric), summary in found.items() if metric in metrics]
+    judged = {key: verdict for key, verdict in verdicts(found.values()).items() if key[1] in metrics}
+    spread = "Mean ± sample standard deviation" if any(summary.n > 1 for summary in shown) else "Mean"
+    lines = []
+    for method in order(summary.method for summary in shown):
+        keys = [(method, metric) for metric in metrics]
+        cells = tuple(_cell(found.get(key), judged.get(key), papers.get(key)) for key in keys)
+        lines.append(Line(method, label(method), _blind(found, method), cells))
+    units = {metric: next(summary.unit for summary in shown if summary.metric == metric) for metric in metrics}
+    arrows = [f"{ARROWS[good]} {word}" for good, word in _WORDS.items() if good in {define(m).good for m in metrics}]
+    margins = {metric: verdict.margin for (_, metric), verdict in judged.items()}
+    return Table(
+        title=title,
+        note=f"{spread} over {repetitions(shown)}" + (f"; {', '.join(arrows)} is good." if arrows else "."),
+        marked=_marked(judged),
+        source=attribution(papers[key] for key in found if key in papers and key[1] in metrics),
+        metrics=tuple(metrics),
+        units=tuple(f"{unit} {ARROWS[define(metric).good]}".strip() for metric, unit in units.items()),
+        lines=tuple(lines),
+        margins=tuple(number(margins[m], units[m]) if m in margins else "" for m in metrics) if margins else (),
+    )
+
+
+def _blind(found: Found, method: str) -> str:
+    return _NOTHING if method == ORIGINAL else _YES[all(s.blind for (who, _), s in found.items() if who == method)]
+
+
+def _cell(summary: Summary | None, verdict: Verdict | None, paper: Printed | None) -> Cell | None:
     if summary is None:
         return None
-    sd = "" if summary.sd is None else number(summary.sd, summary.unit)
-    return Cell(number(summary.mean, summary.unit), sd, at_floor(summary, floor))
+    unit = summary.unit
+    sd = "" if summary.sd is None else number(summary.sd, unit)
+    beside = "" if paper is None else str(paper) if paper.unit == unit else f"{paper} {paper.unit}"
+    state = verdict.state if verdict is not None and verdict.state != "open" else ""
+    return Cell(number(summary.mean, unit), sd, _interval(summary.interval, unit), state, beside)
 
 
-def _marked(found: dict[tuple[str, str], Summary], metrics: list[str]) -> str:
-    """What the mark says, and on which metrics it says nothing."""
-    if not any(at_floor(s, found.get((FLOOR, metric))) for (_, metric), s in found.items() if metric in metrics):
+def _difference(difference: Difference | None, found: Found, metric: str, subject: str) -> Cell | None:
+    if difference is None:
+        return None
+    unit = found[subject, metric].unit
+    interval = _interval(difference.interval, unit)
+    return Cell(number(difference.mean, unit), "", interval, "differs" if difference.p <= LEVEL else "")
+
+
+def _interval(interval: tuple[float, float] | None, unit: str) -> str:
+    if interval is None or interval[0] == interval[1] or not all(map(math.isfinite, interval)):
         return ""
-    text = "No further from retraining, on average, than a second retrained model."
-    blunt = [m for m in metrics if (ORIGINAL, m) in found and at_floor(found[ORIGINAL, m], found.get((FLOOR, m)))]
+    return f"{number(interval[0], unit)} to {number(interval[1], unit)}"
+
+
+def _marked(judged: Mapping[tuple[str, str], Verdict]) -> str:
+    """What the marks say, and on which metrics they say nothing."""
+    if not judged:
+        return ""
+    text = (
+        f"Bold: indistinguishable from retraining within δ; >: further from it than δ; neither: undecided "
+        f"({_PERCENT} %, Holm over this table; δ is the 95 % quantile of the noise floor)."
+    )
+    blunt = [metric for (method, metric), verdict in judged.items() if method == ORIGINAL and verdict.state == "within"]
     if blunt:
         text += (
-            f" On {', '.join(blunt)} even the original is: with these records, that cannot tell a model that "
+            f" On {', '.join(blunt)} even the original is within δ: with these records, that cannot tell a model that "
             "unlearned from one that did not."
         )
     return text
-
-
-def _markdown(table: Table) -> str:
-    headings = (f"{metric} ({unit})" for metric, unit in zip(table.metrics, table.units, strict=True))
-    body = [("method", "blind", *headings)]
-    for line in table.lines:
-        texts = (f"**{cell}**" if cell and cell.at_floor else str(cell or "") for cell in line.cells)
-        body.append((line.label, line.blind, *texts))
-    widths = [max(len(line[column]) for line in body) for column in range(len(body[0]))]
-    rule = ["-" * width if column < 2 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    padded = [
-        [text.ljust(width) if column < 2 else text.rjust(width) for column, (text, width) in enumerate(pairs)]
-        for pairs in (list(zip(line, widths, strict=True)) for line in body)
-    ]
-    lines = ["| " + " | ".join(line) + " |" for line in (padded[0], rule, *padded[1:])]
-    note = f"{table.note} Bold: {table.marked[0].lower()}{table.marked[1:]}" if table.marked else table.note
-    return f"**{table.title}.** {note}\n\n" + "\n".join(lines)

@@ -1,0 +1,140 @@
+"""Who takes part in a comparison, with which budget, and with which settings.
+
+Every entry starts from a method's published settings with the epochs of the budget, and was tuned over the space that
+the method declares: ``experiments/digits_rehearsal.py`` writes ``digits_settings.json``, which is read here.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from expunge.bench.situations import Situation
+from expunge.errors import ConfigError
+from expunge.methods import METHODS, Method, fine_tune, reload
+from expunge.methods.fisher import FisherForgetting
+from expunge.methods.reload import Reload
+from expunge.methods.retrain import Retrain
+from expunge.space import Range, Space, with_settings
+from expunge.training import Recipe
+
+FILE = "digits_settings.json"
+LAYERS = 3  # weight layers of the network on the digits
+
+_WHOLE_CLASSES = {
+    "removal": "removes whole classes: it would forget what is left of them, too",
+    "label-correction": "removes whole classes, and a correction removes none",
+}
+_OTHER_LABELS = {"label-correction": "teaches the corrected records something else than their corrected labels"}
+_UNFIT: dict[str, dict[str, str]] = {
+    "boundary-shrink": _WHOLE_CLASSES,
+    "boundary-expand": _WHOLE_CLASSES,
+    "unsir": _WHOLE_CLASSES,
+    "bad-teacher": _OTHER_LABELS,
+    "salun": _OTHER_LABELS,
+    "amnesiac": _OTHER_LABELS,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method, or a control: a part of RELOAD by itself, or the same time spent otherwise."""
+
+    name: str  # in tables
+    start: Any  # its configuration before tuning
+    space: Space
+    blind: bool
+    unfit: Mapping[str, str] = field(default_factory=dict)  # scenario: why it does not take part
+
+    def configured(self, settings: Mapping[str, Any], situation: Situation) -> object:
+        """Its configuration with chosen settings.
+
+        Raises:
+            ConfigError: A setting that it does not have, or a value that it refuses.
+        """
+        config = with_settings(self.start, settings)
+        if isinstance(config, FisherForgetting) and situation.removed_class is not None:
+            return replace(config, removed_classes=(situation.removed_class,))
+        return config
+
+
+def entries(budget: Recipe) -> dict[str, Entry]:
+    """Everyone who takes part, by name: blind methods, controls, then those that see what was removed.
+
+    Args:
+        budget: Epochs that each may train, all its phases together, and the batch size.
+    """
+    methods = [_entry(method, budget) for method in METHODS.values() if method.name != "retrain"]
+    ordered = [*(e for e in methods if e.blind), *controls(budget), *(e for e in methods if not e.blind)]
+    return {entry.name: entry for entry in ordered}
+
+
+def controls(budget: Recipe) -> Iterator[Entry]:
+    """What RELOAD has to be better than to be worth its parts."""
+    ascent, reset = "priming_lr", "reset_fraction"
+    training = {name: values for name, values in reload.SPACE.items() if name not in (ascent, reset)}
+    ascending, resetting = {ascent: reload.SPACE[ascent]}, {reset: reload.SPACE[reset]}
+    still = replace(budget, epochs=0)
+    yield Entry("control: short retraining", Retrain(recipe=budget), fine_tune.SPACE, blind=True)
+    yield Entry("control: random reset", Reload(selector="random", fine_tune=budget), reload.SPACE, blind=True)
+    no_ascent = Reload(priming_lr=None, fine_tune=budget)
+    yield Entry("control: without ascent", no_ascent, resetting | training, blind=True)
+    yield Entry("control: ascent alone", Reload(reset_fraction=0.0, fine_tune=still), ascending, blind=True)
+    yield Entry("control: reset alone", Reload(priming_lr=None, fine_tune=still), resetting, blind=True)
+
+
+@cache
+def stored() -> dict[str, Any]:
+    """The settings that the rehearsal chose, with where they come from."""
+    text = (files("expunge.bench") / FILE).read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def chosen(scenario: str, name: str) -> dict[str, Any]:
+    """The settings that the rehearsal chose for an entry.
+
+    Raises:
+        ConfigError: It took no part in the rehearsal.
+    """
+    settings: dict[str, dict[str, Any]] = stored()["settings"].get(scenario, {})
+    if name not in settings:
+        raise ConfigError(
+            f"{name!r} has no settings for {scenario!r} in {FILE}. Run experiments/digits_rehearsal.py, which chooses "
+            "them."
+        )
+    return settings[name]
+
+
+def _entry(method: Method, budget: Recipe) -> Entry:
+    start = _within(method.config(), budget)
+    space = {path: _fitted(path, values, start) for path, values in method.space.items()}
+    return Entry(method.name, start, space, method.blind, _UNFIT.get(method.name, {}))
+
+
+def _within(config: Any, budget: Recipe) -> Any:
+    """The published settings with the epochs of the budget, dealt out to the phases as published."""
+    recipes = {f.name: getattr(config, f.name) for f in fields(config) if isinstance(getattr(config, f.name), Recipe)}
+    published = sum(recipe.epochs for recipe in recipes.values())
+    changed: dict[str, Any] = {
+        name: replace(recipe, epochs=max(budget.epochs * recipe.epochs // published, 1), batch_size=budget.batch_size)
+        for name, recipe in recipes.items()
+    }
+    if not recipes and hasattr(config, "epochs"):  # GRDA: each step passes over all of the data twice
+        changed = {"epochs": max(budget.epochs // 2, 1), "batch_size": budget.batch_size}
+    return replace(config, **changed)
+
+
+def _fitted(path: str, values: Any, start: object) -> Any:
+    """Values that the budget and the network allow."""
+    last = path.rpartition(".")[2]
+    if last == "epochs":
+        most = start
+        for name in path.split("."):
+            most = getattr(most, name)
+        return Range(min(values.low, most), min(values.high, most), values.log)
+    if last == "k":  # a layer must stay as it is, or it is no longer the method
+        return Range(values.low, min(values.high, LAYERS - 1))
+    return values

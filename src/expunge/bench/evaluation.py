@@ -1,0 +1,201 @@
+"""A user's own models against retrained ones: as rows, and as a run folder for reports and evidence.
+
+Several retrained models are a sample of what retraining gives. A "seed" of these rows numbers a retrained model, and of
+the noise floor a pair of them: the distance to each says how far one unlearned model is from retraining.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge import provenance
+from expunge.bench import inputs
+from expunge.errors import ConfigError, MismatchError
+from expunge.files import write_text
+from expunge.methods import METHODS
+from expunge.metrics.compare import Measured, Profile, distances
+from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE
+from expunge.rows import EVALUATION, Row, write_csv, write_rows
+from expunge.setup import Setup
+
+SCENARIO = "evaluation"
+_LOSSES = ("forget", "test")  # splits whose losses are kept, for the figures of the attack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured, and on what."""
+
+    setup: Path
+    weights: Path  # the model in question
+    original: Path | None  # before unlearning
+    retrained: tuple[Path, ...]
+    architecture: str
+    sizes: Mapping[str, int]  # entries of each parameter
+    subject: Profile
+    before: Profile | None
+    references: tuple[Profile, ...]  # of `retrained`
+    trace: Mapping[str, Any]  # of the unlearning; empty where there is none
+
+    @property
+    def method(self) -> str:
+        """How the model in question is called in tables: the method that made it, or the name of its file."""
+        name = str(self.trace.get("method", self.weights.stem))
+        return f"{name} (measured)" if name in (ORIGINAL, REFERENCE, FLOOR) else name
+
+
+def read_trace(weights: Path, original: Path | None = None) -> dict[str, Any]:
+    """The trace that `expunge unlearn` left beside the weights; empty if there is none.
+
+    Raises:
+        ConfigError: It cannot be read.
+        MismatchError: It belongs to other weights, or tells of another original.
+    """
+    path = trace_path(weights)
+    if not path.exists():
+        return {}
+    try:
+        trace = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read as a trace: {error}. Move it away, or unlearn again.") from error
+    hashes = trace.get("provenance", {}).get("files", {})
+    if "weights after" in hashes and hashes["weights after"] != provenance.file_hash(weights):
+        raise MismatchError(
+            f"{path} tells of weights with another hash than {weights}. Move it away if the weights are meant to "
+            "differ, or unlearn again."
+        )
+    before = hashes.get("weights before")
+    if original is not None and before not in (None, provenance.file_hash(original)):
+        raise MismatchError(f"{path} says that other weights than {original} were unlearned. Give --original those.")
+    return trace
+
+
+def trace_path(weights: Path) -> Path:
+    """Where `expunge unlearn` writes what was done: OUT.trace.json beside OUT.safetensors."""
+    return weights.with_name(weights.name.removesuffix(".safetensors") + ".trace.json")
+
+
+def rows(found: Evaluation) -> list[Row]:
+    """One row a number: own values, distances to every retrained model, and theirs to each other."""
+    made: list[Row] = [] if found.before is None else list(_rows(found, ORIGINAL, 0, found.before.values))
+    for number, reference in enumerate(found.references):
+        if found.before is not None:
+            made += _rows(found, ORIGINAL, number, distances(found.before, reference))
+        made += _rows(found, REFERENCE, number, reference.values)
+        made += _rows(found, found.method, number, distances(found.subject, reference))
+    for number, (first, second) in enumerate(itertools.combinations(found.references, 2)):
+        made += _rows(found, FLOOR, number, distances(second, first))
+    return [*made, *_rows(found, found.method, 0, found.subject.values)]
+
+
+def require_new(folder: Path) -> None:
+    """Refuse a run folder that exists, before anything is computed.
+
+    Raises:
+        ConfigError: It, or the salt of an earlier run of that name, exists.
+    """
+    for path in (folder, inputs.salt_path(folder)):
+        if path.exists():
+            raise ConfigError(f"{path} exists, and evidence of it may too. Give --out the name of a new folder.")
+
+
+def write_run(folder: Path, found: Evaluation, loaded: Setup) -> None:
+    """Write a run folder, whole or not at all, and its salt beside it.
+
+    Args:
+        folder: Must not exist.
+        found: What was measured.
+        loaded: The setup file, for the hashes of the data.
+
+    Raises:
+        ConfigError: The folder exists, or single records cannot be told apart.
+    """
+    require_new(folder)
+    roles = [("setup file", found.setup), ("weights before", found.original), ("weights after", found.weights)]
+    roles += [("retrained weights", path) for path in found.retrained]
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        write_rows(temporary / "rows.csv", rows(found))
+        write_csv(temporary / "losses.csv", ("scenario", "method", "seed", "split", "loss"), _losses(found))
+        _json(temporary / "config.json", _config(found))
+        _json(temporary / "env.json", provenance.environment())
+        salt = inputs.salt_of(folder)
+        inputs.write_inputs(
+            temporary / inputs.NAME,
+            [inputs.file_entry(role, path, folder) for role, path in roles if path is not None],
+            [inputs.split_entry(SCENARIO, 0, split, loaded.data(split), salt) for split in found.subject.splits],
+        )
+        if found.trace:
+            shutil.copyfile(trace_path(found.weights), temporary / "trace.json")
+            _tell(temporary, found)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        inputs.salt_path(folder).unlink(missing_ok=True)
+        raise
+
+
+def _rows(found: Evaluation, method: str, seed: int, measured: Sequence[Measured]) -> Iterator[Row]:
+    known = METHODS.get(str(found.trace.get("method"))) if method == found.method else METHODS.get(method)
+    for each in measured:
+        yield Row(
+            run=SCENARIO,
+            experiment=EVALUATION,
+            dataset=f"{found.setup.resolve().parent.name}/{found.setup.name}",
+            model=found.architecture,
+            scenario=SCENARIO,
+            method=method,
+            blind=method in (ORIGINAL, FLOOR) or (known is not None and known.blind),
+            seed=seed,
+            split=each.split,
+            metric=each.metric,
+            value=each.value,
+            unit=each.unit,
+            n=each.n,
+            seconds=sum(found.trace.get("seconds", {}).values()) if method == found.method else 0.0,
+        )
+
+
+def _losses(found: Evaluation) -> Iterator[tuple[object, ...]]:
+    """Losses of single records, sorted so that no line belongs to a known record."""
+    models = [(found.method, 0, found.subject), *((REFERENCE, k, each) for k, each in enumerate(found.references))]
+    models += [(ORIGINAL, 0, found.before)] if found.before is not None else []
+    for method, seed, model in models:
+        for split in _LOSSES:
+            if split in model.splits:
+                yield from (
+                    (SCENARIO, method, seed, split, loss) for loss in sorted(model.splits[split].losses.tolist())
+                )
+
+
+def _config(found: Evaluation) -> dict[str, Any]:
+    return {
+        "command": "evaluate",
+        "setup": str(found.setup),
+        "weights": str(found.weights),
+        "original": None if found.original is None else str(found.original),
+        "retrained": [str(path) for path in found.retrained],
+        "unlearning": {name: found.trace[name] for name in ("method", "seed", "config") if name in found.trace},
+        "sources": provenance.sources(),
+    }
+
+
+def _tell(folder: Path, found: Evaluation) -> None:
+    """What the method found out about itself, as the tables that a report reads."""
+    key = (SCENARIO, found.method, 0)
+    facts = [*found.trace.get("facts", {}).items(), ("stopped", found.trace.get("stopped", ""))]
+    write_csv(folder / "facts.csv", ("scenario", "method", "seed", "fact", "value"), [(*key, *f) for f in facts])
+    resets = [(*key, name, share, found.sizes.get(name, 0)) for name, share in found.trace.get("reset", {}).items()]
+    if resets:
+        columns = ("scenario", "method", "seed", "parameter", "share", "entries")
+        write_csv(folder / "reset.csv", columns, resets)
+
+
+def _json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
