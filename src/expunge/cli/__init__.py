@@ -1,6 +1,7 @@
 """The command line, a module for each kind of command.
 
-Exit codes: 0 done, 2 a mistake of the user (said on standard error), 1 a mistake of ours (with a traceback), 130
+Exit codes: 0 done, 2 a mistake of the user (said on standard error), 1 a mistake of ours (with a traceback), 3 an audit
+that found something (a record that can be recovered, an unlearning that should not be done, a trace that is left), 130
 interrupted.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 import tyro
 
 from expunge import losses
+from expunge.cli.audits import audit
 from expunge.cli.experiments import demo
 from expunge.cli.own_model import cache, evaluate, show, unlearn
 from expunge.cli.reference import methods
@@ -24,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "unlearn": unlearn,
     "evaluate": evaluate,
     "show": show,
+    "audit": audit,
     "methods": methods,
     "demo": demo,
 }
