@@ -17,7 +17,7 @@ from expunge.errors import ConfigError, MismatchError, MissingExtra, NotFinite
 from expunge.metrics import membership
 from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
 from expunge.metrics.compare import Measured, distances, profile
-from expunge.metrics.membership import Attack, loss_attack
+from expunge.metrics.membership import loss_attack
 from expunge.metrics.outputs import Outputs, outputs
 from tests.contract import same, state, world
 
@@ -165,7 +165,10 @@ def test_memorisation_is_found_whichever_side_has_the_larger_loss():
 
 
 def test_losses_that_do_not_overlap_are_told_apart_without_error():
-    assert loss_attack(np.linspace(0, 0.1, 20), np.linspace(10, 10.1, 25)) == Attack(accuracy=1.0, auc=1.0, n=20)
+    found = loss_attack(np.linspace(0, 0.1, 20), np.linspace(10, 10.1, 25))
+    assert (found.accuracy, found.auc, found.n) == (1.0, 1.0, 20)
+    assert found.accuracy_interval.high == found.auc_interval.high == 1
+    assert 0.7 < found.auc_interval.low < 1  # twenty records prove no more
 
 
 def test_without_memorisation_the_attack_is_at_chance(monkeypatch):

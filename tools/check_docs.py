@@ -14,9 +14,8 @@ from pathlib import Path
 
 import expunge
 from expunge.cli import COMMANDS
-from expunge.definitions import METRICS
+from expunge.definitions import METRICS, Definition
 from expunge.methods import METHODS, Method
-from expunge.metrics import classification, membership
 from expunge.report import markdown
 from expunge.rows import read_rows
 
@@ -57,19 +56,38 @@ def _comments(config: type[object]) -> dict[str, str]:
     return {name: comment.replace("|", "\\|") for name, comment in found}
 
 
+def metrics_table() -> str:
+    """Every metric on a line."""
+    lines = ["| name | what it is | unit | good |", "|---|---|---|---|"]
+    for name, each in METRICS.items():
+        words = {"high": "high", "low": "low", "close": "as retrained", "unknown": "neither"}[each.good]
+        lines.append(f"| [{name}](#{_heading(name)}) | {each.name} | {each.unit} | {words} |")
+    return "\n".join(lines)
+
+
 def metrics_list() -> str:
-    """Every metric in its function's own words."""
-    functions = (
-        classification.accuracy,
-        classification.cross_entropy,
-        membership.loss_attack,
-        classification.symmetric_kl,
-    )
+    """Every metric in full."""
+    kinds = {"value": "Of a model by itself", "distance": "Distances to retraining", "cost": "Cost"}
     parts = []
-    for function in functions:
-        words = (inspect.getdoc(function) or "").split("\n\nArgs:")[0].split("\n\nRaises:")[0]
-        parts.append(f"### {words}\n\n`{function.__module__}.{function.__name__}`")
+    for kind, title in kinds.items():
+        chosen = {name: each for name, each in METRICS.items() if each.kind == kind}
+        if kind != "cost":
+            parts.append(f"## {title}")
+        parts += [_metric(name, each) for name, each in chosen.items()]
     return "\n\n".join(parts)
+
+
+def _metric(name: str, each: Definition) -> str:
+    direction = f" Direction: {each.direction}." if each.direction else ""
+    return (
+        f"### {name}\n\n{each.text}\n\nFormula: {each.formula}. Unit: {each.unit}.{direction} Perfect: {each.perfect}. "
+        f"Misses: {each.misses}. Source: {each.source}." + (f"\n\n`{each.function}`" if each.function else "")
+    )
+
+
+def _heading(name: str) -> str:
+    """The anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", name.lower()).strip().replace(" ", "-")
 
 
 def demo_table() -> str:
@@ -83,6 +101,7 @@ GENERATED = {
     "demo": demo_table,
     "methods-table": methods_table,
     "methods": method_sections,
+    "metrics-table": metrics_table,
     "metrics": metrics_list,
 }
 
@@ -133,8 +152,7 @@ def _broken(page: Path, target: str) -> Iterator[str]:
         yield f"link to {target}, which does not exist"
     elif anchor and file.suffix == ".md":
         headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
-        if anchor not in anchors:
+        if anchor not in map(_heading, headings):
             yield f"link to {target}: no such heading"
 
 

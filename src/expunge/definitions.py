@@ -1,8 +1,13 @@
 """What every metric and fact means: one entry each, in words for the reader of a report."""
 
+import difflib
 import re
+import tomllib
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Literal
+
+from expunge.errors import ConfigError
 
 Good = Literal["high", "low", "close", "unknown"]
 _DIRECTIONS: dict[Good, str] = {
@@ -23,6 +28,11 @@ class Definition:
     unit: str
     good: Good  # "close": to the retrained model's value
     kind: Literal["value", "distance", "cost"]
+    formula: str = ""
+    perfect: str = ""  # the value of a perfect result
+    misses: str = ""  # what it cannot see
+    source: str = ""
+    function: str = ""  # what computes it, as module.name
 
     @property
     def direction(self) -> str:
@@ -30,114 +40,12 @@ class Definition:
         return _DIRECTIONS[self.good]
 
 
-_ATTACK = (
-    "A logistic regression tells removed records from test records by their loss, equally many of both, each judged "
-    "by a fit without it"
-)
-METRICS: dict[str, Definition] = {
-    "NA": Definition(
-        "accuracy on the retained records",
-        "Share of the records that were kept whose largest logit is that of the label.",
-        "%",
-        "high",
-        "value",
-    ),
-    "FA": Definition(
-        "accuracy on the removed records",
-        "The same share on the removed records. Neither high nor low is good: a model that never saw them gets most "
-        "of them right if they are ordinary.",
-        "%",
-        "close",
-        "value",
-    ),
-    "FE": Definition(
-        "loss on the removed records",
-        "Cross-entropy on the removed records: mean of -log p(label).",
-        "nats",
-        "close",
-        "value",
-    ),
-    "TA": Definition(
-        "accuracy on the test records",
-        "Share of the test records whose largest logit is that of the label.",
-        "%",
-        "high",
-        "value",
-    ),
-    "FMIA": Definition(
-        "success of the membership attack",
-        f"{_ATTACK}; this is the share it judges correctly. 0.5 is chance. Attacks that know how hard a record is "
-        "(LiRA, RMIA) see more.",
-        "fraction",
-        "close",
-        "value",
-    ),
-    "AUC": Definition(
-        "area under the attack's ROC curve",
-        f"{_ATTACK}; this is the area under the ROC curve of its scores. 0.5 is chance.",
-        "fraction",
-        "close",
-        "value",
-    ),
-    "Accuracy on corrected": Definition(
-        "accuracy on the corrected records",
-        "Share of the training records with a corrected label that the model gives their true label.",
-        "%",
-        "high",
-        "value",
-    ),
-    "ΔFA": Definition(
-        "difference in accuracy on the removed records",
-        "|FA - FA of the retrained model|. Says nothing about which records are right.",
-        "points",
-        "low",
-        "distance",
-    ),
-    "ΔFE": Definition(
-        "difference in loss on the removed records",
-        "|FE - FE of the retrained model|. A mean: records may differ in both directions and cancel.",
-        "nats",
-        "low",
-        "distance",
-    ),
-    "ΔFMIA": Definition(
-        "difference in success of the membership attack",
-        "|FMIA - FMIA of the retrained model|.",
-        "fraction",
-        "low",
-        "distance",
-    ),
-    "ΔAUC": Definition(
-        "difference in the attack's area under the ROC curve",
-        "|AUC - AUC of the retrained model|.",
-        "fraction",
-        "low",
-        "distance",
-    ),
-    "NSKL": Definition(
-        "divergence on the retained records",
-        "KL(p‖q) + KL(q‖p) between the outputs of the model and of the retrained model, not halved, mean over the "
-        "records that were kept, after a correction all of them. 0: the same probabilities for every record.",
-        "nats",
-        "low",
-        "distance",
-    ),
-    "FSKL": Definition(
-        "divergence on the removed records",
-        "The same divergence, mean over the records that were removed or corrected.",
-        "nats",
-        "low",
-        "distance",
-    ),
-    "Cost": Definition(
-        "time it took",
-        "Wall time of the method, with caching where it needs a cache, over the wall time of retraining on the same "
-        "machine.",
-        "ratio",
-        "low",
-        "cost",
-    ),
-}
+def _stored() -> dict[str, Definition]:
+    text = files("expunge").joinpath("definitions.toml").read_text(encoding="utf-8")
+    return {metric: Definition(**fields) for metric, fields in tomllib.loads(text).items()}
+
+
+METRICS: dict[str, Definition] = _stored()
 
 FACTS: dict[str, str] = {
     "informative_share": "share of entries in which the gradient difference stands above its rounding floor",
@@ -163,6 +71,22 @@ def define(metric: str) -> Definition:
         "distance" if distance else "value",
     )
     return METRICS.get(metric, unknown)
+
+
+def find(metric: str) -> str:
+    """The name of a metric however it is written: ``delta fa``, ``ΔFA`` and ``delta-fa`` are one.
+
+    Raises:
+        ConfigError: There is no such metric; names the closest.
+    """
+    slugs = {slug(name): name for name in METRICS}
+    wanted = slug(re.sub(r"^d(?=F|A)", "Δ", metric))
+    if wanted in slugs:
+        return slugs[wanted]
+    parts = [key for key in slugs if wanted and wanted in key]
+    close = difflib.get_close_matches(wanted, slugs, n=3, cutoff=0.4)
+    nearest = ", ".join(slugs[key] for key in list(dict.fromkeys(parts + close))[:5]) or ", ".join(METRICS)
+    raise ConfigError(f"there is no metric {metric!r}. The closest: {nearest}. `expunge explain` lists all.")
 
 
 def split_names(scenario: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from expunge import losses
 from expunge.cli.audits import audit
 from expunge.cli.experiments import demo
 from expunge.cli.own_model import cache, evaluate, show, unlearn
-from expunge.cli.reference import methods
+from expunge.cli.reference import explain, methods
 from expunge.errors import ExpungeError
 from expunge.setup import SETUP
 
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "show": show,
     "audit": audit,
     "methods": methods,
+    "explain": explain,
     "demo": demo,
 }
 

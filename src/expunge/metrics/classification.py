@@ -38,10 +38,19 @@ def symmetric_kl(a: Outputs, b: Outputs) -> float:
     Raises:
         MismatchError: The two were not measured on the same examples.
     """
+    same_examples(a, b)
+    log_p, log_q = a.log_probabilities, b.log_probabilities
+    return float(((np.exp(log_p) - np.exp(log_q)) * (log_p - log_q)).sum(axis=1).mean())
+
+
+def same_examples(a: Outputs, b: Outputs) -> None:
+    """Refuse to compare outputs of other examples.
+
+    Raises:
+        MismatchError: The two were not measured on the same examples.
+    """
     if a.logits.shape != b.logits.shape or not np.array_equal(a.labels, b.labels):
         raise MismatchError(
             f"outputs of shape {a.logits.shape} and {b.logits.shape}, or with other labels, cannot be compared. "
             "Measure both models on the same split."
         )
-    log_p, log_q = a.log_probabilities, b.log_probabilities
-    return float(((np.exp(log_p) - np.exp(log_q)) * (log_p - log_q)).sum(axis=1).mean())

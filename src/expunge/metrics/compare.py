@@ -1,13 +1,29 @@
-"""All metrics of a model at once, and its distances to a retrained one."""
+"""All metrics of a model at once, its distances to a retrained one, and whether they are within the noise floor."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
-from expunge.metrics.membership import FOLDS, loss_attack
-from expunge.metrics.outputs import Outputs
+import numpy as np
 
-Splits = Mapping[str, Outputs]  # any of "retain", "forget", "test"
+from expunge.definitions import METRICS
+from expunge.errors import ConfigError
+from expunge.metrics.calibration import brier, expected_calibration_error
+from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
+from expunge.metrics.forgetting import against_unseen, signed_forgetting
+from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched
+from expunge.metrics.outputs import Outputs
+from expunge.metrics.representation import activation_distance
+from expunge.metrics.stats import Margin, floor_margin
+
+Splits = Mapping[str, Outputs]  # any of "retain", "forget", "test", "triggered", "domain"
+_ACCURACIES = {
+    "retain": "NA",
+    "forget": "FA",
+    "test": "TA",
+    "triggered": "TA with trigger",  # every test record with the trigger of a backdoor, true labels
+    "domain": "Acc_corr",  # unseen records of the domain that was corrupted
+}
 
 
 @dataclass(frozen=True)
@@ -29,29 +45,68 @@ class Profile:
     values: list[Measured]
 
 
-def profile(splits: Splits, *, seed: int = 0) -> Profile:
+@dataclass(frozen=True)
+class Verdict:
+    """How a model's distance to retrained models compares with their distances to each other."""
+
+    metric: str
+    unit: str
+    split: str
+    n: int  # records
+    distances: tuple[float, ...]  # to each retrained model
+    floor: tuple[float, ...]  # between retrained models, all pairs
+    margin: Margin  # the δ that this floor gives
+    p: float  # of "the model is one of the retrained ones"; never below 1 / (retrained models + 1)
+
+    @property
+    def mean(self) -> float:
+        """Mean distance to the retrained models."""
+        return float(np.mean(self.distances))
+
+    @property
+    def within(self) -> bool:
+        """Whether the model is, on average, as close to retrained models as 95 % of their pairs are."""
+        return self.mean <= self.margin.delta
+
+
+def profile(splits: Splits, *, seed: int = 0, full: bool = False) -> Profile:
     """NA, FA, FE, TA, FMIA and AUC, as far as the splits allow.
 
     Args:
-        splits: Outputs of one model; the membership attack needs "forget" and "test".
-        seed: Of the membership attack.
+        splits: Outputs of one model; the membership attack needs "forget" and "test". "triggered" and "domain" are for
+            corrections.
+        seed: Of the membership attack, and of which test records are matched to the removed ones.
+        full: Also the second group: the attack's true positives at low false-positive rates, losses against those of
+            test records of the same classes, calibration.
     """
     found = []
-    for split, name in (("retain", "NA"), ("forget", "FA"), ("test", "TA")):
+    for split, name in _ACCURACIES.items():
         if split in splits:
-            found.append(Measured(name, accuracy(splits[split]), "%", split, len(splits[split].labels)))
+            found.append(_measured(name, accuracy(splits[split]), split, splits[split]))
     if "forget" in splits:
-        count = len(splits["forget"].labels)
-        found.append(Measured("FE", cross_entropy(splits["forget"]), "nats", "forget", count))
-        if "test" in splits and min(count, len(splits["test"].labels)) >= FOLDS:
-            attack = loss_attack(splits["forget"].losses, splits["test"].losses, seed=seed)
+        forget = splits["forget"]
+        found.append(_measured("FE", cross_entropy(forget), "forget", forget))
+        if "test" in splits and min(len(forget.labels), len(splits["test"].labels)) >= FOLDS:
+            attack = loss_attack(forget.losses, splits["test"].losses, seed=seed)
             found.append(Measured("FMIA", attack.accuracy, "fraction", "forget", attack.n))
             found.append(Measured("AUC", attack.auc, "fraction", "forget", attack.n))
+            if full:
+                for each in attack.true_positives:
+                    if each.value is not None:
+                        name = f"TPR at {100 * each.at:g} % FPR"
+                        found.append(Measured(name, each.value, "fraction", "forget", attack.n))
+    if full and "test" in splits:
+        found += _second_group(splits, seed)
     return Profile(splits, found)
 
 
-def distances(model: Profile, retrained: Profile) -> list[Measured]:
+def distances(model: Profile, retrained: Profile, *, full: bool = False) -> list[Measured]:
     """ΔFA, ΔFE, ΔFMIA, ΔAUC, NSKL and FSKL to a retrained model: 0 means no difference.
+
+    Args:
+        model: Of the model in question.
+        retrained: Of a retrained model, with the same seed.
+        full: Also the second group: under- and over-forgetting, activation distance.
 
     Raises:
         MismatchError: The two were not measured on the same examples.
@@ -66,4 +121,76 @@ def distances(model: Profile, retrained: Profile) -> list[Measured]:
         if split in model.splits:
             value = symmetric_kl(model.splits[split], retrained.splits[split])
             found.append(Measured(name, value, "nats", split, len(model.splits[split].labels)))
+    if full and "forget" in model.splits:
+        forget, reference_forget = model.splits["forget"], retrained.splits["forget"]
+        signed = signed_forgetting(forget, [reference_forget])
+        found.append(_measured("Under-forgetting", signed.under, "forget", forget))
+        found.append(_measured("Over-forgetting", signed.over, "forget", forget))
+        apart = activation_distance(forget, reference_forget)
+        found.append(_measured("Activation distance", apart, "forget", forget))
     return found
+
+
+def verdicts(model: Profile, retrained: Sequence[Profile], *, full: bool = False) -> list[Verdict]:
+    """A model beside k retrained ones: is it further from them than they are from each other?
+
+    Each distance is taken to every retrained model, and between every two of them. ``p`` asks whether the model could
+    be one of them: among the k + 1 models, the share whose mean distance to the others is at least the model's. It
+    assumes nothing about the numbers, but with k models it cannot be below 1 / (k + 1): 19 are needed for 0.05.
+    One model and one removal say nothing of others; `stats.equivalence` and `stats.non_inferiority` are for seeds.
+
+    Args:
+        model: Of the model in question.
+        retrained: Of at least three models that were retrained with other seeds.
+        full: Also the second group of distances.
+
+    Raises:
+        ConfigError: Fewer than three retrained models.
+        MismatchError: Measurements on other examples.
+    """
+    if len(retrained) < 3:
+        raise ConfigError(f"{len(retrained)} retrained models: a floor with a spread needs at least 3.")
+    everyone = [model, *retrained]
+    apart = {
+        (i, j): distances(everyone[i], everyone[j], full=full)
+        for i, j in itertools.permutations(range(len(everyone)), 2)
+    }
+    found = []
+    for row, first in enumerate(apart[0, 1]):
+        table = np.zeros((len(everyone), len(everyone)))
+        for (i, j), measured in apart.items():
+            table[i, j] = measured[row].value
+        means = table.sum(axis=1) / len(retrained)
+        floor = table[1:, 1:][np.triu_indices(len(retrained), 1)]
+        found.append(
+            Verdict(
+                metric=first.metric,
+                unit=first.unit,
+                split=first.split,
+                n=first.n,
+                distances=tuple(table[0, 1:].tolist()),
+                floor=tuple(floor.tolist()),
+                margin=floor_margin(floor, shape="gap" if first.metric.startswith("Δ") else "divergence"),
+                p=float(np.mean(means >= means[0])),
+            )
+        )
+    return found
+
+
+def _second_group(splits: Splits, seed: int) -> list[Measured]:
+    test = splits["test"]
+    found = [
+        _measured("ECE", expected_calibration_error(test), "test", test),
+        _measured("Brier", brier(test), "test", test),
+    ]
+    if "forget" in splits and times_matched(splits["forget"].labels, test.labels):
+        forget = splits["forget"]
+        matched = matched_by_class(forget.labels, test.labels, times=None, seed=seed)
+        signed = against_unseen(forget.losses, test.losses[matched])
+        found.append(_measured("Loss below unseen", signed.under, "forget", forget))
+        found.append(_measured("Loss above unseen", signed.over, "forget", forget))
+    return found
+
+
+def _measured(metric: str, value: float, split: str, outputs: Outputs) -> Measured:
+    return Measured(metric, value, METRICS[metric].unit, split, len(outputs.labels))

@@ -1,22 +1,15 @@
-"""Can an attacker tell removed records from records that were never seen?"""
+"""Can an attacker tell removed records from records that were never seen, by the loss alone?"""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from expunge.errors import ConfigError, MissingExtra
+from expunge.metrics.roc import Attack, balanced, judge
+from expunge.seeds import derive
 
 FOLDS, DRAWS = 5, 10
-
-
-@dataclass(frozen=True)
-class Attack:
-    """How often an attack was right."""
-
-    accuracy: float  # fraction of records told correctly, chance 0.5
-    auc: float  # area under the ROC curve, chance 0.5
-    n: int  # records of each kind
 
 
 def loss_attack(
@@ -31,6 +24,8 @@ def loss_attack(
     Formula: share of records judged correctly; area under the ROC curve of its scores. Unit: fraction in [0, 1].
     Direction: close to the retrained model's, which is near 0.5. 0.5 means: the loss tells nothing. Misses: attacks
     that know the difficulty of a record (LiRA, RMIA) see more.
+
+    Intervals: those of `roc.judge`, for each record's mean score over the draws in which it was judged.
 
     Args:
         members: Losses of the records in question, nats.
@@ -51,14 +46,67 @@ def loss_attack(
     if count < FOLDS:
         raise ConfigError(f"{len(members)} members and {len(unseen)} unseen records: an attack needs {FOLDS} of each.")
     truth = np.repeat([1, 0], count)
-    right, areas = 0, []
+    right, areas, sides = np.zeros(2), [], (members, unseen)
+    sums, times = ([np.zeros(len(side)) for side in sides] for _ in range(2))
     for draw in range(DRAWS):
         generator = np.random.default_rng([seed, draw])
-        drawn = [generator.choice(side, count, replace=False) for side in (members, unseen)]
-        losses = np.concatenate(drawn)[:, None]
-        for fit, judge in StratifiedKFold(FOLDS, shuffle=True, random_state=draw).split(losses, truth):
+        drawn = [generator.choice(len(side), count, replace=False) for side in sides]
+        losses = np.concatenate([side[rows] for side, rows in zip(sides, drawn, strict=True)])[:, None]
+        for fit, held in StratifiedKFold(FOLDS, shuffle=True, random_state=draw).split(losses, truth):
             attack = LogisticRegression().fit(losses[fit], truth[fit])
-            scores = attack.decision_function(losses[judge])
-            right += int(((scores > 0) == truth[judge]).sum())
-            areas.append(roc_auc_score(truth[judge], scores))
-    return Attack(right / (2 * count * DRAWS), float(np.mean(areas)), count)
+            scores = attack.decision_function(losses[held])
+            areas.append(roc_auc_score(truth[held], scores))
+            for number, kind in enumerate((1, 0)):
+                mine = truth[held] == kind
+                rows = drawn[number][held[mine] - number * count]
+                sums[number][rows] += scores[mine]
+                times[number][rows] += 1
+                right[number] += np.count_nonzero((scores[mine] > 0) == kind)
+    mean_scores = [total[seen > 0] / seen[seen > 0] for total, seen in zip(sums, times, strict=True)]
+    shares = right / (count * DRAWS)
+    return replace(
+        judge(mean_scores[0], mean_scores[1], threshold=0.0),
+        accuracy=float(right.sum()) / (2 * count * DRAWS),
+        auc=float(np.mean(areas)),
+        n=count,
+        accuracy_interval=balanced((float(shares[0]), float(shares[1])), (count, count)),
+    )
+
+
+def matched_by_class(
+    wanted: Int[np.ndarray, " members"], pool: Int[np.ndarray, " unseen"], *, times: int | None = 1, seed: int = 0
+) -> Int[np.ndarray, " matched"]:
+    """Draw unseen records in the proportions that the classes have among the removed ones.
+
+    Without it an attack on records of few classes tells classes apart, not members from unseen records.
+
+    Args:
+        wanted: Labels of the removed records.
+        pool: Labels of the unseen records.
+        times: Unseen records a removed one; None for as many as the pool has for every class.
+        seed: Which are drawn.
+
+    Returns:
+        Rows of the pool, ascending.
+
+    Raises:
+        ConfigError: The pool has too few records of a class.
+    """
+    generator = np.random.default_rng(derive(seed, "matched by class"))
+    many = max(1, times_matched(wanted, pool)) if times is None else times
+    rows = [np.zeros(0, dtype=np.int64)]
+    for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
+        found = np.flatnonzero(pool == label)
+        if len(found) < many * count:
+            raise ConfigError(
+                f"{count} removed records of class {label} and {len(found)} unseen ones: matching needs {many} unseen "
+                "a removed one. Take a larger pool, or attack fewer of the removed records."
+            )
+        rows.append(generator.choice(found, many * count, replace=False))
+    return np.sort(np.concatenate(rows))
+
+
+def times_matched(wanted: Int[np.ndarray, " members"], pool: Int[np.ndarray, " unseen"]) -> int:
+    """How many unseen records a removed one `matched_by_class` can draw; 0: a class has too few."""
+    classes, counts = np.unique(wanted, return_counts=True)
+    return min((int((pool == label).sum() // count) for label, count in zip(classes, counts, strict=True)), default=0)

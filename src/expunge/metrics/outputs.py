@@ -38,6 +38,20 @@ class Outputs:
         return result
 
     @cached_property
+    def confidences(self) -> Float[np.ndarray, " examples"]:
+        """log(p / (1 - p)) of the label, also called its margin: how LiRA and KLOM measure a record.
+
+        Computed as logit minus the log-sum-exp of the others, so that p near 1 is not rounded away.
+        """
+        rows = np.arange(len(self.labels))
+        others = self.logits.copy()
+        others[rows, self.labels] = -np.inf
+        largest = others.max(axis=1)
+        rest = largest + np.log(np.exp(others - largest[:, None]).sum(axis=1))
+        result: Float[np.ndarray, " examples"] = self.logits[rows, self.labels] - rest
+        return result
+
+    @cached_property
     def correct(self) -> Bool[np.ndarray, " examples"]:
         """Whether the largest logit is that of the label."""
         result: Bool[np.ndarray, " examples"] = self.logits.argmax(axis=1) == self.labels
