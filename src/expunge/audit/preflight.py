@@ -26,7 +26,8 @@ Advice = Literal["go", "go with care", "do not"]
 ADVICE: tuple[Advice, ...] = ("do not", "go with care", "go")  # worst first
 ERROR, HOPELESS = 0.01, 1.0  # predicted relative error: fine below, void above
 STABLE, UNSTABLE = 0.9, 0.5  # overlap of the reset set with itself under its rounding
-LEAST = 10  # removed terms from which on both are usually fine, see docs/audits.md
+COARSE = 2.0**-20  # storage roundoff above which stability says nothing of the truth, see docs/audits.md
+LEAST = 30  # removed terms from which on few can be computed back, see docs/audits.md
 DRAWS = 3
 
 
@@ -167,9 +168,14 @@ def _seen(removed: Gradient, fraction: float) -> Check:
 
 def _stability(removed: Gradient, full: Gradient, fraction: float) -> Check:
     stable = stability(removed, full, fraction)
+    coarse = full.storage_roundoff > COARSE
     advice: Advice = "go" if stable >= STABLE else "go with care" if stable >= UNSTABLE else "do not"
     words = f"Moved within its rounding, the difference chooses {stable:.0%} of the same entries to re-initialise"
-    words += {"go": ".", "go with care": ".", "do not": ": most of the choice is chance."}[advice]
+    if coarse:
+        advice = "go with care" if advice == "go" else "do not"
+        words += ", but so coarse a cache chooses other entries than an exact one would. Cache in float64 or float32."
+    else:
+        words += {"go": ".", "go with care": ".", "do not": ": most of the choice is chance."}[advice]
     return Check("stability of the choice", advice, words, {"overlap": stable})
 
 
@@ -182,7 +188,8 @@ def _batch(removed: Gradient) -> Check:
         words = f"{removed.count} loss terms were removed at once, at least the recommended {LEAST}."
         return Check("size of the deletion", "go", words, numbers)
     words = (
-        f"{removed.count} loss terms were removed, fewer than the recommended {LEAST}: whoever has the cache and these "
-        "weights can compute them back (expunge audit cache). Collect deletions, and destroy the cache after use."
+        f"{removed.count} loss terms were removed, fewer than the recommended {LEAST}: whoever has cache, weights and "
+        "retain set may compute them back (expunge audit cache). Collect deletions, and destroy the cache after use. "
+        "No number protects: membership can be told of any."
     )
     return Check("size of the deletion", "go with care", words, numbers)
