@@ -4,6 +4,7 @@ Everything that has one number per weight (a gradient, a score, a mask) is such 
 ``state_dict`` and safetensors speak, and it keeps the layers visible.
 """
 
+import fnmatch
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -69,6 +70,26 @@ def named_parameters(model: nn.Module, select: Select | None = None) -> dict[str
             "requires a gradient and was selected. Call requires_grad_(True) on those that training moved."
         )
     return chosen
+
+
+def named_without(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """The names of the parameters that training moves, but for those that match a pattern.
+
+    Args:
+        model: Any module.
+        patterns: Names, or patterns of the shell: ``*`` for anything, ``?`` for one character.
+
+    Raises:
+        ConfigError: A pattern that matches none, or nothing that is left.
+    """
+    names = list(named_parameters(model))
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(f"{pattern!r} matches no trainable parameter. The model has {listed(names)}.")
+    left = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if not left:
+        raise ConfigError(f"{listed(patterns)} leave out every parameter: nothing remains to be cached.")
+    return left
 
 
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> Params:

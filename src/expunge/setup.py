@@ -2,7 +2,8 @@
 
 It defines ``model(seed)`` and ``loss_terms``, and of the following what a command needs: ``original()`` to cache,
 ``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``test()`` for evaluation,
-``logits(model, batch)`` where a batch is not (inputs, labels). Only what is needed is called.
+``candidates()`` and ``triggered()`` for audits, ``logits(model, batch)`` where a batch is not (inputs, labels). Only
+what is needed is called.
 """
 
 import importlib.util

@@ -1,1 +1,1 @@
-"""What could be learned of removed records: from a gradient cache, and from a model that unlearned them."""
+"""What the cache gives away, whether an unlearning can work, and what the unlearned model still remembers."""

@@ -1,7 +1,8 @@
 """The command line, a module for each kind of command.
 
-Exit codes: 0 done, 2 a mistake of the user (said on standard error), 3 evidence that does not fit its files, 1 a
-mistake of ours (with a traceback), 130 interrupted.
+Exit codes: 0 done, 2 a mistake of the user (said on standard error), 1 a mistake of ours (with a traceback), 3 an audit
+that found something (a record that can be recovered, an unlearning that should not be done, a trace that is left), or
+evidence that does not fit its files, 130 interrupted.
 """
 
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import tyro
 
 from expunge import losses
+from expunge.cli.audits import audit
 from expunge.cli.data import data
 from expunge.cli.evaluation import evaluate
 from expunge.cli.experiments import compare, demo
@@ -29,6 +31,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "report": report,
     "evidence": evidence,
     "show": show,
+    "audit": audit,
     "methods": methods,
     "data": data,
     "explain": explain,

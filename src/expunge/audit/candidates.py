@@ -1,0 +1,175 @@
+"""Who on a list of candidates was removed?
+
+The difference is the sum of the removed records' own gradients. For a list of candidates it is one least squares
+problem, g_F ≈ Σ w_j g_j, whose solution has w = 1 for records that were removed and 0 for others; a matched filter, the
+cosine of g_j and g_F, needs no complete list. No number of removed records hides anyone as long as there are more
+entries in the gradient than candidates. Source: tracing from sums, Dwork et al. 2015, "Robust Traceability from Trace
+Amounts"; with gradients of all candidates at hand the sum can be solved for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from expunge import params
+from expunge.audit.finding import Evidence, Finding, Truth, Verdict
+from expunge.batches import Batch, Batches, map_tensors, micro_batches, tensors_of, to_device
+from expunge.errors import ConfigError, MissingExtra
+from expunge.seeds import stream
+
+ENTRIES, MOST = 2**15, 256  # of the gradient; candidates of a kind
+EXPLAINED = 0.1  # share of the difference's length that may remain if the list is to explain it
+CERTAIN = 0.5  # weight above which least squares says "removed"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How strongly each candidate is in the difference."""
+
+    weights: Float[Tensor, " candidates"]  # least squares: 1 for a removed record, 0 for another
+    filtered: Float[Tensor, " candidates"]  # matched filter, a cosine in [-1, 1]
+    residual: float  # share of the difference's length that no candidate explains
+
+
+def score(evidence: Evidence, candidates: Batches, *, seed: int = 0) -> Scores:
+    """Fit the difference with the candidates' own gradients.
+
+    Entries are weighted by their rounding floors, and weights are drawn to zero as far as the floor demands.
+
+    Args:
+        evidence: What the attacker has.
+        candidates: Records, one each row of a batch.
+        seed: Which entries are looked at if there are more than `ENTRIES`.
+    """
+    chosen = _entries(evidence, seed)
+    floors = _picked(evidence.removed.noise or {}, chosen)
+    target = _picked(evidence.removed.total, chosen)
+    scale = floors.clamp(min=max(float(floors.max()) * 1e-6, 1e-300))
+    columns = torch.stack(list(_own_gradients(evidence, candidates, chosen)), 1)
+    cosines = (columns.T @ target) / (columns.norm(dim=0) * target.norm()).clamp(min=1e-300)
+    whitened, aim = columns / scale[:, None], target / scale
+    normal = whitened.T @ whitened + torch.eye(columns.shape[1], dtype=torch.float64)
+    solution = torch.linalg.solve(normal, whitened.T @ aim)
+    rest = float((target - columns @ solution).norm() / target.norm().clamp(min=1e-300))
+    return Scores(solution, cosines, rest)
+
+
+def judged_list(evidence: Evidence, truth: Truth, *, seed: int = 0) -> Finding | None:
+    """Run both attacks on a list and judge them.
+
+    With ``truth.forget`` and ``truth.unseen`` the list is both together, and the verdict their membership AUC. With
+    ``truth.candidates`` alone it is those, and the verdict whether some of them explain the difference.
+
+    Returns:
+        None if there is nobody to try.
+
+    Raises:
+        MissingExtra: scikit-learn is not installed.
+    """
+    attack, place = "list of candidates", "all parameters"
+    if truth.forget is not None and truth.unseen is not None:
+        members, others = _some(truth.forget, seed), _some(truth.unseen, seed)
+        return _known(evidence, members, others, seed)
+    if truth.candidates is None:
+        return None
+    some = _some(truth.candidates, seed)
+    found = score(evidence, some, seed=seed)
+    named = (found.weights > CERTAIN).nonzero().flatten().tolist()
+    numbers = {"candidates": len(found.weights), "found": named, "unexplained share": found.residual}
+    explained = bool(named) and found.residual <= EXPLAINED
+    words = (
+        f"{len(named)} of {len(found.weights)} candidates fit, and {1 - found.residual:.0%} of the difference is "
+        "explained by them: " + ("they were removed." if explained else "too little to say who was removed.")
+    )
+    verdict: Verdict = "partly recoverable" if explained else "not shown"
+    return Finding(attack=attack, place=place, verdict=verdict, words=words, numbers=numbers)
+
+
+def _known(evidence: Evidence, members: list[Batch], others: list[Batch], seed: int) -> Finding:
+    try:
+        from sklearn.metrics import roc_auc_score
+    except ImportError as error:
+        raise MissingExtra("the list of candidates needs scikit-learn: pip install 'expunge[eval]'.") from error
+    found = score(evidence, [*members, *others], seed=seed)
+    count = len(members)
+    truth = np.r_[np.ones(count), np.zeros(len(others))]
+    by_fit, by_filter = (float(roc_auc_score(truth, each.numpy())) for each in (found.weights, found.filtered))
+    spread = ((count + len(others) + 1) / (12 * count * len(others))) ** 0.5  # sd of an AUC by chance
+    best = max(by_fit, by_filter)
+    numbers = {
+        "removed": count,
+        "unseen": len(others),
+        "AUC of least squares": by_fit,
+        "AUC of matched filter": by_filter,
+        "sd by chance": spread,
+        "unexplained share": found.residual,
+    }
+    exact = by_fit == 1 and found.residual <= EXPLAINED  # few members: their ranks alone could be chance
+    told = exact or (best >= 0.7 and best > 0.5 + 4 * spread)
+    words = (
+        f"Among {count} removed and {len(others)} unseen records the removed ones are told with an AUC of {best:.2f} "
+        "(0.5 is chance). "
+        + ("Whoever can guess a record can test the guess." if told else "That is no more than chance.")
+    )
+    verdict: Verdict = "partly recoverable" if told else "not shown"
+    return Finding(attack="list of candidates", place="all parameters", verdict=verdict, words=words, numbers=numbers)
+
+
+def _some(data: Batches, seed: int) -> list[Batch]:
+    """Single records, at most `MOST` of them, as batches of one."""
+    alone = []
+    for _, batch in micro_batches(data, 128)[1]:
+        tensors = tensors_of(batch)
+        if len({len(tensor) if tensor.ndim else -1 for tensor in tensors}) != 1:
+            raise ConfigError("candidates need one row an example in each tensor of a batch. Give Examples(x, y).")
+        rows = range(len(tensors[0]))
+        alone += [map_tensors(batch, lambda tensor, row=row: tensor[row : row + 1]) for row in rows]  # type: ignore[misc]
+    drawn = torch.randperm(len(alone), generator=stream(seed, "audit", "candidates"))[:MOST].sort().values
+    return [alone[row] for row in drawn.tolist()]
+
+
+def _own_gradients(evidence: Evidence, candidates: Batches, chosen: dict[str, Tensor]) -> Iterator[Tensor]:
+    model = params.plain(evidence.model)
+    named = params.named_parameters(model, chosen)
+    device = next(iter(named.values())).device
+    required = [(p, p.requires_grad) for p in named.values()]
+    try:
+        with params.restoring_modes(model), torch.enable_grad():
+            model.eval()
+            for p, _ in required:
+                p.requires_grad_(True)
+            for batch in _some(candidates, 0) if not isinstance(candidates, list) else candidates:
+                terms = evidence.loss_terms(model, to_device(batch, device))
+                slopes = torch.autograd.grad(terms.sum(), list(named.values()), allow_unused=True)
+                found = {
+                    name: torch.zeros_like(p) if slope is None else slope
+                    for (name, p), slope in zip(named.items(), slopes, strict=True)
+                }
+                yield _picked(found, chosen)
+    finally:
+        for p, before in required:
+            p.requires_grad_(before)
+
+
+def _entries(evidence: Evidence, seed: int) -> dict[str, Tensor]:
+    """Positions in each tensor of the entries to look at: all, or a random part."""
+    sizes = {name: tensor.numel() for name, tensor in evidence.removed.total.items()}
+    whole = sum(sizes.values())
+    chosen = {}
+    for name, count in sizes.items():
+        if whole <= ENTRIES:
+            chosen[name] = torch.arange(count)
+        else:
+            drawn = torch.randperm(count, generator=stream(seed, "audit", "entries", name))
+            chosen[name] = drawn[: max(1, count * ENTRIES // whole)]
+    return chosen
+
+
+def _picked(tensors: dict[str, Tensor], chosen: dict[str, Tensor]) -> Tensor:
+    return torch.cat(
+        [tensors[name].detach().reshape(-1)[at.to(tensors[name].device)].double().cpu() for name, at in chosen.items()]
+    )

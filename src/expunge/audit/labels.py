@@ -1,0 +1,144 @@
+"""Labels of removed records from the gradient of the head.
+
+With cross-entropy the head's bias gradient is Σ (p - y) over the removed records: for one record only the entry of its
+label is negative, and without a bias only the row of its label points the other way. For more records the attacker
+computes from kept records what one of each class contributes, and solves for how many of each there were.
+Source: Zhao et al. 2020, "iDLG"; the counts are in the spirit of Wainakh et al. 2021, "LLG".
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expunge import params
+from expunge.audit.finding import Evidence, Finding, Truth, Verdict
+from expunge.audit.layers import LIMIT, Layer
+from expunge.batches import Batches, map_tensors, micro_batches, to_device
+from expunge.errors import MissingExtra
+from expunge.gradient import gradient
+from expunge.metrics.outputs import Logits, outputs
+
+
+def labels(evidence: Evidence, head: Layer, truth: Truth) -> Finding:
+    """Infer the labels of what was removed.
+
+    Args:
+        evidence: With a classifier whose batches have labels, as `Evidence.logits` says.
+        head: Its last linear layer.
+        truth: ``forget`` to judge by, if there is one.
+
+    Raises:
+        MissingExtra: SciPy is not installed, and more than one record was removed.
+    """
+    count = evidence.removed.count
+    known = _labels_of(evidence, truth.forget) if truth.forget is not None else None
+    if count == 1:
+        return _one(head, None if known is None else int(known[0]))
+    return _several(evidence, head, count, known)
+
+
+def _one(head: Layer, known: int | None) -> Finding:
+    attack, numbers = "label of one record", dict[str, object]()
+    if head.bias is not None and head.bias_floor is not None:
+        signs = torch.where(head.bias.abs() > head.bias_floor, head.bias.sign(), 0)
+    else:
+        left, sizes, _ = torch.linalg.svd(head.weight, full_matrices=False)
+        common = left[:, 0] * (sizes[0] > head.weight_floor.norm())
+        signs = torch.where(common.abs() > 1e-6, common.sign(), 0)
+        if int((signs < 0).sum()) != 1:
+            signs = -signs
+    negative = (signs < 0).nonzero().flatten()
+    if len(negative) != 1:
+        words = "No single class stands out by its sign in the head's gradient."
+        return Finding(attack=attack, place=head.name, verdict="not shown", words=words)
+    label = int(negative[0])
+    numbers["label"] = label
+    if known is not None:
+        numbers["true label"] = known
+    right = known is None or known == label
+    words = f"The sign of the head's gradient gives the label: class {label}" + (
+        "." if right else f", but it is {known}."
+    )
+    return Finding(
+        attack=attack,
+        place=head.name,
+        verdict="partly recoverable" if right else "not shown",
+        words=words + (" A label alone is a part of a record." if right else ""),
+        numbers=numbers,
+    )
+
+
+def _several(evidence: Evidence, head: Layer, count: int, known: Tensor | None) -> Finding:
+    try:
+        from scipy.optimize import nnls
+    except ImportError as error:
+        raise MissingExtra("counting labels needs SciPy: pip install 'expunge[eval]'.") from error
+    attack, classes = "labels of several records", len(head.weight)
+    means, kept = _contribution_of_a_class(evidence, head, classes)
+    observed = _flat(head.weight, head.bias)
+    scale = observed.norm()
+    if float(scale) <= float(_flat(head.weight_floor, head.bias_floor).norm()):
+        words = "The head's gradient is below its rounding floor."
+        return Finding(attack=attack, place=head.name, verdict="not shown", words=words)
+    solution, _ = nnls(means.numpy(), observed.numpy())
+    estimate = solution * count / max(solution.sum(), 1e-300)
+    numbers: dict[str, object] = {"estimated counts": [round(float(each), 2) for each in estimate]}
+    prior = count * kept.numpy() / kept.sum().item()
+    if known is None:
+        words = "An estimate of how many records of each class were removed; without the truth nobody knows how good."
+        return Finding(attack=attack, place=head.name, verdict="not shown", words=words, numbers=numbers)
+    true = np.bincount(known.numpy(), minlength=classes)
+    placed, by_chance = (float(np.minimum(each, true).sum() / len(known)) for each in (estimate, prior))
+    numbers |= {"true counts": true.tolist(), "labels placed": placed, "placed by the kept data's shares": by_chance}
+    told = placed >= 0.9 and placed - by_chance >= 0.05
+    words = (
+        f"{placed:.0%} of the removed records are put into the right class by counting, {by_chance:.0%} by the shares "
+        "of the kept data alone."
+    )
+    verdict: Verdict = "partly recoverable" if told else "not shown"
+    return Finding(attack=attack, place=head.name, verdict=verdict, words=words, numbers=numbers)
+
+
+def _contribution_of_a_class(evidence: Evidence, head: Layer, classes: int) -> tuple[Tensor, Tensor]:
+    """The head's gradient of an average kept record of each class (entries, classes), and how many were kept."""
+    model = params.plain(evidence.model)
+    module = dict(model.named_modules())[head.name]
+    columns, kept, groups = [], torch.zeros(classes), _by_class(evidence, classes)
+    owned = {id(p): name for name, p in params.named_parameters(model, lambda _, __: True).items()}
+    weight = owned[id(module.weight)]
+    bias = owned[id(module.bias)] if head.bias is not None and isinstance(module.bias, Tensor) else None
+    for number in range(classes):
+        if not groups[number]:
+            columns.append(torch.zeros_like(_flat(head.weight, head.bias)))
+            continue
+        names = [weight] if bias is None else [weight, bias]
+        mean = gradient(model, evidence.loss_terms, groups[number], parameters=names)
+        columns.append(_flat(mean.total[weight].cpu(), None if bias is None else mean.total[bias].cpu()) / mean.count)
+        kept[number] = mean.count
+    return torch.stack(columns, 1), kept
+
+
+def _by_class(evidence: Evidence, classes: int) -> list[list[object]]:
+    """Kept records as a list of batches for each class."""
+    groups: list[list[object]] = [[] for _ in range(classes)]
+    device, seen = next(evidence.model.parameters()).device, 0
+    with torch.no_grad():
+        for _, each in micro_batches(evidence.retain, 128)[1]:
+            batch = to_device(each, device)
+            _, own = evidence.logits(evidence.model, batch)
+            for number in own.unique().tolist():
+                rows = (own == number).nonzero().flatten()
+                groups[number].append(map_tensors(batch, lambda tensor, rows=rows: tensor[rows]))  # type: ignore[misc]
+            seen += len(own)
+            if seen >= 4 * LIMIT:
+                break
+    return groups
+
+
+def _labels_of(evidence: Evidence, data: Batches) -> Tensor:
+    logits: Logits = evidence.logits
+    return torch.from_numpy(outputs(evidence.model, data, logits).labels)
+
+
+def _flat(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight.flatten() if bias is None else torch.cat([weight.flatten(), bias])

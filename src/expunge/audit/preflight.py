@@ -1,0 +1,195 @@
+"""Before an unlearning: can it work? All that can be said without the removed records.
+
+The difference of two gradient passes has a predicted error, a share of entries it can be seen in, and a reset set that
+is more or less stable under its own rounding. None of them says whether the records will be forgotten: only a rehearsal
+on records one may keep does.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from expunge import params
+from expunge.audit.finding import evidence
+from expunge.batches import Batches, LossTerms
+from expunge.errors import ConfigError
+from expunge.gradient import Gradient
+from expunge.seeds import stream
+from expunge.selectors import knowledge_values
+
+Advice = Literal["go", "go with care", "do not"]
+ADVICE: tuple[Advice, ...] = ("do not", "go with care", "go")  # worst first
+ERROR, HOPELESS = 0.01, 1.0  # predicted relative error: fine below, void above
+STABLE, UNSTABLE = 0.9, 0.5  # overlap of the reset set with itself under its rounding
+COARSE = 2.0**-20  # storage roundoff above which stability says nothing of the truth, see docs/audits.md
+LEAST = 30  # removed terms from which on few can be computed back, see docs/audits.md
+DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    advice: Advice
+    words: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"name": self.name, "advice": self.advice, "words": self.words, "numbers": dict(self.numbers)}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """All checks."""
+
+    checks: list[Check]
+
+    @property
+    def advice(self) -> Advice:
+        """The worst of all checks."""
+        return min((check.advice for check in self.checks), key=ADVICE.index, default="go")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"advice": self.advice, "checks": [check.as_dict() for check in self.checks]}
+
+
+def preflight(
+    model: nn.Module, loss_terms: LossTerms, retain: Batches, full: Gradient, *, reset_fraction: float = 0.1
+) -> Preflight:
+    """Look at the difference that an unlearning would start from.
+
+    Args:
+        model: With the weights that the cache was made at.
+        loss_terms: The loss of the cache.
+        retain: What is left.
+        full: The cached gradient.
+        reset_fraction: The share of entries that will be re-initialised.
+
+    Raises:
+        ConfigError: A fraction outside (0, 1).
+        MismatchError: Cache, model and data do not belong together.
+        NonDeterministicLoss: The probe of the gradient pass found a loss that does not repeat.
+        NotInformative: Nothing was removed.
+    """
+    if not 0 < reset_fraction < 1:
+        raise ConfigError(f"reset_fraction={reset_fraction}: must be between 0 and 1.")
+    removed = evidence(model, loss_terms, retain, full).removed
+    return Preflight(
+        [
+            Check("validity", "go", "The cache is undamaged and belongs to these weights, buffers and loss."),
+            _alignment(full),
+            _error(removed),
+            _seen(removed, reset_fraction),
+            _stability(removed, full, reset_fraction),
+            _batch(removed),
+        ]
+    )
+
+
+def reset_set(removed: Gradient, full: Gradient, fraction: float) -> dict[str, Bool[Tensor, "..."]]:
+    """The entries that RELOAD with its defaults would re-initialise."""
+    assert removed.noise is not None
+    mean = sum(float(floor.double().sum()) for floor in removed.noise.values()) / params.size(removed.noise)
+    scores = knowledge_values(removed.total, full.total, max(mean, torch.finfo(torch.float64).tiny))
+    for name, seen in removed.informative().items():
+        scores[name][~seen] = math.inf
+    return params.smallest(scores, math.floor(fraction * params.size(scores)))
+
+
+def overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Jaccard overlap of two sets of entries, 1 of two empty ones."""
+    both = sum(int((a[name] & b[name]).sum()) for name in a)
+    either = sum(int((a[name] | b[name]).sum()) for name in a)
+    return both / either if either else 1.0
+
+
+def stability(removed: Gradient, full: Gradient, fraction: float, *, seed: int = 0) -> float:
+    """How much of the reset set stays when the difference is moved within its rounding floor.
+
+    The floor covers 99 % of errors, hence a normal error with a standard deviation of a third of it; mean over draws.
+    """
+    assert removed.noise is not None
+    own, found = reset_set(removed, full, fraction), []
+    for draw in range(DRAWS):
+        moved = {
+            name: total
+            + removed.noise[name].double()
+            / 3
+            * torch.randn(total.shape, generator=stream(seed, "preflight", draw, name), dtype=torch.float64).to(total)
+            for name, total in removed.total.items()
+        }
+        again = Gradient(moved, removed.count, removed.loss, removed.noise, removed.roundoff, removed.origin)
+        found.append(overlap(own, reset_set(again, full, fraction)))
+    return sum(found) / len(found)
+
+
+def _alignment(full: Gradient) -> Check:
+    if full.aligned:
+        return Check("alignment", "go", "Records keep their positions, so that untouched ones cancel exactly.")
+    words = (
+        "The cache was made of data without positions: untouched records do not cancel, and the difference is coarse. "
+        "Next time cache Examples, a Dataset, or a DataLoader over one."
+    )
+    return Check("alignment", "go with care", words)
+
+
+def _error(removed: Gradient) -> Check:
+    error = removed.relative_noise()
+    advice: Advice = "go" if error <= ERROR else "go with care" if error < HOPELESS else "do not"
+    words = f"The predicted error of the difference is {error:.1g} of its length"
+    words += {
+        "go": ".",
+        "go with care": ": visible. Remove more records at once if you can, and cache in float64.",
+        "do not": ": the difference is rounding. Wait for more deletions, and cache in float64 with positions.",
+    }[advice]
+    return Check("error of the difference", advice, words, {"relative_error": error})
+
+
+def _seen(removed: Gradient, fraction: float) -> Check:
+    marks = removed.informative()
+    share = sum(int(mask.sum()) for mask in marks.values()) / params.size(marks)
+    advice: Advice = "go" if share >= fraction else "go with care" if share > 0 else "do not"
+    words = f"{share:.1%} of all entries show what was removed"
+    words += {
+        "go": ".",
+        "go with care": f", fewer than the {fraction:.0%} to be re-initialised: the others keep their values.",
+        "do not": ": there is nothing to go by.",
+    }[advice]
+    return Check("informative share", advice, words, {"informative_share": share})
+
+
+def _stability(removed: Gradient, full: Gradient, fraction: float) -> Check:
+    stable = stability(removed, full, fraction)
+    coarse = full.storage_roundoff > COARSE
+    advice: Advice = "go" if stable >= STABLE else "go with care" if stable >= UNSTABLE else "do not"
+    words = f"Moved within its rounding, the difference chooses {stable:.0%} of the same entries to re-initialise"
+    if coarse:
+        advice = "go with care" if advice == "go" else "do not"
+        words += ", but so coarse a cache chooses other entries than an exact one would. Cache in float64 or float32."
+    else:
+        words += {"go": ".", "go with care": ".", "do not": ": most of the choice is chance."}[advice]
+    return Check("stability of the choice", advice, words, {"overlap": stable})
+
+
+def _batch(removed: Gradient) -> Check:
+    numbers = {"removed_terms": removed.count, "recommended": LEAST}
+    if removed.count == 0:
+        words = "No terms were removed, only corrected: the number of corrected records is not in the cache."
+        return Check("size of the deletion", "go", words, numbers)
+    if removed.count >= LEAST:
+        words = f"{removed.count} loss terms were removed at once, at least the recommended {LEAST}."
+        return Check("size of the deletion", "go", words, numbers)
+    words = (
+        f"{removed.count} loss terms were removed, fewer than the recommended {LEAST}: whoever has cache, weights and "
+        "retain set may compute them back (expunge audit cache). Collect deletions, and destroy the cache after use. "
+        "No number protects: membership can be told of any."
+    )
+    return Check("size of the deletion", "go with care", words, numbers)

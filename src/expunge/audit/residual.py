@@ -1,0 +1,205 @@
+"""What an unlearned model still remembers: attacks that need no shadow models.
+
+Each compares the unlearned model with retrained ones where there are any: a retrained model never saw the records, and
+what an attack finds there is not memory. Without one, only differences to unseen records and to the original can be
+named, and the verdict says so.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from expunge.audit.quantise import quantised
+from expunge.batches import Batches, LossTerms
+from expunge.metrics.classification import accuracy, cross_entropy
+from expunge.metrics.membership import FOLDS, loss_attack
+from expunge.metrics.outputs import Logits, Outputs, images_and_labels, outputs
+from expunge.metrics.relearning import relearn_time
+from expunge.training import Recipe, mean_loss
+
+Memory = Literal["a trace was found", "cannot tell", "no trace found"]
+MEMORY: tuple[Memory, ...] = ("a trace was found", "cannot tell", "no trace found")  # worst first
+GRIDS = ((8, True), (8, False), (4, True), (4, False))  # bits, a grid per channel
+MARGIN = 0.05  # of the original's loss on the removed records, for "back where it was": share above it
+RELEARN = Recipe(epochs=50, lr=0.003, batch_size=32, momentum=0.0, weight_decay=0.0, schedule="constant")
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What one test says."""
+
+    test: str
+    verdict: Memory
+    words: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"test": self.test, "verdict": self.verdict, "words": self.words, "numbers": dict(self.numbers)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The model in question, and what to compare it with."""
+
+    unlearned: nn.Module
+    loss_terms: LossTerms
+    original: nn.Module | None = None
+    retrained: Sequence[nn.Module] = ()
+    logits: Logits = images_and_labels
+
+
+def membership(subject: Subject, forget: Batches, test: Batches, *, seed: int = 0) -> Remembered:
+    """Are removed records told from unseen ones by their loss?
+
+    Args:
+        subject: With retrained models, the question is whether they are told better than there.
+        forget: The removed records.
+        test: Records that were never in the data.
+        seed: Of the attack.
+    """
+    name = "membership by loss"
+
+    def attacked(model: nn.Module) -> tuple[float, int, int]:
+        inside, outside = (outputs(model, data, subject.logits).losses for data in (forget, test))
+        if min(len(inside), len(outside)) < FOLDS:
+            return 0.5, len(inside), len(outside)
+        return loss_attack(inside, outside, seed=seed).auc, len(inside), len(outside)
+
+    auc, removed, unseen = attacked(subject.unlearned)
+    if min(removed, unseen) < FOLDS:
+        words = f"{removed} removed and {unseen} unseen records: the attack needs {FOLDS} of each."
+        return Remembered(name, "cannot tell", words, {"removed": removed, "unseen": unseen})
+    fewer = min(removed, unseen)
+    chance = math.sqrt((2 * fewer + 1) / (12 * fewer**2))
+    references = [attacked(model)[0] for model in subject.retrained]
+    level = sum(references) / len(references) if references else 0.5
+    numbers = {"AUC": auc, "AUC of retrained": references, "sd by chance": chance, "removed": removed}
+    found = auc - level > 2 * chance
+    against = f"retrained models {level:.2f}" if references else "chance 0.50"
+    words = f"AUC {auc:.2f}, {against}, two standard deviations {2 * chance:.2f}."
+    words += " Removed records are told better than they should be." if found else " No more than chance allows."
+    return Remembered(name, "a trace was found" if found else "no trace found", words, numbers)
+
+
+def relearning(subject: Subject, forget: Batches, *, recipe: Recipe = RELEARN, seed: int = 0) -> Remembered:
+    """Are the removed records learned again sooner than by a model that never saw them?
+
+    Args:
+        subject: With the original, whose loss on the records is the target; and retrained models, the yardstick.
+        forget: The removed records.
+        recipe: Constant learning rate, small enough that it takes several epochs.
+        seed: Order of the records.
+    """
+    name = "relearning"
+    if subject.original is None:
+        words = "Needs the original model, to know the loss that counts as learned again (--original)."
+        return Remembered(name, "cannot tell", words)
+    target = mean_loss(subject.original, forget, subject.loss_terms) * (1 + MARGIN)
+    own, *others = (
+        relearn_time(model, forget, subject.loss_terms, recipe, target=target, seed=seed)
+        for model in (subject.unlearned, *subject.retrained)
+    )
+    limit = recipe.epochs
+    numbers = {
+        "epochs": own.epochs,
+        "epochs of retrained": [other.epochs for other in others],
+        "limit": limit,
+        "loss before": own.losses[0],
+        "target": target,
+    }
+    took = f"{own.epochs} epochs" if own.epochs is not None else f"more than {limit} epochs"
+    if not others:
+        words = f"The original's loss is back after {took}. Without a retrained model nobody knows if that is soon."
+        return Remembered(name, "cannot tell", words, numbers)
+    lengths = [limit + 1 if other.epochs is None else other.epochs for other in others]
+    length = limit + 1 if own.epochs is None else own.epochs
+    words = f"The original's loss is back after {took}; retrained models take {min(lengths)} to {max(lengths)}."
+    if length > limit and min(lengths) > limit:
+        return Remembered(
+            name, "cannot tell", words + " Nothing was learned in time: raise the learning rate.", numbers
+        )
+    if length == 0:
+        words += " It never left."
+    found = length < min(lengths) * 0.8
+    return Remembered(name, "a trace was found" if found else "no trace found", words, numbers)
+
+
+def quantisation(subject: Subject, forget: Batches) -> Remembered:
+    """Does rounding the weights to 8 or 4 bits bring the removed records back?
+
+    Args:
+        subject: With retrained models, the yardstick.
+        forget: The removed records.
+    """
+    name, rows = "quantisation", []
+    worst_excess, at = -math.inf, ""
+    before = outputs(subject.unlearned, forget, subject.logits)
+    base = [outputs(model, forget, subject.logits) for model in subject.retrained]
+    for bits, per_channel in GRIDS:
+        own = _rounded(subject.unlearned, bits, per_channel, forget, subject)
+        drops = [
+            cross_entropy(now) - cross_entropy(_rounded(model, bits, per_channel, forget, subject))
+            for model, now in zip(subject.retrained, base, strict=True)
+        ]
+        grid = f"{bits} bits, per {'channel' if per_channel else 'tensor'}"
+        drop = cross_entropy(before) - cross_entropy(own)
+        rows.append(
+            {
+                "grid": grid,
+                "forget loss": cross_entropy(own),
+                "forget accuracy": accuracy(own),
+                "loss fell by": drop,
+                "of retrained": drops,
+            }
+        )
+        excess = drop - max([*drops, 0.0])
+        if excess > worst_excess:
+            worst_excess, at = excess, grid
+    numbers = {"forget loss": cross_entropy(before), "forget accuracy": accuracy(before), "grids": rows}
+    margin = max(0.1 * cross_entropy(before), 2 * _standard_error(before))
+    words = f"The loss on removed records is {cross_entropy(before):.3g} nats, and "
+    if worst_excess > margin:
+        words += f"falls by {worst_excess:.3g} more than it should when weights are rounded to {at}."
+        return Remembered(name, "a trace was found", words, numbers)
+    words += f"rounding weights lowers it by no more than {max(worst_excess, 0):.2g}"
+    words += " beyond that of retrained models." if base else "; there is no retrained model to compare with."
+    return Remembered(name, "no trace found", words, numbers)
+
+
+def trigger(subject: Subject, triggered: Batches, test: Batches | None) -> Remembered:
+    """Does a corrected backdoor still open?
+
+    Args:
+        subject: With retrained models, the yardstick; without, accuracy on ``test``.
+        triggered: Inputs with the trigger, and their true labels.
+        test: Inputs without it.
+    """
+    name = "trigger"
+    own = outputs(subject.unlearned, triggered, subject.logits)
+    references = [accuracy(outputs(model, triggered, subject.logits)) for model in subject.retrained]
+    numbers: dict[str, Any] = {"accuracy with trigger": accuracy(own), "of retrained": references}
+    if references:
+        level, against = sum(references) / len(references), "retrained models have"
+    elif test is not None:
+        level, against = accuracy(outputs(subject.unlearned, test, subject.logits)), "without the trigger it has"
+        numbers["accuracy without trigger"] = level
+    else:
+        words = f"Accuracy with the trigger is {accuracy(own):.1f} %. There is nothing to compare with."
+        return Remembered(name, "cannot tell", words, numbers)
+    error = 100 * math.sqrt(max(level / 100 * (1 - level / 100), 0.25 / len(own.labels)) / len(own.labels))
+    found = level - accuracy(own) > 2 * error
+    words = f"Accuracy with the trigger is {accuracy(own):.1f} %, {against} {level:.1f} %."
+    words += " The trigger still works." if found else " That is no less than chance allows."
+    return Remembered(name, "a trace was found" if found else "no trace found", words, numbers)
+
+
+def _rounded(model: nn.Module, bits: int, per_channel: bool, forget: Batches, subject: Subject) -> Outputs:
+    return outputs(quantised(model, bits, per_channel=per_channel), forget, subject.logits)
+
+
+def _standard_error(measured: Outputs) -> float:
+    return float(measured.losses.std() / math.sqrt(len(measured.losses)))

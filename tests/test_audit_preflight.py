@@ -1,0 +1,174 @@
+"""The preflight is compared with what exact arithmetic says."""
+
+import copy
+import functools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expunge import Examples, Recipe, Reload, cache, cross_entropy, gradient, seeded, train, unlearn
+from expunge.access import Blind
+from expunge.audit.finding import evidence
+from expunge.audit.preflight import LEAST, Check, Preflight, overlap, preflight, reset_set, stability
+from expunge.errors import ConfigError, MismatchError, NotInformative
+from expunge.models.mlp import MLP
+from expunge.params import named_without, size
+from tests.zoo import classification, network
+
+
+@functools.cache
+def trained():
+    with seeded(0, "preflight"):
+        model = MLP((5, 24, 3))
+    data = classification(200, dtype=torch.float32)
+    train(model, data, cross_entropy, Recipe(epochs=5, lr=0.05, batch_size=32), seed=0)
+    return model, data, gradient(model, cross_entropy, data, micro_batch=16)
+
+
+def fitted():
+    model, data, full = trained()
+    return copy.deepcopy(model), data, full
+
+
+def checks(result):
+    return {check.name: check for check in result.checks}
+
+
+def test_a_deletion_of_many_from_an_exact_cache_is_a_go():
+    model, data, full = fitted()
+    result = preflight(model, cross_entropy, data.without(torch.arange(LEAST)), full)
+    assert result.advice == "go"
+    assert result.as_dict()["advice"] == "go"
+    assert checks(result)["size of the deletion"].numbers["removed_terms"] == LEAST
+
+
+def test_a_deletion_of_one_is_a_go_with_care_and_says_who_can_compute_it_back():
+    model, data, full = fitted()
+    result = preflight(model, cross_entropy, data.without(torch.tensor([3])), full)
+    assert result.advice == "go with care"
+    assert "compute them back" in checks(result)["size of the deletion"].words
+
+
+def test_the_predicted_error_bounds_the_one_against_float64():
+    model, data, full = fitted()
+    left = data.without(torch.arange(LEAST))
+    wide = Examples(data.tensors[0].double(), data.tensors[1])
+    twin = MLP((5, 24, 3)).double()
+    twin.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
+    ours = evidence(model, cross_entropy, left, full).removed
+    exact_full = gradient(twin, cross_entropy, wide, micro_batch=16)
+    exact = evidence(twin, cross_entropy, wide.without(torch.arange(LEAST)), exact_full).removed
+    error = sum(float((ours.total[n] - exact.total[n]).square().sum()) for n in ours.total) ** 0.5
+    length = sum(float(exact.total[n].square().sum()) for n in ours.total) ** 0.5
+    found = checks(preflight(model, cross_entropy, left, full))["error of the difference"]
+    assert error / length <= found.numbers["relative_error"] <= 1000 * error / length
+    assert overlap(reset_set(ours, full, 0.1), reset_set(exact, exact_full, 0.1)) >= 0.9
+
+
+def test_the_reset_set_is_the_one_that_reload_re_initialises():
+    model, data, full = fitted()
+    left = data.without(torch.arange(40))
+    chosen = reset_set(evidence(model, cross_entropy, left, full).removed, full, 0.2)
+    given = Blind(retain=left, loss_terms=cross_entropy, fresh=lambda _: MLP((5, 24, 3)), full=full)
+    none = Recipe(epochs=0, lr=1.0)
+    trace = unlearn(model, given, Reload(reset_fraction=0.2, fine_tune=none)).trace
+    assert sum(int(mask.sum()) for mask in chosen.values()) == trace.facts["reset_count"]
+    for name, mask in chosen.items():
+        assert float(mask.double().mean()) == pytest.approx(trace.reset[name])
+
+
+def test_a_choice_at_the_mercy_of_rounding_is_not_stable():
+    model, data, full = fitted()
+    removed = evidence(model, cross_entropy, data.without(torch.arange(40)), full).removed
+    assert stability(removed, full, 0.1) > 0.9
+    loud = {name: total.abs().mul(0.99).float() for name, total in removed.total.items()}  # barely above the floor
+    assert stability(replace(removed, noise=loud), full, 0.1) < 0.5
+
+
+def test_a_bfloat16_cache_is_never_a_go(tmp_path):
+    model, data, full = fitted()
+    cache.save(tmp_path / "c", full, dtype=torch.bfloat16)
+    coarse = cache.load(tmp_path / "c", model, cross_entropy)
+    result = preflight(model, cross_entropy, data.without(torch.arange(40)), coarse)
+    assert result.advice in ("go with care", "do not")
+    assert "Cache in float64" in checks(result)["stability of the choice"].words
+
+
+def test_data_without_positions_is_a_reason_for_care():
+    model, data, _ = fitted()
+    full = gradient(model, cross_entropy, [data.tensors])
+    left = [tuple(tensor[40:] for tensor in data.tensors)]
+    assert checks(preflight(model, cross_entropy, left, full))["alignment"].advice == "go with care"
+
+
+def test_a_difference_that_is_rounding_is_a_do_not():
+    model, data, full = fitted()
+    noisy = replace(full, noise={name: torch.full_like(floor, 1e6) for name, floor in full.noise.items()})
+    result = preflight(model, cross_entropy, data.without(torch.tensor([3])), noisy)
+    assert result.advice == "do not"
+    assert checks(result)["informative share"].advice == "do not"
+    assert checks(result)["error of the difference"].advice == "do not"
+
+
+def test_corrected_records_are_no_matter_of_size():
+    model, data, full = fitted()
+    labels = data.tensors[1].clone()
+    labels[:20] = (labels[:20] + 1) % 3
+    found = checks(preflight(model, cross_entropy, Examples(data.tensors[0], labels), full))["size of the deletion"]
+    assert found.advice == "go"
+    assert "corrected" in found.words
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, math.nan])
+def test_a_fraction_that_cannot_work_is_refused(fraction):
+    model, data, full = fitted()
+    with pytest.raises(ConfigError, match="reset_fraction"):
+        preflight(model, cross_entropy, data, full, reset_fraction=fraction)
+
+
+def test_what_does_not_belong_together_is_refused():
+    model, data, full = fitted()
+    with pytest.raises(NotInformative, match="nothing was removed"):
+        preflight(model, cross_entropy, data, full)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(MismatchError, match="weights"):
+        preflight(model, cross_entropy, data.without(torch.arange(40)), full)
+
+
+def test_the_worst_check_decides():
+    one, two = Check("a", "go", ""), Check("b", "do not", "")
+    assert Preflight([one, two]).advice == "do not"
+    assert Preflight([one]).advice == "go"
+
+
+def test_the_overlap_is_that_of_jaccard():
+    a = {"x": torch.tensor([True, True, False, False])}
+    b = {"x": torch.tensor([True, False, True, False])}
+    assert overlap(a, b) == 1 / 3
+    nothing = {"x": torch.zeros(4, dtype=torch.bool)}
+    assert overlap(nothing, nothing) == 1
+
+
+def test_parameters_are_left_out_by_name_or_pattern_and_reload_works_with_what_is_left(tmp_path):
+    model, data, _ = fitted()
+    names = named_without(model, ["layers.linear1.*"])
+    assert names == ["layers.linear2.weight", "layers.linear2.bias"]
+    cache.save(tmp_path / "c", gradient(model, cross_entropy, data, parameters=names))
+    full = cache.load(tmp_path / "c", model, cross_entropy)
+    left = data.without(torch.arange(40))
+    given = Blind(retain=left, loss_terms=cross_entropy, fresh=lambda _: MLP((5, 24, 3)), full=full)
+    none = Recipe(epochs=0, lr=1.0)
+    result = unlearn(model, given, Reload(reset_fraction=0.2, fine_tune=none))
+    before, after = dict(model.named_parameters()), dict(result.model.named_parameters())
+    assert torch.equal(before["layers.linear1.weight"], after["layers.linear1.weight"])
+    assert not torch.equal(before["layers.linear2.weight"], after["layers.linear2.weight"])
+    assert result.trace.facts["reset_count"] == math.floor(0.2 * size(full.total))
+
+
+@pytest.mark.parametrize(("patterns", "said"), [(["head.*"], "'head.\\*' matches no"), (["*"], "nothing remains")])
+def test_patterns_that_leave_out_nothing_or_everything_are_refused(patterns, said):
+    with pytest.raises(ConfigError, match=said):
+        named_without(network("mlp"), patterns)

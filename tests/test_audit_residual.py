@@ -1,0 +1,167 @@
+"""A model that remembers must be caught, a retrained one must not."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from expunge import Examples, Recipe, cross_entropy, seeded, train
+from expunge.audit.quantise import quantised, rounded
+from expunge.audit.residual import RELEARN, Subject, membership, quantisation, relearning, trigger
+from expunge.errors import ConfigError
+from expunge.models.mlp import MLP
+
+COUNT, REMOVED = 120, 40
+WIDTHS = (20, 64, 4)
+MEMORISE = Recipe(epochs=60, lr=0.1, batch_size=32, weight_decay=0.0)
+
+
+def random_labels(count, seed):
+    """Nothing to learn but by heart, so that whoever knows a label has seen it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 20, generator=generator), torch.randint(4, (count,), generator=generator)
+
+
+@functools.cache
+def trained(first, seed):
+    """A model of all records from a position on."""
+    with seeded(seed, "residual"):
+        model = MLP(WIDTHS)
+    inputs, labels = random_labels(COUNT, 0)
+    train(model, Examples(inputs[first:], labels[first:]), cross_entropy, MEMORISE, seed=seed)
+    return model
+
+
+def forget():
+    inputs, labels = random_labels(COUNT, 0)
+    return Examples(inputs[:REMOVED], labels[:REMOVED])
+
+
+def unseen():
+    return Examples(*random_labels(80, 1))
+
+
+def subject(unlearned, retrained=(1,), original=True):
+    return Subject(
+        unlearned=unlearned,
+        loss_terms=cross_entropy,
+        original=trained(0, 0) if original else None,
+        retrained=[trained(REMOVED, seed) for seed in retrained],
+    )
+
+
+def hidden(size=3.0):
+    """The original with its output biased: it says the wrong thing, and knows the right one."""
+    model = copy.deepcopy(trained(0, 0))
+    with torch.no_grad():
+        model.layers.linear2.bias[0] += size
+    return model
+
+
+def test_the_original_is_caught_and_another_retrained_model_is_not_by_membership():
+    found = membership(subject(trained(0, 0)), forget(), unseen())
+    assert found.verdict == "a trace was found"
+    assert found.numbers["AUC"] > 0.9
+    clean = membership(subject(trained(REMOVED, 2)), forget(), unseen())
+    assert clean.verdict == "no trace found"
+    assert abs(clean.numbers["AUC"] - 0.5) < 4 * clean.numbers["sd by chance"]
+
+
+def test_membership_without_a_retrained_model_is_compared_with_chance():
+    assert membership(subject(trained(0, 0), ()), forget(), unseen()).verdict == "a trace was found"
+    few = Examples(*(tensor[:3] for tensor in forget().tensors))
+    assert membership(subject(trained(0, 0)), few, unseen()).verdict == "cannot tell"
+
+
+def test_a_model_that_only_hides_relearns_sooner_than_retrained_ones():
+    recipe = Recipe(epochs=60, lr=0.1, batch_size=8, momentum=0.5, weight_decay=0.0, schedule="constant")
+    found = relearning(subject(hidden(), (1, 2)), forget(), recipe=recipe)
+    assert found.verdict == "a trace was found"
+    assert 0 < found.numbers["epochs"] < 60
+    clean = relearning(subject(trained(REMOVED, 3), (1, 2)), forget(), recipe=recipe)
+    assert clean.verdict == "no trace found"
+    assert "It never left" in relearning(subject(trained(0, 0)), forget(), recipe=recipe).words
+
+
+def test_relearning_says_when_it_cannot_tell():
+    assert "--original" in relearning(subject(hidden(), original=False), forget()).words
+    assert relearning(subject(trained(0, 0), ()), forget()).verdict == "cannot tell"
+    slow = Recipe(epochs=1, lr=1e-6, momentum=0.0, weight_decay=0.0, schedule="constant")
+    found = relearning(subject(trained(REMOVED, 2)), forget(), recipe=slow)
+    assert found.verdict == "cannot tell"
+    assert "raise the learning rate" in found.words
+    assert RELEARN.schedule == "constant"
+
+
+def nudged():
+    """The original, moved by less than half a step of a 4-bit grid: wrong in float32, and back when rounded."""
+    model = quantised(trained(0, 0), 4, per_channel=True)
+    inputs, labels = forget().tensors
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(80):
+        loss = -nn.functional.cross_entropy(model(inputs), labels)
+        slopes = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for (name, p), slope in zip(model.named_parameters(), slopes, strict=True):
+                if p.ndim < 2:
+                    continue
+                step = start[name].abs().amax(1, keepdim=True) / 7
+                p.sub_(0.05 * step * slope.sign())
+                p.copy_(torch.minimum(torch.maximum(p, start[name] - 0.4 * step), start[name] + 0.4 * step))
+                largest = start[name].abs() == start[name].abs().amax(1, keepdim=True)
+                p.copy_(torch.where(largest, start[name], p))  # the grid stays as it is
+    return model
+
+
+def test_what_rounding_brings_back_is_caught():
+    found = quantisation(subject(nudged()), forget())
+    assert found.verdict == "a trace was found"
+    by_grid = {row["grid"]: row for row in found.numbers["grids"]}
+    assert by_grid["4 bits, per channel"]["forget accuracy"] > found.numbers["forget accuracy"] + 30
+    assert "4 bits, per channel" in found.words
+    clean = quantisation(subject(trained(REMOVED, 2), (1, 3)), forget())
+    assert clean.verdict == "no trace found"
+    assert "nothing" not in clean.words
+
+
+def test_a_backdoor_that_still_opens_is_caught():
+    shut, original = trained(REMOVED, 1), trained(0, 0)
+    known = Examples(*forget().tensors)  # the original is right on these, a model without them is not
+    assert trigger(Subject(unlearned=shut, loss_terms=cross_entropy, retrained=[original]), known, None).verdict == (
+        "a trace was found"
+    )
+    assert trigger(subject(trained(REMOVED, 2)), known, None).verdict == "no trace found"
+    alone = Subject(unlearned=shut, loss_terms=cross_entropy)
+    assert trigger(alone, known, None).verdict == "cannot tell"
+    kept = Examples(*(tensor[REMOVED:] for tensor in random_labels(COUNT, 0)))
+    assert trigger(alone, known, kept).verdict == "a trace was found"
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_agrees_with_a_loop_over_the_entries(bits, per_channel):
+    values = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = rounded(values, bits, per_channel=per_channel)
+    for channel in range(3):
+        widest = (values[channel] if per_channel else values).abs().max()
+        step = float(widest) / (2 ** (bits - 1) - 1)
+        expected = [round(float(value) / step) * step for value in values[channel].flatten()]
+        assert torch.allclose(result[channel].flatten(), torch.tensor(expected, dtype=torch.float64))
+    assert torch.equal(rounded(torch.zeros(2, 3), bits, per_channel=per_channel), torch.zeros(2, 3))
+
+
+def test_quantisation_leaves_biases_and_the_model_alone():
+    model = trained(0, 0)
+    before = model.layers.linear1.weight.clone()
+    result = quantised(model, 4, per_channel=True)
+    assert torch.equal(model.layers.linear1.weight, before)
+    assert torch.equal(result.layers.linear1.bias, model.layers.linear1.bias)
+    assert len(result.layers.linear1.weight[0].unique()) <= 15
+
+
+@pytest.mark.parametrize("bits", [1, 17])
+def test_other_numbers_of_bits_are_refused(bits):
+    with pytest.raises(ConfigError, match=f"bits={bits}"):
+        rounded(torch.ones(2, 2), bits, per_channel=True)
