@@ -58,7 +58,8 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     # torch imports its compiler at the first optimiser step, a second that belongs to no method: do it off the clock.
     importlib.import_module("torch._dynamo")
     trace = Trace(method.name, seed, watch=watch)
-    unlearned = method.run(copy.deepcopy(inner), given, config, seed=seed, trace=trace)
+    with trace.measuring_memory(next(inner.parameters()).device):
+        unlearned = method.run(copy.deepcopy(inner), given, config, seed=seed, trace=trace)
     unlearned.zero_grad(set_to_none=True)
     params.require_finite(_tensors(unlearned, infinite), f"the result of {method.name}")
     return Unlearned(unlearned, trace)

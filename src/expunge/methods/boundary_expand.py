@@ -103,7 +103,7 @@ def boundary_expand(model: nn.Module, given: Sighted, config: BoundaryExpand, *,
 
     with trace.stage("train", model):
         trace.facts["shadow_loss"] = []
-        stop = taking_back(expanded, config.loss_bound, loss_of)
+        stop = taking_back(expanded, config.loss_bound, loss_of, trace=trace)
         data, recipe = given.forget, config.recipe
         train(expanded, data, shadow_class, recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
     return model  # pruned: the shadow unit was in the wrapper alone

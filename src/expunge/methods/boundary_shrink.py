@@ -79,8 +79,8 @@ def boundary_shrink(model: nn.Module, given: Sighted, config: BoundaryShrink, *,
         trace.facts["crossed_share"] = crossed / len(relabelled)
 
     with trace.stage("train", model):
-        stop = taking_back(model, config.loss_bound, lambda now: mean_loss(now, relabelled, given.loss_terms, trace))
         terms, recipe = given.loss_terms, config.recipe
+        stop = taking_back(model, config.loss_bound, lambda now: mean_loss(now, relabelled, terms, trace), trace=trace)
         train(model, relabelled, terms, recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
     return model
 

@@ -98,7 +98,7 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
         trace.backwarded += len(labels)
         return config.retain_weight * kept + config.forget_weight * distance.mean()
 
-    diverged = taking_back(model, config.loss_bound)
+    diverged = taking_back(model, config.loss_bound, trace=trace)
 
     def stop(model: nn.Module, training_loss: float) -> str | None:
         reason = diverged(model, training_loss)
@@ -111,7 +111,12 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
         train(model, given.retain, both, config.recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
         trace.facts["distance_stopped"] = trace.stopped
     with trace.stage("repair", model):
-        train(model, given.retain, given.loss_terms, config.repair, seed=derive(seed, "repair"), trace=trace)
+        apart, terms, again = (
+            derive(seed, "repair"),
+            given.loss_terms,
+            taking_back(model, config.loss_bound, trace=trace),
+        )
+        train(model, given.retain, terms, config.repair, seed=apart, trace=trace, stop=again)
     return model
 
 
