@@ -14,6 +14,7 @@ from torch.nn import functional
 from expunge import (
     METHODS,
     Blind,
+    CFk,
     Examples,
     FineTune,
     GradientAscent,
@@ -140,7 +141,7 @@ def test_access_errors_are_what_callers_expect():
     assert issubclass(NotInformative, RuntimeError)
 
 
-@pytest.mark.parametrize("part", ["retain", "forget"])
+@pytest.mark.parametrize("part", ["retain", "forget", "original", "validation"])
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -271,6 +272,9 @@ def test_gradient_ascent_ends_before_its_bound():
 def test_a_loss_bound_that_cannot_work_is_refused(bound):
     with pytest.raises(ConfigError, match=f"loss_bound={bound}: must be a positive number of nats a term"):
         GradientAscent(loss_bound=bound)
+    for kind in (FineTune, CFk):
+        with pytest.raises(ConfigError, match=f"loss_bound={bound}: must be a positive number of nats a term"):
+            kind(loss_bound=bound)
 
 
 def test_all_of_the_defaults_are_those_of_the_sources():
@@ -358,6 +362,7 @@ def test_a_trace_is_plain_values_for_json():
         "epoch_ends": [],
         "backwarded": 0,
         "forwarded": 0,
+        "peak_memory": None,
         "reset": {},
         "stopped": "",
         "facts": {"share": 0.5},

@@ -80,6 +80,7 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
         with in_eval_mode(model):
             few = next(labelled(given.retain, device, "duck"))[0][:8]
         layer = classifying_layer(model, few, "duck")
+        trace.forwarded += len(few)
         centres, classes = centroids(model, layer, given.retain, trace)
         centres, classes = centres.to(layer.weight), classes.to(device)
 

@@ -3,6 +3,8 @@
 Source: Thudi et al., "Unrolling SGD" (2022); Graves et al., "Amnesiac Machine Learning" (2021). Deviations:
 ascent has no minimum to converge to, so it ends before the epoch that passes a bound on the loss; BatchNorm statistics
 stay as they are, since the removed records must not enter them.
+
+Needs: any loss.
 """
 
 import math

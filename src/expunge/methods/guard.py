@@ -5,8 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from expunge.access import Blind
+from expunge.batches import Batch, Batches, shuffled
+from expunge.seeds import keeping_random_state, stream
 from expunge.trace import Trace
-from expunge.training import StopRule
+from expunge.training import StopRule, mean_loss
 
 SLOWER = "Lower the learning rate, or raise loss_bound if the loss is that large by nature."
 LESS_ASCENT = "Lower the learning rate of the ascent for a finer end."
@@ -27,21 +30,23 @@ def taking_back(
         model: The module that is trained; its state now is the first good one.
         bound: Mean loss, nats a term.
         loss_of: The loss to look at; without it, the mean training loss of the epoch, which costs nothing and is a
-            step late.
+            step late. Its bound is twice the loss of the first step where that is more.
         trace: Gets a warning with the reason and the cure.
         what: What is taken back, for the reason it gives.
         cure: What to do about it.
     """
+    first = len(trace.losses)
     last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     @torch.no_grad()
     def stop(model: nn.Module, training_loss: float) -> str | None:
         reached = loss_of(model) if loss_of else training_loss
+        limit = bound if loss_of else max(bound, 2 * trace.losses[first])
         state = model.state_dict()
-        if not reached <= bound:
+        if not reached <= limit:
             for name, tensor in state.items():
                 tensor.copy_(last[name])
-            reason = f"the loss {reached:.3g} passed the bound {bound:g}; {what} was taken back"
+            reason = f"the loss {reached:.3g} passed the bound {limit:g}; {what} was taken back"
             trace.warn(f"{trace.method}: {reason}. {cure}")
             return reason
         for name, tensor in state.items():
@@ -49,6 +54,27 @@ def taking_back(
         return None
 
     return stop
+
+
+def a_few(data: Batches, seed: int) -> list[Batch]:
+    """A few hundred records at random, or the first batch of data without positions: enough to see a wreck."""
+    with keeping_random_state():
+        return [next(shuffled(data, 256, stream(seed, "guard"))[1])]
+
+
+def note_if_destroyed(before: nn.Module, after: nn.Module, given: Blind, trace: Trace) -> None:
+    """Warn if a model is no better on what is left than an untrained one, seen on a few records, off the clock."""
+    few = a_few(given.retain, trace.seed)
+    was, now = (mean_loss(model, few, given.loss_terms) for model in (before, after))
+    if now <= 2 * was + 0.1:  # the rule; only in doubt is an untrained model built
+        return
+    fresh = given.fresh_model(trace.seed, before).to(next(before.parameters()))
+    untrained = mean_loss(fresh, few, given.loss_terms)
+    if not now < 0.9 * untrained:
+        trace.warn(
+            f"{trace.method}: the loss on what is left went from {was:.3g} to {now:.3g} nats a term, and an untrained "
+            f"model has {untrained:.3g}: the model is destroyed. Choose weaker settings, or fewer steps."
+        )
 
 
 def note_if_nothing_was_learned(trace: Trace) -> None:

@@ -19,6 +19,8 @@ Needs: classifiers.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +28,9 @@ from torch import Tensor, nn
 
 from expunge.access import Sighted
 from expunge.batches import Batch, Batches
-from expunge.errors import ConfigError
-from expunge.methods.bad_teacher import imitating, teacher
-from expunge.methods.classifier import classes_in, in_eval_mode, labelled, logits
+from expunge.errors import ConfigError, UnsupportedModule
+from expunge.methods.bad_teacher import divergence, imitating, taught, teacher
+from expunge.methods.classifier import classes_in, in_eval_mode, inputs_and_labels, labelled, logits
 from expunge.methods.together import Apart, train_on_pairs
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -125,7 +127,15 @@ def scrub(model: nn.Module, given: Sighted, config: Scrub, *, seed: int, trace: 
         return -terms
 
     def obey(model: nn.Module, batch: Batch) -> Tensor:
-        return config.loss_weight * given.loss_terms(model, batch) + config.obey_weight * imitate(model, batch)
+        wanted = taught(original, inputs_and_labels(batch, "scrub")[0], "scrub", trace)
+        with answers(model) as said:
+            losses = given.loss_terms(model, batch)
+        if len(said) != 1 or said[0].shape[:1] != losses.shape:
+            raise UnsupportedModule(
+                f"scrub needs a loss that calls the model once and returns a term an example; this one called it "
+                f"{len(said)} times and returned {len(losses)} terms. Take another method, or change loss_terms."
+            )
+        return config.loss_weight * losses + config.obey_weight * divergence(wanted, said[0], config.temperature)
 
     def after_epoch(model: nn.Module, _: float) -> None:
         if passed:
@@ -158,6 +168,17 @@ def scrub(model: nn.Module, given: Sighted, config: Scrub, *, seed: int, trace: 
             model.load_state_dict(epochs[nearest][1])
             trace.facts |= {"forget_errors": errors, "rewind_reference": reference, "rewound_to": nearest + 1}
     return model
+
+
+@contextmanager
+def answers(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the model says, so that a loss and a divergence can share one pass."""
+    said: list[Tensor] = []
+    handle = model.register_forward_hook(lambda _, __, found: said.append(found))
+    try:
+        yield said
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
