@@ -268,6 +268,28 @@ def test_gradient_ascent_ends_before_its_bound():
     assert same(state(result.model), state(within.model))
 
 
+@pytest.mark.parametrize("kind", [FineTune, CFk])
+def test_training_that_passes_its_bound_is_taken_back(kind):
+    here = world()
+    recipe = Recipe(epochs=3, lr=20.0, batch_size=8, schedule="constant")
+    settings = {"recipe": recipe} if kind is FineTune else {"recipe": recipe, "k": 1}
+    with pytest.warns(UserWarning, match=r"the epoch was taken back. Lower the learning rate, or raise loss_bound"):
+        result = unlearn(here.model, here.blind(), kind(**settings))
+    assert len(result.trace.epoch_ends) == 1
+    assert "passed the bound 5; the epoch was taken back" in result.trace.stopped
+    assert same(state(result.model), state(here.model))
+
+
+def test_a_loss_that_is_large_by_nature_does_not_count_as_passing_the_bound():
+    here = world()
+
+    def large(model: nn.Module, batch: Any) -> Tensor:
+        return 30 + cross_entropy(model, batch)
+
+    given = Blind(retain=here.retain, loss_terms=large, fresh=here.fresh)
+    assert unlearn(here.model, given, FineTune(recipe=BRIEF)).trace.stopped == "all 3 epochs done"
+
+
 @pytest.mark.parametrize("bound", [0.0, -1.0, math.inf, math.nan])
 def test_a_loss_bound_that_cannot_work_is_refused(bound):
     with pytest.raises(ConfigError, match=f"loss_bound={bound}: must be a positive number of nats a term"):

@@ -277,7 +277,7 @@ MUTANTS = (
         "methods/fine_tune.py",
         ", trace=trace, stop=stop)",
         ", trace=trace)",
-        COSTS + "settings_far_too_large_end_in_a_note_and_a_model_that_works_or_in_an_error",
+        "test_unlearn.py",
     ),
     Mutant(
         "the guard restores nothing",

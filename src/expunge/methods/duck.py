@@ -22,7 +22,7 @@ from expunge.access import Sighted
 from expunge.batches import Batch, Batches, shuffled, to_device
 from expunge.errors import ConfigError
 from expunge.methods.classifier import classifying_layer, embeddings, in_eval_mode, inputs_and_labels, labelled, logits
-from expunge.methods.guard import taking_back
+from expunge.methods.guard import keeping_what_is_left, taking_back
 from expunge.seeds import derive, stream
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -112,12 +112,8 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
         train(model, given.retain, both, config.recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
         trace.facts["distance_stopped"] = trace.stopped
     with trace.stage("repair", model):
-        apart, terms, again = (
-            derive(seed, "repair"),
-            given.loss_terms,
-            taking_back(model, config.loss_bound, trace=trace),
-        )
-        train(model, given.retain, terms, config.repair, seed=apart, trace=trace, stop=again)
+        terms, again = given.loss_terms, keeping_what_is_left(model, given, config.loss_bound, trace)
+        train(model, given.retain, terms, config.repair, seed=derive(seed, "repair"), trace=trace, stop=again)
     return model
 
 

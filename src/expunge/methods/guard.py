@@ -30,23 +30,21 @@ def taking_back(
         model: The module that is trained; its state now is the first good one.
         bound: Mean loss, nats a term.
         loss_of: The loss to look at; without it, the mean training loss of the epoch, which costs nothing and is a
-            step late. Its bound is twice the loss of the first step where that is more.
+            step late.
         trace: Gets a warning with the reason and the cure.
         what: What is taken back, for the reason it gives.
         cure: What to do about it.
     """
-    first = len(trace.losses)
     last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     @torch.no_grad()
     def stop(model: nn.Module, training_loss: float) -> str | None:
         reached = loss_of(model) if loss_of else training_loss
-        limit = bound if loss_of else max(bound, 2 * trace.losses[first])
         state = model.state_dict()
-        if not reached <= limit:
+        if not reached <= bound:
             for name, tensor in state.items():
                 tensor.copy_(last[name])
-            reason = f"the loss {reached:.3g} passed the bound {limit:g}; {what} was taken back"
+            reason = f"the loss {reached:.3g} passed the bound {bound:g}; {what} was taken back"
             trace.warn(f"{trace.method}: {reason}. {cure}")
             return reason
         for name, tensor in state.items():
@@ -54,6 +52,18 @@ def taking_back(
         return None
 
     return stop
+
+
+def keeping_what_is_left(model: nn.Module, given: Blind, bound: float, trace: Trace) -> StopRule:
+    """`taking_back` by the loss on a few records of what is left after every epoch.
+
+    Where that loss is large to begin with, by its nature or after an ascent, twice as much is the bound.
+    """
+    few = a_few(given.retain, trace.seed)
+    start = mean_loss(model, few, given.loss_terms, trace)
+    return taking_back(
+        model, max(bound, 2 * start), lambda now: mean_loss(now, few, given.loss_terms, trace), trace=trace
+    )
 
 
 def a_few(data: Batches, seed: int) -> list[Batch]:
