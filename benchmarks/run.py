@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,10 +20,27 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from expunge import Blind, Examples, Recipe, Reload, cross_entropy, gradient, seeded, stream, train, unlearn
+from expunge import (
+    SSD,
+    Blind,
+    Examples,
+    Recipe,
+    Reload,
+    SalUn,
+    Sighted,
+    cross_entropy,
+    gradient,
+    seeded,
+    stream,
+    train,
+    unlearn,
+)
+from expunge.batches import LossTerms
 from expunge.files import write_text
 from expunge.metrics.compare import profile
 from expunge.metrics.outputs import Outputs
+from expunge.methods.fisher import every_class
+from expunge.methods.per_example import squared_gradients
 from expunge.models.convnet import ConvNet
 from expunge.models.resnet import ResNet18
 from expunge.params import smallest
@@ -179,6 +197,75 @@ def scoring() -> Iterator[Result]:
     yield at_most(what, "one second", spent, 30)
 
 
+def per_example() -> Iterator[Result]:
+    """Squared gradients of every example, against a loop over single examples; what a diagonal Fisher is made of."""
+    for name, model, data in (
+        ("the demo's network, images of 1 x 8 x 8", ConvNet(widths=(16, 32)), images(512, 1, 8)),
+        ("ResNet-18 of width 16, images of 3 x 32 x 32", ResNet18(width=16), images(64, 3, 32)),
+    ):
+        for terms, part in ((cross_entropy, data), (every_class, data.only(torch.arange(len(data) // 4)))):
+
+            def one_by_one(model: nn.Module = model, terms: LossTerms = terms, part: Examples = part) -> None:
+                model.eval()
+                theta = list(model.parameters())
+                total = [torch.zeros_like(p, dtype=torch.float64) for p in theta]
+                for x, y in zip(*(tensor.split(1) for tensor in part.tensors), strict=True):
+                    for term in terms(model, (x, y)):
+                        for own, slope in zip(total, torch.autograd.grad(term, theta, retain_graph=True), strict=True):
+                            own.add_(slope.double().square())
+
+            def bare(model: nn.Module = model, part: Examples = part) -> None:
+                for x, y in zip(*(tensor.split(128) for tensor in part.tensors), strict=True):
+                    functional.cross_entropy(model(x), y, reduction="sum").backward()
+
+            def ours(model: nn.Module = model, terms: LossTerms = terms, part: Examples = part) -> None:
+                squared_gradients(model, terms, part)
+
+            ours()
+            loop, mine, least = fastest(one_by_one, ours, bare)
+            what = "of every class (Fisher)" if terms is every_class else "of one loss (SSD)"
+            yield at_least(f"squared gradients {what}: speed, {name}", "a loop over examples", loop / mine, 5)
+            if terms is cross_entropy:
+                yield at_least(
+                    f"for comparison, forward and backward alone: speed, {name}", "the loop", loop / least, 0
+                )
+
+
+def masks() -> Iterator[Result]:
+    """What SalUn and SSD need to choose weights, against what RELOAD needs: its gradient pass and its selection."""
+    data = images(1024, 3, 32)
+    with seeded(0):
+        model = ResNet18(width=16)
+    full = gradient(model, cross_entropy, data)
+    rows = torch.arange(0, 1024, 10)
+    given = Sighted(
+        retain=data.without(rows),
+        forget=data.only(rows),
+        original=data,
+        loss_terms=cross_entropy,
+        fresh=lambda _: ResNet18(width=16),
+        full=full,
+    )
+    still = Recipe(epochs=0, lr=0.1)
+    spent: dict[str, list[float]] = {}
+    for _ in range(3):
+        for name, config, stages in (
+            ("RELOAD", Reload(fine_tune=still), ("difference", "select")),
+            ("SalUn", SalUn(recipe=still), ("mask",)),
+            ("SSD", SSD(loss_bound=1e9), ("importance",)),
+            ("SSD, squares of batch means", SSD(squares="batch-means", loss_bound=1e9), ("importance",)),
+        ):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # this model was never trained
+                seconds = unlearn(model, given, config).trace.seconds
+            spent.setdefault(name, []).append(sum(seconds[stage] for stage in stages))
+    reload = min(spent.pop("RELOAD"))
+    for name, times in spent.items():
+        yield at_most(
+            f"{name}: time to choose weights, ResNet-18 of width 16", "that of RELOAD", min(times) / reload, 1
+        )
+
+
 BENCHMARKS = {
     "gradient": gradient_pass,
     "selection": selection,
@@ -186,6 +273,8 @@ BENCHMARKS = {
     "reload": reload_without_fine_tuning,
     "import": start_up,
     "scoring": scoring,
+    "per-example": per_example,
+    "masks": masks,
 }
 
 

@@ -96,7 +96,7 @@ def test_shrink_trains_on_the_removed_records_alone_with_labels_of_the_original_
         assert int(label) == int(expected[row])
     assert result.trace.facts["crossed_share"] == pytest.approx(share)
     assert result.trace.backwarded == 20 + 2 * 20
-    assert result.trace.forwarded == 20 + 2 * 20
+    assert result.trace.forwarded == 20 + 2 * (20 + 40)  # 40 are left
 
 
 @both
@@ -154,7 +154,7 @@ def test_expand_moves_the_removed_records_into_the_shadow_class():
     shadow = torch.full((20,), 3)
     expected = [float(functional.cross_entropy(found.double(), shadow)) for found in wide]
     assert trace.facts["shadow_loss"] == pytest.approx(expected, rel=1e-5)
-    assert (trace.backwarded, trace.forwarded) == (8 * 20, 8 * 20)
+    assert (trace.backwarded, trace.forwarded) == (8 * 20, 8 + 8 * (20 + 40))  # 40 are left
 
 
 @both

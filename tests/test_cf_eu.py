@@ -110,6 +110,40 @@ def test_counts_the_layers_inside_the_blocks_of_a_resnet():
     assert "blocks.6.norm1" not in chosen
 
 
+class VGGLike(nn.Module):
+    """Convolutions with BatchNorm and pooling in one Sequential, then a classifier of three layers in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for entering, leaving in ((1, 4), (4, 4), (4, 8)):
+            layers += [nn.Conv2d(entering, leaving, 3, padding=1), nn.BatchNorm2d(leaving), nn.ReLU()]
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2))
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images))
+
+
+@pytest.mark.parametrize(
+    ("k", "names"),
+    [
+        (1, ["classifier.6"]),
+        (3, ["classifier.1", "classifier.4", "classifier.6"]),
+        (4, ["features.6", "classifier.1", "classifier.4", "classifier.6"]),
+    ],
+)
+def test_counts_the_layers_of_a_vgg(k, names):
+    model, data, trace = VGGLike(), images(1), Trace("test", 0)
+    given = Blind(retain=data, loss_terms=cross_entropy, fresh=lambda seed: VGGLike())
+    layers = last_layers(model, given, k, "cf-k", trace)
+    assert trace.facts == {"weight_layers": 6, "trained_layers": names}
+    moving = {name for name, module in model.named_modules() if module in layers}
+    assert moving == {*names, *(["features.7"] if k == 4 else [])}  # a BatchNorm belongs to the layer before it
+
+
 def test_counts_in_the_order_in_which_layers_run():
     data = Examples(torch.randn(9, 6), torch.arange(9) % 3)
     assert counted(Backwards, data, 1)[1] == {"head"}

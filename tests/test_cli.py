@@ -149,6 +149,20 @@ def test_a_blind_method_never_calls_forget(folder):
     assert unlearned("gradient-ascent", cache=None, out="g.safetensors") == 2
 
 
+def test_scrub_rewinds_to_the_validation_records_of_the_setup_file(folder, capsys):
+    scrub = ("scrub", "--rewind", "--recipe.epochs", "3", "--loss-bound", "50")
+    with Path("setup.py").open("a", encoding="utf-8") as file:
+        file.write("\ndef forget():\n    return data.only(torch.arange(6))\n")
+    assert unlearned(*scrub, cache=None, out="s.safetensors") == 2
+    assert "on the command line validation() in the setup file" in " ".join(capsys.readouterr().err.split())
+    with Path("setup.py").open("a", encoding="utf-8") as file:
+        file.write("\ndef validation():\n    return Examples(images.flip(1), labels)\n")
+    assert unlearned(*scrub, cache=None, out="s.safetensors") == 0
+    trace = json.loads(Path("s.trace.json").read_text(encoding="utf-8"))
+    assert len(trace["facts"]["forget_errors"]) == 3
+    assert 0 <= trace["facts"]["rewind_reference"] <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

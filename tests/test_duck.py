@@ -96,7 +96,7 @@ def test_forgets_a_class_stops_when_it_has_and_counts_the_repair():
     epochs = len(result.trace.epoch_ends) - 2
     assert 0 < epochs < 50
     assert result.trace.backwarded == epochs * (40 + 20) + 2 * 40
-    assert result.trace.forwarded == 40 + epochs * 20
+    assert result.trace.forwarded == 40 + 8 + epochs * 20 + 3 * 40
     with torch.no_grad():
         inputs, labels = given.forget.tensors
         assert (here.model(inputs).argmax(1) == labels).float().mean() > 0.8
@@ -218,4 +218,4 @@ def test_uses_cross_entropy_of_its_own_and_the_given_loss_for_the_repair():
 
     given = here.sighted(retain=here.original.without(CLASS_0), loss_terms=recorded, full=None)
     unlearn(here.model, given, Duck(recipe=adam(2), repair=adam(3)))
-    assert calls == [40, 40, 40]
+    assert calls == [40] * 9  # before and in three epochs of repair, after each, and twice at the end

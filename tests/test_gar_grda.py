@@ -95,7 +95,7 @@ def test_gar_is_a_step_up_on_the_old_data_then_one_down_on_the_new():
     moved_by_hand(by_hand, 0.1 / 40, summed(by_hand, given.original))
     moved_by_hand(by_hand, -0.1 / 40, summed(by_hand, given.retain))
     assert agree(result.model, by_hand)
-    assert (result.trace.backwarded, result.trace.forwarded) == (40 + 40, 40)
+    assert (result.trace.backwarded, result.trace.forwarded) == (40 + 40, 40 + 2 * 40)
 
 
 def test_gar_ascends_then_descends():

@@ -161,6 +161,56 @@ def test_rewinds_to_the_epoch_with_the_nearest_forget_error_the_later_of_two():
     assert "rewound_to" not in plain.trace.facts
 
 
+def test_rewinds_to_the_error_of_the_final_model_on_validation_records_of_the_removed_classes():
+    here, states = world(), {}
+    zeros = here.original.positions[here.original.tensors[1] == 0][:4]
+    forget, retain = here.original.only(zeros), here.original.without(zeros)
+    generator = torch.Generator().manual_seed(3)
+    inputs, labels = here.original.tensors
+    noisy = inputs + torch.randn(inputs.shape, generator=generator)
+    recipe = Recipe(epochs=8, lr=0.05, batch_size=4, optimizer="adamw", schedule="constant")
+    base = {"recipe": recipe, "forget_epochs": 4, "loss_weight": 0.1, "obey_weight": 0.1, "loss_bound": 50.0}
+
+    def watch(moment: str, model: nn.Module) -> None:
+        states[moment] = copy.deepcopy(model).eval()
+
+    given = here.sighted(retain=retain, forget=forget, validation=Examples(noisy, labels), full=None)
+    result = unlearn(here.model, given, Scrub(**base, rewind=True), watch=watch)
+    final, own = states["epoch 8"], labels == 0  # of the validation records, only those of the removed class count
+    reference = float((final(noisy[own]).argmax(1) != 0).double().mean())
+    assert 0 < reference < 1
+    assert reference != float((final(noisy).argmax(1) != labels).double().mean())
+    errors = [float((states[f"epoch {e}"](forget.tensors[0]).argmax(1) != 0).double().mean()) for e in range(1, 9)]
+    gaps = [abs(error - reference) for error in errors]
+    facts = result.trace.facts
+    assert (facts["rewind_reference"], facts["forget_errors"]) == (reference, errors)
+    assert facts["rewound_to"] == max(number for number, gap in enumerate(gaps, 1) if gap == min(gaps))
+    assert same(state(result.model), state(states[f"epoch {facts['rewound_to']}"]))
+
+
+def test_rewinding_without_validation_records_of_the_removed_classes_is_refused():
+    here = world()
+    with pytest.raises(ConfigError, match=r"rewind=True needs validation records .* validation=None. Give Sighted"):
+        unlearn(here.model, here.sighted(), Scrub(rewind=True))
+    inputs, labels = here.original.tensors
+    zeros = labels[here.forget.positions] == 0
+    forget = here.original.only(here.forget.positions[zeros])
+    others = Examples(inputs[labels > 0], labels[labels > 0])
+    with pytest.raises(ConfigError, match=r"validation records are of classes \[1, 2\], the removed ones of \[0\]"):
+        unlearn(here.model, here.sighted(forget=forget, validation=others), Scrub(rewind=True))
+
+
+def test_a_loss_that_calls_the_model_twice_is_refused():
+    here = world()
+
+    def twice(model: nn.Module, batch: Any) -> Tensor:
+        return (cross_entropy(model, batch) + cross_entropy(model, batch)) / 2
+
+    given = Sighted(retain=here.retain, forget=here.forget, loss_terms=twice, fresh=here.fresh)
+    with pytest.raises(UnsupportedModule, match=r"calls the model once .* called it 2 times and returned"):
+        unlearn(here.model, given, Scrub())
+
+
 def test_an_epoch_that_destroys_the_model_is_taken_back():
     here, states = world("batch-norm"), {}
     recipe = Recipe(epochs=6, lr=1.0, batch_size=8, schedule="constant")
@@ -186,6 +236,7 @@ def test_an_epoch_that_destroys_the_model_is_taken_back():
         ({"epochs": 1}, r"recipe.epochs=1: must be at least 2"),
         ({"epochs": 0, "disobey_at_once": True}, r"recipe.epochs=0: must be at least 1"),
         ({"rewind_to": 12.0}, r"rewind_to=12.0: must be in \[0, 1\]"),
+        ({"rewind_to": 0.1, "rewind": True}, r"rewind=True, rewind_to=0.1: give one reference"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):

@@ -14,6 +14,7 @@ from torch.nn import functional
 from expunge import (
     METHODS,
     Blind,
+    CFk,
     Examples,
     FineTune,
     GradientAscent,
@@ -140,7 +141,7 @@ def test_access_errors_are_what_callers_expect():
     assert issubclass(NotInformative, RuntimeError)
 
 
-@pytest.mark.parametrize("part", ["retain", "forget"])
+@pytest.mark.parametrize("part", ["retain", "forget", "original", "validation"])
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -267,10 +268,35 @@ def test_gradient_ascent_ends_before_its_bound():
     assert same(state(result.model), state(within.model))
 
 
+@pytest.mark.parametrize("kind", [FineTune, CFk])
+def test_training_that_passes_its_bound_is_taken_back(kind):
+    here = world()
+    recipe = Recipe(epochs=3, lr=20.0, batch_size=8, schedule="constant")
+    settings = {"recipe": recipe} if kind is FineTune else {"recipe": recipe, "k": 1}
+    with pytest.warns(UserWarning, match=r"the epoch was taken back. Lower the learning rate, or raise loss_bound"):
+        result = unlearn(here.model, here.blind(), kind(**settings))
+    assert len(result.trace.epoch_ends) == 1
+    assert "passed the bound 5; the epoch was taken back" in result.trace.stopped
+    assert same(state(result.model), state(here.model))
+
+
+def test_a_loss_that_is_large_by_nature_does_not_count_as_passing_the_bound():
+    here = world()
+
+    def large(model: nn.Module, batch: Any) -> Tensor:
+        return 30 + cross_entropy(model, batch)
+
+    given = Blind(retain=here.retain, loss_terms=large, fresh=here.fresh)
+    assert unlearn(here.model, given, FineTune(recipe=BRIEF)).trace.stopped == "all 3 epochs done"
+
+
 @pytest.mark.parametrize("bound", [0.0, -1.0, math.inf, math.nan])
 def test_a_loss_bound_that_cannot_work_is_refused(bound):
     with pytest.raises(ConfigError, match=f"loss_bound={bound}: must be a positive number of nats a term"):
         GradientAscent(loss_bound=bound)
+    for kind in (FineTune, CFk):
+        with pytest.raises(ConfigError, match=f"loss_bound={bound}: must be a positive number of nats a term"):
+            kind(loss_bound=bound)
 
 
 def test_all_of_the_defaults_are_those_of_the_sources():
@@ -358,6 +384,7 @@ def test_a_trace_is_plain_values_for_json():
         "epoch_ends": [],
         "backwarded": 0,
         "forwarded": 0,
+        "peak_memory": None,
         "reset": {},
         "stopped": "",
         "facts": {"share": 0.5},

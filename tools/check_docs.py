@@ -6,11 +6,12 @@ python tools/check_docs.py --write   write the generated parts anew
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from expunge.bench.entries import entries
 from expunge.bench.situations import FULL
 from expunge.cli import COMMANDS
 from expunge.definitions import METRICS, Definition
-from expunge.methods import METHODS, Method
+from expunge.methods import METHODS
 from expunge.report import markdown
 from expunge.rows import read_rows
+from expunge.space import Choice, Range
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -34,25 +36,50 @@ def methods_table() -> str:
     lines = ["| method | sees the removed records | what it does |", "|---|---|---|"]
     for method in METHODS.values():
         sees = "no (blind)" if method.blind else "yes"
-        lines.append(f"| [`{method.name}`](#{method.name}) | {sees} | {method.summary} |")
+        lines.append(f"| [`{method.name}`](methods/{method.name}.md) | {sees} | {method.summary} |")
     return "\n".join(lines)
 
 
-def method_sections() -> str:
-    """Each method's own words, and its settings."""
-    return "\n\n".join(_section(method) for method in METHODS.values())
-
-
-def _section(method: Method) -> str:
-    words = inspect.getdoc(inspect.getmodule(method.run)) or ""
+def method_part(name: str) -> str:
+    """What the code says about a method: source, settings, search space, trace."""
+    method = METHODS[name]
+    words = (inspect.getdoc(inspect.getmodule(method.run)) or "").partition("\n\n")[2]
+    about = (inspect.getdoc(method.config) or "").partition("\n\nRaises:")[0]
+    does = (inspect.getdoc(method.run) or "").partition("\n\nRaises:")[0]
     settings = ["| setting | default | meaning |", "|---|---|---|"]
     comments = _comments(method.config)
     for setting in dataclasses.fields(method.config):
         required = setting.default is dataclasses.MISSING
-        default = "required" if required else f"`{setting.default!r}`"
+        default = "required" if required else f"`{_default(setting.default)}`"
         settings.append(f"| `{setting.name}` | {default} | {comments.get(setting.name, '')} |")
-    about = inspect.getdoc(method.config) or ""
-    return f"## {method.name}\n\n{words}\n\n`{method.config.__name__}`: {about}\n\n" + "\n".join(settings)
+    space = [f"`{setting}` {_values(values)}" for setting, values in method.space.items()]
+    return "\n\n".join(
+        (
+            words,
+            f"`unlearn(model, {method.access.__name__}(…), {method.config.__name__}(…), seed=0)`: {about}",
+            "\n".join(settings),
+            "A search tries " + ("; ".join(space) + "." if space else "nothing: the recipe is that of the original."),
+            does,
+        )
+    )
+
+
+def _default(value: object) -> str:
+    """A default as it is written, a recipe by what differs from its own defaults."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    given = [
+        f"{field.name}={getattr(value, field.name)!r}"
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    ]
+    return f"{type(value).__name__}({', '.join(given)})"
+
+
+def _values(values: Range | Choice) -> str:
+    if isinstance(values, Choice):
+        return " or ".join(map(str, values.options))
+    return f"from {values.low:g} to {values.high:g}" + (" (log)" if values.log else "")
 
 
 def _comments(config: type[object]) -> dict[str, str]:
@@ -145,7 +172,7 @@ def ablation_table() -> str:
     return "Mean ± sample standard deviation over seeds, nats.\n\n" + "\n".join(lines)
 
 
-GENERATED = {
+GENERATED: dict[str, Callable[[], str]] = {
     "compare-overview": lambda: compared(compare.OVERVIEW),
     "compare-removal": lambda: compared("removal"),
     "compare-class-removal": lambda: compared("class-removal"),
@@ -154,10 +181,11 @@ GENERATED = {
     "ablation": ablation_table,
     "demo": demo_table,
     "methods-table": methods_table,
-    "methods": method_sections,
     "metrics-table": metrics_table,
     "metrics": metrics_list,
+    **{f"method:{name}": functools.partial(method_part, name) for name in METHODS},
 }
+METHOD_HEADINGS = ("What it does", "Formula", "What it needs", "Cost", "When to use it", "When not", "From the code")
 
 
 def refreshed(text: str) -> str:
@@ -187,10 +215,38 @@ def problems() -> Iterator[str]:
         for attribute in re.findall(r"\bexpunge\.([A-Za-z_]+)\b(?!\.py|/)", _code(text)):
             if not hasattr(expunge, attribute) and not find_spec(f"expunge.{attribute}"):
                 yield f"{name}: there is no expunge.{attribute}"
+    yield from _method_pages()
     api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     yield from (f"docs/api.md does not name {name}" for name in expunge.__all__ if f"`{name}" not in api)
     defined = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     yield from (f"docs/metrics.md does not name {name}" for name in METRICS if name not in defined)
+
+
+def _method_pages() -> Iterator[str]:
+    """Every method has a page with the same headings and its generated part, and every such page a method."""
+    folder = ROOT / "docs" / "methods"
+    yield from (f"docs/methods/{page.name}: there is no such method" for page in _others(folder))
+    for name in METHODS:
+        page = folder / f"{name}.md"
+        if not page.exists():
+            yield f"docs/methods/{name}.md is missing: every method has a page; copy the headings of another"
+            continue
+        text = page.read_text(encoding="utf-8")
+        found = tuple(re.findall(r"^## (.*)$", text, re.MULTILINE))
+        if found != METHOD_HEADINGS:
+            yield f"docs/methods/{name}.md: its headings are {list(found)}; they must be {list(METHOD_HEADINGS)}"
+        parts = re.split(r"^## .*$", text, flags=re.MULTILINE)[1:]
+        yield from (
+            f"docs/methods/{name}.md: nothing is written under {heading!r}"
+            for heading, part in zip(found, parts, strict=True)
+            if not part.strip()
+        )
+        if f"<!-- generated: method:{name} -->" not in text:
+            yield f"docs/methods/{name}.md: add <!-- generated: method:{name} --> and <!-- end -->"
+
+
+def _others(folder: Path) -> list[Path]:
+    return sorted(page for page in folder.glob("*.md") if page.stem not in METHODS)
 
 
 def _code(text: str) -> str:

@@ -81,7 +81,10 @@ class Sighted(Blind):
 
     forget: Batches
     original: Batches | None = None  # all of the original data, for the few that need it
+    validation: Batches | None = None  # records that nothing was trained on, for SCRUB's rewind
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_reiterable(self.forget, "forget")
+        for name, data in (("forget", self.forget), ("original", self.original), ("validation", self.validation)):
+            if data is not None:
+                require_reiterable(data, name)

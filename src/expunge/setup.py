@@ -1,9 +1,9 @@
 """A setup file: Python that says what the command line cannot know about one's own model and data.
 
 It defines ``model(seed)`` and ``loss_terms``, and of the following what a command needs: ``original()`` to cache,
-``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``test()`` for evaluation,
-``candidates()`` and ``triggered()`` for audits, ``logits(model, batch)`` where a batch is not (inputs, labels). Only
-what is needed is called.
+``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``validation()`` for SCRUB's
+rewind, ``test()`` for evaluation, ``candidates()`` and ``triggered()`` for audits, ``logits(model, batch)`` where a
+batch is not (inputs, labels). Only what is needed is called.
 """
 
 import importlib.util
@@ -52,11 +52,11 @@ class Setup:
         return logits
 
     def has(self, split: str) -> bool:
-        """Whether the file defines a split: original, retain, forget or test."""
+        """Whether the file defines a split: original, retain, forget, validation or test."""
         return hasattr(self.module, split)
 
     def data(self, split: str) -> Batches:
-        """The data of a split: original, retain, forget or test."""
+        """The data of a split: original, retain, forget, validation or test."""
         data: Batches = self._call(split)
         return data
 

@@ -1,9 +1,12 @@
 """`Trace`: what an unlearning did and what it cost, filled while it runs."""
 
+import ctypes
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ class Trace:
     epoch_ends: list[int] = field(default_factory=list)  # the number of steps after each epoch
     backwarded: int = 0  # examples (terms) that went forward and backward
     forwarded: int = 0  # and those that only went forward
+    peak_memory: int | None = None  # bytes at the peak above those at the start; None: not measurable here
     reset: dict[str, float] = field(default_factory=dict)  # re-initialised share of each tensor
     stopped: str = ""  # why training ended
     facts: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +48,30 @@ class Trace:
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         self.show(name, model)
 
+    @contextmanager
+    def measuring_memory(self, device: torch.device) -> Iterator[None]:
+        """Record by how much the memory in use grew at its peak.
+
+        On a CUDA device that is what torch allocated there. On the CPU it is the resident memory of the process, other
+        threads included, where Linux lets the process reset its high-water mark; elsewhere nothing is recorded.
+        """
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            start = torch.cuda.memory_allocated(device)
+            yield
+            self.peak_memory = torch.cuda.max_memory_allocated(device) - start
+        elif device.type == "cpu" and _reset_high_water_mark():
+            start = _resident("VmRSS")
+            yield
+            self.peak_memory = max(_resident("VmHWM") - start, 0)
+        else:
+            yield
+
+    def warn(self, message: str) -> None:
+        """Note something that whoever reads the trace must know, and say it at once."""
+        warnings.warn(message, stacklevel=2)
+        self.warnings.append(message)
+
     def show(self, moment: str, model: nn.Module) -> None:
         """Let the watcher look at the model."""
         if self.watch is not None:
@@ -55,6 +83,26 @@ class Trace:
         """Everything measured, as plain values for JSON."""
         hidden = ("watch", "_watching")
         return {name: value for name, value in vars(self).items() if name not in hidden}
+
+
+def _reset_high_water_mark() -> bool:
+    """Let the peak of the resident memory start anew, and say whether that worked.
+
+    What the C library keeps of memory that was freed before is given back first: growing into it would not show.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        _resident("VmHWM")
+    except (OSError, AttributeError, StopIteration, TypeError):  # no Linux, another C library, or not permitted
+        return False
+    return True
+
+
+def _resident(field: str) -> int:
+    """A size of the process, bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
 
 def _synchronise() -> None:

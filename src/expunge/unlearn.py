@@ -12,6 +12,7 @@ from expunge.access import Blind
 from expunge.errors import ForgetSetAccessed
 from expunge.gradient import Origin
 from expunge.methods import method_of
+from expunge.methods.guard import note_if_destroyed
 from expunge.trace import Trace, Watch
 
 
@@ -34,7 +35,8 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         watch: Called with a name and the model after every stage and epoch, off the clock.
 
     Returns:
-        The unlearned model and the trace of what was done.
+        The unlearned model and the trace of what was done. It has a warning if the model is no better on what is left
+        than an untrained one.
 
     Raises:
         ForgetSetAccessed: The method needs the removed records and was given none.
@@ -58,9 +60,11 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     # torch imports its compiler at the first optimiser step, a second that belongs to no method: do it off the clock.
     importlib.import_module("torch._dynamo")
     trace = Trace(method.name, seed, watch=watch)
-    unlearned = method.run(copy.deepcopy(inner), given, config, seed=seed, trace=trace)
+    with trace.measuring_memory(next(inner.parameters()).device):
+        unlearned = method.run(copy.deepcopy(inner), given, config, seed=seed, trace=trace)
     unlearned.zero_grad(set_to_none=True)
     params.require_finite(_tensors(unlearned, infinite), f"the result of {method.name}")
+    note_if_destroyed(inner, unlearned, given, trace)
     return Unlearned(unlearned, trace)
 
 

@@ -117,9 +117,8 @@ class World:
         return Blind(**(given | changes))
 
     def sighted(self, **changes: Any) -> Sighted:
-        blind = vars(
-            self.blind(**{name: value for name, value in changes.items() if name not in ("forget", "original")})
-        )
+        mine = ("forget", "original", "validation")
+        blind = vars(self.blind(**{name: value for name, value in changes.items() if name not in mine}))
         return Sighted(**({"forget": self.forget, "original": self.original} | blind | changes))
 
 

@@ -183,8 +183,8 @@ def _sighted(setup: Setup, method: Method, shared: dict[str, Any]) -> Sighted:
             f"{method.name} needs the removed records, and {setup.path} defines no forget(). Take a blind method if "
             "they are gone (expunge methods lists them)."
         )
-    original = setup.data("original") if setup.has("original") else None
-    return Sighted(**shared, forget=setup.data("forget"), original=original)
+    more: dict[str, Any] = {split: setup.data(split) for split in ("original", "validation") if setup.has(split)}
+    return Sighted(**shared, forget=setup.data("forget"), **more)
 
 
 def _show_header(path: Path, as_json: bool) -> None:

@@ -92,21 +92,25 @@ def imitating(of: nn.Module, temperature: float, method: str, trace: Trace) -> L
 
     def terms(model: nn.Module, batch: Batch) -> Tensor:
         inputs, _ = inputs_and_labels(batch, method)
-        with torch.no_grad():
-            wanted = logits(of, inputs, method)
-        trace.forwarded += len(inputs)
-        return divergence(wanted, logits(model, inputs, method), temperature)
+        return divergence(taught(of, inputs, method, trace), logits(model, inputs, method), temperature)
 
     return terms
 
 
+@torch.no_grad()
+def taught(of: nn.Module, inputs: Tensor, method: str, trace: Trace) -> Tensor:
+    """What a teacher says; counts its work."""
+    trace.forwarded += len(inputs)
+    return logits(of, inputs, method)
+
+
 def divergence(
-    taught: Float[Tensor, "examples classes"], said: Float[Tensor, "examples classes"], temperature: float
+    wanted: Float[Tensor, "examples classes"], said: Float[Tensor, "examples classes"], temperature: float
 ) -> Float[Tensor, " examples"]:
     """T² KL(teacher ‖ student) of softmax(logits / T), nats an example.
 
     The factor T² keeps the size of gradients independent of the temperature (Hinton et al., 2015).
     """
     wide = torch.float32 if said.device.type == "mps" else torch.float64
-    p, q = (functional.log_softmax(each.to(wide) / temperature, dim=1) for each in (taught, said))
+    p, q = (functional.log_softmax(each.to(wide) / temperature, dim=1) for each in (wanted, said))
     return temperature**2 * (p.exp() * (p - q)).sum(1)

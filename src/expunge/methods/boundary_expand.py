@@ -3,7 +3,8 @@
 Source: Chen et al., "Boundary Unlearning: Rapid Forgetting of Deep Networks via Shifting the Decision Boundary" (CVPR
 2023). Deviations: the shadow unit stands beside the last layer instead of in it, which is the same function, and
 pruning it restores the layer's own shape; BatchNorm statistics stay as they are, since the removed records must not
-enter them; an epoch after which the loss on the shadow class passes a bound is taken back. The learning rate is that of
+enter them; an epoch after which the loss on the shadow class, or on a few records of
+what is left, passes a bound is taken back. The learning rate is that of
 boundary shrink.
 
 Needs: classifiers whose logits come from a last linear layer; the removal of whole classes, unless told otherwise.
@@ -29,7 +30,7 @@ from expunge.methods.classifier import (
     logits,
     require_whole_classes,
 )
-from expunge.methods.guard import taking_back
+from expunge.methods.guard import a_few, taking_back
 from expunge.seeds import seeded
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -46,7 +47,9 @@ class BoundaryExpand:
 
     recipe: Recipe = Recipe(epochs=10, lr=0.01, schedule="constant")
     any_forget_set: bool = False  # go on although classes of removed records are also in what is left
-    loss_bound: float = 10.0  # mean loss on the shadow class, nats a term, after which an epoch is taken back
+    loss_bound: float = (
+        10.0  # mean loss on the shadow class or on what is left, nats a term, after which an epoch is taken back
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.loss_bound < math.inf:
@@ -88,8 +91,9 @@ def boundary_expand(model: nn.Module, given: Sighted, config: BoundaryExpand, *,
     with trace.stage("expand", model):
         require_whole_classes(given, "boundary-expand", config.any_forget_set)
         with in_eval_mode(model):
-            few = next(labelled(given.forget, device, "boundary-expand"))[0][:8]
-        layer = classifying_layer(model, few, "boundary-expand")
+            first = next(labelled(given.forget, device, "boundary-expand"))[0][:8]
+        layer = classifying_layer(model, first, "boundary-expand")
+        trace.forwarded += len(first)
         expanded = Expanded(model, layer, seed)
 
     def shadow_class(model: nn.Module, batch: Batch) -> Tensor:
@@ -99,11 +103,11 @@ def boundary_expand(model: nn.Module, given: Sighted, config: BoundaryExpand, *,
     def loss_of(now: nn.Module) -> float:
         reached = mean_loss(now, given.forget, shadow_class, trace)
         trace.facts["shadow_loss"].append(reached)
-        return reached
+        return max(reached, mean_loss(model, few, given.loss_terms, trace))
 
     with trace.stage("train", model):
-        trace.facts["shadow_loss"] = []
-        stop = taking_back(expanded, config.loss_bound, loss_of)
+        trace.facts["shadow_loss"], few = [], a_few(given.retain, seed)
+        stop = taking_back(expanded, config.loss_bound, loss_of, trace=trace)
         data, recipe = given.forget, config.recipe
         train(expanded, data, shadow_class, recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
     return model  # pruned: the shadow unit was in the wrapper alone

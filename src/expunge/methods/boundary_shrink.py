@@ -4,7 +4,8 @@ Source: Chen et al., "Boundary Unlearning: Rapid Forgetting of Deep Networks via
 2023). Deviations: a neighbour that is still classified as its own class gets the next likely one, since the paper asks
 for the nearest *incorrect* class; neighbours are not clipped to the range of valid inputs, which is not known here;
 BatchNorm statistics stay as they are, since the removed records must not enter them; an epoch after which the loss on
-the new labels passes a bound is taken back. The relabelled records are held in memory.
+the new labels, or on a few records of what is left, passes a bound is taken back. The relabelled records are held in
+memory.
 
 Needs: classifiers; the removal of whole classes, unless told otherwise.
 """
@@ -20,7 +21,7 @@ from expunge.access import Sighted
 from expunge.batches import Examples, LossTerms
 from expunge.errors import ConfigError, UnsupportedModule
 from expunge.methods.classifier import in_eval_mode, labelled, logits, require_whole_classes
-from expunge.methods.guard import taking_back
+from expunge.methods.guard import a_few, taking_back
 from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, mean_loss, train
@@ -37,7 +38,9 @@ class BoundaryShrink:
     bound: float = 0.1  # of the step to the neighbour, in units of the inputs, every entry
     recipe: Recipe = Recipe(epochs=10, lr=0.01, schedule="constant")
     any_forget_set: bool = False  # go on although classes of removed records are also in what is left
-    loss_bound: float = 10.0  # mean loss on the new labels, nats a term, after which an epoch is taken back
+    loss_bound: float = (
+        10.0  # mean loss on the new labels or on what is left, nats a term, after which an epoch is taken back
+    )
 
     def __post_init__(self) -> None:
         for name in ("bound", "loss_bound"):
@@ -79,8 +82,13 @@ def boundary_shrink(model: nn.Module, given: Sighted, config: BoundaryShrink, *,
         trace.facts["crossed_share"] = crossed / len(relabelled)
 
     with trace.stage("train", model):
-        stop = taking_back(model, config.loss_bound, lambda now: mean_loss(now, relabelled, given.loss_terms, trace))
         terms, recipe = given.loss_terms, config.recipe
+        few = a_few(given.retain, seed)
+
+        def loss_of(now: nn.Module) -> float:
+            return max(mean_loss(now, data, terms, trace) for data in (relabelled, few))
+
+        stop = taking_back(model, config.loss_bound, loss_of, trace=trace)
         train(model, relabelled, terms, recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
     return model
 

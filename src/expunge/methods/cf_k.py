@@ -2,18 +2,21 @@
 
 Source: Goel et al., "Towards Adversarial Evaluations for Inexact Machine Unlearning" (2022), catastrophic forgetting in
 the last k layers; epochs, learning rate and k as in the RELOAD paper's baseline. Deviations: one cosine descent of the
-learning rate from 0.1 instead of warm restarts from 0.1 to 0.005, and batches of 128 instead of 64. What counts as a
-layer is in ``leaf_layers.py``.
+learning rate from 0.1 instead of warm restarts from 0.1 to 0.005, and batches of 128 instead of 64; an epoch after
+which the loss on a few records of what is left passes a bound is taken back. What counts as a layer is in
+``leaf_layers.py``.
 
 Needs: any loss.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from expunge.access import Blind
 from expunge.errors import ConfigError
+from expunge.methods.guard import keeping_what_is_left
 from expunge.methods.leaf_layers import last_layers, only_training
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -25,15 +28,18 @@ class CFk:
     """Train the last k layers of the trained model on what is left.
 
     Raises:
-        ConfigError: k is below 1.
+        ConfigError: k is below 1, or a loss bound that is not positive.
     """
 
     k: int = 3  # weight layers that are trained, counted from the output
     recipe: Recipe = Recipe(epochs=31, lr=0.1)
+    loss_bound: float = 5.0  # mean loss on what is left, nats a term, past which an epoch is taken back
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"k={self.k}: at least 1 layer must be trained.")
+        if not 0 < self.loss_bound < math.inf:
+            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
 
 
 SPACE: Space = {"k": Range(1, 7), "recipe.lr": Range(0.003, 0.3, log=True)}
@@ -50,5 +56,6 @@ def cf_k(model: nn.Module, given: Blind, config: CFk, *, seed: int, trace: Trace
     with trace.stage("freeze", model):
         layers = last_layers(model, given, config.k, "cf-k", trace)
     with trace.stage("train", model), only_training(model, layers, given.loss_terms) as terms:
-        train(model, given.retain, terms, config.recipe, seed=seed, trace=trace)
+        stop = keeping_what_is_left(model, given, config.loss_bound, trace)
+        train(model, given.retain, terms, config.recipe, seed=seed, trace=trace, stop=stop)
     return model

@@ -79,9 +79,8 @@ def require_whole_classes(given: Sighted, method: str, any_forget_set: bool) -> 
         ConfigError: A class of the removed records is also in what is left.
         UnsupportedModule: The batches are not (inputs, class numbers).
     """
-    with keeping_random_state():
-        removed = _classes(given.forget, method)
-        both = set() if any_forget_set else removed & _classes(given.retain, method)
+    removed = classes_in(given.forget, method)
+    both = set() if any_forget_set else removed & classes_in(given.retain, method)
     if both:
         raise ConfigError(
             f"{method} removes whole classes, and class {min(both)} is both among the removed records and in what is "
@@ -91,8 +90,14 @@ def require_whole_classes(given: Sighted, method: str, any_forget_set: bool) -> 
     return tuple(sorted(removed))
 
 
-def _classes(data: Batches, method: str) -> set[int]:
-    return {int(each) for _, labels in labelled(data, torch.device("cpu"), method) for each in labels.unique()}
+def classes_in(data: Batches, method: str) -> set[int]:
+    """The classes that the data has records of; inputs are not looked at.
+
+    Raises:
+        UnsupportedModule: The batches are not (inputs, class numbers).
+    """
+    with keeping_random_state():
+        return {int(each) for _, labels in labelled(data, torch.device("cpu"), method) for each in labels.unique()}
 
 
 def classifying_layer(model: nn.Module, inputs: Tensor, method: str) -> nn.Linear:

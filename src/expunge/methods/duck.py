@@ -22,7 +22,7 @@ from expunge.access import Sighted
 from expunge.batches import Batch, Batches, shuffled, to_device
 from expunge.errors import ConfigError
 from expunge.methods.classifier import classifying_layer, embeddings, in_eval_mode, inputs_and_labels, labelled, logits
-from expunge.methods.guard import taking_back
+from expunge.methods.guard import keeping_what_is_left, taking_back
 from expunge.seeds import derive, stream
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -80,6 +80,7 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
         with in_eval_mode(model):
             few = next(labelled(given.retain, device, "duck"))[0][:8]
         layer = classifying_layer(model, few, "duck")
+        trace.forwarded += len(few)
         centres, classes = centroids(model, layer, given.retain, trace)
         centres, classes = centres.to(layer.weight), classes.to(device)
 
@@ -98,7 +99,7 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
         trace.backwarded += len(labels)
         return config.retain_weight * kept + config.forget_weight * distance.mean()
 
-    diverged = taking_back(model, config.loss_bound)
+    diverged = taking_back(model, config.loss_bound, trace=trace)
 
     def stop(model: nn.Module, training_loss: float) -> str | None:
         reason = diverged(model, training_loss)
@@ -111,7 +112,8 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
         train(model, given.retain, both, config.recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
         trace.facts["distance_stopped"] = trace.stopped
     with trace.stage("repair", model):
-        train(model, given.retain, given.loss_terms, config.repair, seed=derive(seed, "repair"), trace=trace)
+        terms, again = given.loss_terms, keeping_what_is_left(model, given, config.loss_bound, trace)
+        train(model, given.retain, terms, config.repair, seed=derive(seed, "repair"), trace=trace, stop=again)
     return model
 
 

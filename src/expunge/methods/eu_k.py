@@ -15,6 +15,7 @@ from torch import nn
 
 from expunge.access import Blind
 from expunge.errors import ConfigError
+from expunge.methods.guard import note_if_nothing_was_learned
 from expunge.methods.leaf_layers import last_layers, only_training
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -54,6 +55,7 @@ def eu_k(model: nn.Module, given: Blind, config: EUk, *, seed: int, trace: Trace
         reinitialise_(model, layers, given.fresh_model(seed, model))
     with trace.stage("train", model), only_training(model, layers, given.loss_terms) as terms:
         train(model, given.retain, terms, config.recipe, seed=seed, trace=trace)
+        note_if_nothing_was_learned(trace)
     return model
 
 

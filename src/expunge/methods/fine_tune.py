@@ -1,14 +1,20 @@
 """FT: keep training on what is left, and hope that the rest is forgotten.
 
 Source: Warnecke et al., "Machine Unlearning of Features and Labels" (NDSS 2023) and the RELOAD paper's baseline.
-Deviations: none.
+Deviations: an epoch after which the loss on a few records of what is left passes a bound is taken back, and ends the
+training.
+
+Needs: any loss.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from expunge.access import Blind
+from expunge.errors import ConfigError
+from expunge.methods.guard import keeping_what_is_left
 from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train
@@ -16,9 +22,18 @@ from expunge.training import Recipe, train
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
-    """Train the trained model on what is left."""
+    """Train the trained model on what is left.
+
+    Raises:
+        ConfigError: A loss bound that is not positive.
+    """
 
     recipe: Recipe = Recipe(epochs=10, lr=0.01)  # as in SalUn (Fan et al., 2023)
+    loss_bound: float = 5.0  # mean loss on what is left, nats a term, past which an epoch is taken back
+
+    def __post_init__(self) -> None:
+        if not 0 < self.loss_bound < math.inf:
+            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
 
 
 SPACE: Space = {
@@ -30,5 +45,6 @@ SPACE: Space = {
 def fine_tune(model: nn.Module, given: Blind, config: FineTune, *, seed: int, trace: Trace) -> nn.Module:
     """Training, from where the model is."""
     with trace.stage("train", model):
-        train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace)
+        stop = keeping_what_is_left(model, given, config.loss_bound, trace)
+        train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, stop=stop)
     return model

@@ -12,7 +12,6 @@ Needs: classifiers whose logits come from a last linear layer.
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from expunge.access import Blind
 from expunge.batches import Batch, micro_batches, to_device
 from expunge.errors import ConfigError
 from expunge.methods.classifier import classifying_layer, in_eval_mode, inputs_and_labels, logits
+from expunge.methods.guard import taking_back
 from expunge.methods.per_example import examples_in, squared_gradients
 from expunge.params import Params
 from expunge.seeds import stream
@@ -71,7 +71,13 @@ def fisher(model: nn.Module, given: Blind, config: FisherForgetting, *, seed: in
         ConfigError: A removed class that the model does not have.
     """
     theta = params.named_parameters(model)
-    before = params.snapshot(theta)
+
+    def loss_of(now: nn.Module) -> float:
+        trace.facts["retain_loss"] = reached = mean_loss(now, given.retain, given.loss_terms, trace)
+        return reached
+
+    cure = "Nothing was unlearned. Lower alpha."
+    check = taking_back(model, config.loss_bound, loss_of, trace=trace, what="the noise", cure=cure)
 
     with trace.stage("information", model):
         last = _last_layer(model, given, config, trace)
@@ -82,6 +88,7 @@ def fisher(model: nn.Module, given: Blind, config: FisherForgetting, *, seed: in
         information = {name: total / count for name, total in squares.items()}
 
     with trace.stage("noise", model):
+        before = params.snapshot(theta)
         variances = noise_variances(information, last, config.alpha, config.removed_classes)
         add_noise_(theta, variances, last, config.removed_classes, seed)
         change = params.subtract(params.snapshot(theta), before)
@@ -89,15 +96,7 @@ def fisher(model: nn.Module, given: Blind, config: FisherForgetting, *, seed: in
         trace.stopped = "noise added"
 
     with trace.stage("check", model):
-        reached = mean_loss(model, given.retain, given.loss_terms, trace)
-        trace.facts["retain_loss"] = reached
-        if not reached <= config.loss_bound:
-            with torch.no_grad():
-                for name, p in theta.items():
-                    p.copy_(before[name])
-            trace.stopped = f"the loss {reached:.3g} passed the bound {config.loss_bound:g}; the noise was taken back"
-            trace.warnings.append(f"{trace.stopped}, so nothing was unlearned. Lower alpha.")
-            warnings.warn(trace.warnings[-1], stacklevel=2)
+        trace.stopped = check(model, math.nan) or trace.stopped
     return model
 
 

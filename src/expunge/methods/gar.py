@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from expunge.access import Sighted
 from expunge.batches import Batch
 from expunge.errors import ConfigError, ForgetSetAccessed
-from expunge.methods.guard import taking_back
+from expunge.methods.guard import LESS_ASCENT, keeping_what_is_left, taking_back
 from expunge.seeds import derive
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -62,10 +62,13 @@ def gar(model: nn.Module, given: Sighted, config: GAR, *, seed: int, trace: Trac
         return -given.loss_terms(model, batch)
 
     with trace.stage("ascend", model):
-        stop = taking_back(model, config.loss_bound, lambda now: mean_loss(now, original, given.loss_terms, trace))
-        up = derive(seed, "ascend")
+        up, terms = derive(seed, "ascend"), given.loss_terms
+        stop = taking_back(
+            model, config.loss_bound, lambda now: mean_loss(now, original, terms, trace), trace=trace, cure=LESS_ASCENT
+        )
         train(model, original, negated, config.ascent, seed=up, trace=trace, stop=stop, freeze_statistics=True)
         trace.facts["ascent_stopped"] = trace.stopped
     with trace.stage("relearn", model):
-        train(model, given.retain, given.loss_terms, config.descent, seed=derive(seed, "relearn"), trace=trace)
+        down, stop = derive(seed, "relearn"), keeping_what_is_left(model, given, config.loss_bound, trace)
+        train(model, given.retain, terms, config.descent, seed=down, trace=trace, stop=stop)
     return model

@@ -3,18 +3,19 @@
 Source: Thudi et al., "Unrolling SGD" (2022); Graves et al., "Amnesiac Machine Learning" (2021). Deviations:
 ascent has no minimum to converge to, so it ends before the epoch that passes a bound on the loss; BatchNorm statistics
 stay as they are, since the removed records must not enter them.
+
+Needs: any loss.
 """
 
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from expunge import params
 from expunge.access import Sighted
 from expunge.batches import Batch
 from expunge.errors import ConfigError
+from expunge.methods.guard import LESS_ASCENT, taking_back
 from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, mean_loss, train
@@ -41,22 +42,14 @@ SPACE: Space = {"recipe.lr": Range(1e-5, 0.1, log=True), "recipe.epochs": Range(
 
 def gradient_ascent(model: nn.Module, given: Sighted, config: GradientAscent, *, seed: int, trace: Trace) -> nn.Module:
     """Descent on the negated loss, until the bound or the last epoch."""
-    theta = params.named_parameters(model)
-    last = params.snapshot(theta)
+    forget, terms = given.forget, given.loss_terms
 
     def negated(model: nn.Module, batch: Batch) -> Tensor:
-        return -given.loss_terms(model, batch)
-
-    @torch.no_grad()
-    def stop(model: nn.Module, _: float) -> str | None:
-        reached = mean_loss(model, given.forget, given.loss_terms, trace)
-        if not reached <= config.loss_bound:
-            for name, p in theta.items():
-                p.copy_(last[name])
-            return f"the loss {reached:.3g} passed the bound {config.loss_bound:g}; the epoch was taken back"
-        last.update(params.snapshot(theta))
-        return None
+        return -terms(model, batch)
 
     with trace.stage("train", model):
-        train(model, given.forget, negated, config.recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
+        stop = taking_back(
+            model, config.loss_bound, lambda now: mean_loss(now, forget, terms, trace), trace=trace, cure=LESS_ASCENT
+        )
+        train(model, forget, negated, config.recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
     return model

@@ -66,7 +66,12 @@ def grda(model: nn.Module, given: Sighted, config: GRDA, *, seed: int, trace: Tr
             "Give Sighted(original=…), or take reload, which makes one such step from a cached gradient."
         )
     theta = params.named_parameters(model)
-    stop = taking_back(model, config.loss_bound, lambda now: mean_loss(now, given.retain, given.loss_terms, trace))
+    stop = taking_back(
+        model,
+        config.loss_bound,
+        lambda now: mean_loss(now, given.retain, given.loss_terms, trace),
+        trace=trace,
+    )
     trace.stopped = f"all {config.epochs} epochs done"
     with trace.stage("steps", model):
         for epoch in range(config.epochs):

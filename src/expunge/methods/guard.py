@@ -1,15 +1,28 @@
-"""The guard against destroying a model: an epoch after which the loss is past a bound is taken back."""
+"""The guard against destroying a model: what brought the loss past a bound is taken back, and that is noted."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from expunge.training import StopRule
+from expunge.access import Blind
+from expunge.batches import Batch, Batches, shuffled
+from expunge.seeds import keeping_random_state, stream
+from expunge.trace import Trace
+from expunge.training import StopRule, mean_loss
+
+SLOWER = "Lower the learning rate, or raise loss_bound if the loss is that large by nature."
+LESS_ASCENT = "Lower the learning rate of the ascent for a finer end."
 
 
 def taking_back(
-    model: nn.Module, bound: float, loss_of: Callable[[nn.Module], float] | None = None, *, what: str = "the epoch"
+    model: nn.Module,
+    bound: float,
+    loss_of: Callable[[nn.Module], float] | None = None,
+    *,
+    trace: Trace,
+    what: str = "the epoch",
+    cure: str = SLOWER,
 ) -> StopRule:
     """A stop rule that restores the last good state, weights and buffers, once the loss passes the bound.
 
@@ -18,7 +31,9 @@ def taking_back(
         bound: Mean loss, nats a term.
         loss_of: The loss to look at; without it, the mean training loss of the epoch, which costs nothing and is a
             step late.
+        trace: Gets a warning with the reason and the cure.
         what: What is taken back, for the reason it gives.
+        cure: What to do about it.
     """
     last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -29,9 +44,57 @@ def taking_back(
         if not reached <= bound:
             for name, tensor in state.items():
                 tensor.copy_(last[name])
-            return f"the loss {reached:.3g} passed the bound {bound:g}; {what} was taken back"
+            reason = f"the loss {reached:.3g} passed the bound {bound:g}; {what} was taken back"
+            trace.warn(f"{trace.method}: {reason}. {cure}")
+            return reason
         for name, tensor in state.items():
             last[name].copy_(tensor)
         return None
 
     return stop
+
+
+def keeping_what_is_left(model: nn.Module, given: Blind, bound: float, trace: Trace) -> StopRule:
+    """`taking_back` by the loss on a few records of what is left after every epoch.
+
+    Where that loss is large to begin with, by its nature or after an ascent, twice as much is the bound.
+    """
+    few = a_few(given.retain, trace.seed)
+    start = mean_loss(model, few, given.loss_terms, trace)
+    return taking_back(
+        model, max(bound, 2 * start), lambda now: mean_loss(now, few, given.loss_terms, trace), trace=trace
+    )
+
+
+def a_few(data: Batches, seed: int) -> list[Batch]:
+    """A few hundred records at random, or the first batch of data without positions: enough to see a wreck."""
+    with keeping_random_state():
+        return [next(shuffled(data, 256, stream(seed, "guard"))[1])]
+
+
+def note_if_destroyed(before: nn.Module, after: nn.Module, given: Blind, trace: Trace) -> None:
+    """Warn if a model is no better on what is left than an untrained one, seen on a few records, off the clock."""
+    few = a_few(given.retain, trace.seed)
+    was, now = (mean_loss(model, few, given.loss_terms) for model in (before, after))
+    if now <= 2 * was + 0.1:  # the rule; only in doubt is an untrained model built
+        return
+    fresh = given.fresh_model(trace.seed, before).to(next(before.parameters()))
+    untrained = mean_loss(fresh, few, given.loss_terms)
+    if not now < 0.9 * untrained:
+        trace.warn(
+            f"{trace.method}: the loss on what is left went from {was:.3g} to {now:.3g} nats a term, and an untrained "
+            f"model has {untrained:.3g}: the model is destroyed. Choose weaker settings, or fewer steps."
+        )
+
+
+def note_if_nothing_was_learned(trace: Trace) -> None:
+    """Warn if a training from scratch ended no better than it began: there is no better state to go back to."""
+    if not trace.losses:
+        return
+    last_epoch = trace.losses[trace.epoch_ends[-2] if len(trace.epoch_ends) > 1 else 0 :]
+    first, reached = trace.losses[0], sum(last_epoch) / len(last_epoch)
+    if reached >= first:
+        trace.warn(
+            f"{trace.method}: training from scratch ended at a loss of {reached:.3g}, where it began at {first:.3g}: "
+            "nothing was learned. Lower the learning rate."
+        )

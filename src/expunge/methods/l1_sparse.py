@@ -59,7 +59,7 @@ def l1_sparse(model: nn.Module, given: Blind, config: L1Sparse, *, seed: int, tr
         strength = config.alpha * (1 - epoch / config.recipe.epochs)
         return terms + strength * l1_norm(theta) if strength else terms
 
-    guard = taking_back(model, config.loss_bound, lambda _: float(torch.stack(plain).mean()))
+    guard = taking_back(model, config.loss_bound, lambda _: float(torch.stack(plain).mean()), trace=trace)
 
     def stop(model: nn.Module, training_loss: float) -> str | None:
         nonlocal epoch

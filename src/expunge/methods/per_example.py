@@ -41,7 +41,8 @@ def squared_gradients(
         model: Any module; the parameters that require a gradient take part.
         loss_terms: One or more terms an example, as many for every one.
         data: Any; batches whose tensors all have an example a row.
-        chunk: Gradients held at a time; it bounds the memory.
+        chunk: Gradients that vmap holds at a time; it bounds the memory. A batched pass takes four times as many
+            examples, and squares the gradients of a few at a time.
         limit: Only so many examples, drawn at random.
         seed: Names the stream they are drawn from.
         trace: Where to count the terms, as ``backwarded``.
@@ -67,7 +68,7 @@ def squared_gradients(
         probe(model, loss_terms, data, device)
         few = to_device(next(_in_batches(data, 3, None, 0)), device)
         by_layer, terms_an_example = _try_layers(model, loss_terms, theta, few)
-        size = chunk if by_layer else max(1, chunk // terms_an_example)
+        size = 4 * chunk if by_layer else max(1, chunk // terms_an_example)
         with progress.task("per-example gradients", None) as advance:
             for each in _in_batches(data, size, limit, seed):
                 batch = to_device(each, device)

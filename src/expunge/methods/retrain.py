@@ -1,6 +1,8 @@
 """Retraining from scratch on what is left: the yardstick, and the only exact answer.
 
 Source: by definition (Cao & Yang, 2015, call it the naive solution). Deviations: none.
+
+Needs: any loss.
 """
 
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from expunge.access import Blind
+from expunge.methods.guard import note_if_nothing_was_learned
 from expunge.space import Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train
@@ -29,4 +32,5 @@ def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace
     model = given.fresh_model(seed, model).to(device).train(model.training)
     with trace.stage("train", model):
         train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace)
+        note_if_nothing_was_learned(trace)
     return model

@@ -13,7 +13,6 @@ Needs: any loss.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -27,6 +26,7 @@ from expunge.access import Sighted
 from expunge.batches import Batch, Batches, LossTerms, indexed, plain, to_device
 from expunge.errors import ConfigError
 from expunge.methods.classifier import in_eval_mode
+from expunge.methods.guard import taking_back
 from expunge.methods.per_example import squared_gradients
 from expunge.params import Params
 from expunge.space import Range, Space
@@ -71,6 +71,13 @@ def ssd(model: nn.Module, given: Sighted, config: SSD, *, seed: int, trace: Trac
     """
     theta = params.named_parameters(model)
 
+    def loss_of(now: nn.Module) -> float:
+        trace.facts["retain_loss"] = reached = mean_loss(now, given.retain, given.loss_terms, trace)
+        return reached
+
+    cure = "Raise selection or dampening."
+    check = taking_back(model, config.loss_bound, loss_of, trace=trace, what="the dampening", cure=cure)
+
     with trace.stage("importance", model):
         removed, n_removed = importance(model, given.loss_terms, given.forget, config, trace)
         everything = given.retain if given.original is None else given.original
@@ -89,23 +96,13 @@ def ssd(model: nn.Module, given: Sighted, config: SSD, *, seed: int, trace: Trac
         trace.facts |= {"dampened_count": count, "dampened_norm": params.norm(change)}
         trace.stopped = f"{count} of {params.size(chosen)} entries dampened"
         if not count:
-            _warn(
-                trace,
+            trace.warn(
                 f"no entry is {config.selection:g} times as important to the removed records as to all data, so "
-                "nothing was changed. Lower selection.",
+                "nothing was changed. Lower selection."
             )
 
     with trace.stage("check", model):
-        reached = mean_loss(model, given.retain, given.loss_terms, trace)
-        trace.facts["retain_loss"] = reached
-        if not reached <= config.loss_bound:
-            with torch.no_grad():
-                for name, p in theta.items():
-                    p.copy_(before[name])
-            trace.stopped = (
-                f"the loss {reached:.3g} passed the bound {config.loss_bound:g}; the dampening was taken back"
-            )
-            _warn(trace, f"{trace.stopped}. Raise selection or dampening.")
+        trace.stopped = check(model, math.nan) or trace.stopped
     return model
 
 
@@ -161,8 +158,3 @@ def _in_order(data: Batches, size: int) -> Iterator[Batch]:
         return iter(plain(data))
     rows = range(0, len(known.positions), size)
     return known.fetch([slice(start, start + size) for start in rows])
-
-
-def _warn(trace: Trace, message: str) -> None:
-    warnings.warn(message, stacklevel=3)
-    trace.warnings.append(message)

@@ -155,7 +155,7 @@ def train_on_pairs(
         counted = 0
         return mean
 
-    diverged = taking_back(model, loss_bound, on_what_is_left)
+    diverged = taking_back(model, loss_bound, on_what_is_left, trace=trace)
 
     def either(model: nn.Module, training_loss: float) -> str | None:
         return diverged(model, training_loss) or (stop(model, training_loss) if stop else None)

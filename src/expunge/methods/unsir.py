@@ -100,7 +100,11 @@ def unsir(model: nn.Module, given: Sighted, config: Unsir, *, seed: int, trace: 
         return given.loss_terms(model, mixed)
 
     original = taking_back(
-        model, config.loss_bound, lambda now: mean_loss(now, given.retain, given.loss_terms, trace), what="everything"
+        model,
+        config.loss_bound,
+        lambda now: mean_loss(now, given.retain, given.loss_terms, trace),
+        trace=trace,
+        what="everything",
     )
     with trace.stage("impair", model):
         apart, recipe = derive(seed, "impair"), config.impair
