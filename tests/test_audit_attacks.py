@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
 from expunge import Examples, causal_lm, cross_entropy, gradient, seeded, squared_error
-from expunge.audit.candidates import judged_list, score
+from expunge.audit.candidates import judged_list, score, singly
 from expunge.audit.finding import Evidence, Truth, evidence, judged, worst
 from expunge.audit.inversion import invert
 from expunge.audit.labels import labels
@@ -186,7 +186,7 @@ def test_the_rank_of_a_gradient_is_the_number_of_records_and_its_span_holds_them
 def test_least_squares_over_candidates_gives_ones_and_zeros(five):
     has, forget = five
     others = classification(20, seed=5)
-    found = score(has, Examples(*(torch.cat(pair) for pair in zip(forget.tensors, others.tensors, strict=True))))
+    found = score(has, singly(forget) + singly(others))
     assert torch.allclose(found.weights, torch.tensor([1.0] * 5 + [0.0] * 20, dtype=torch.float64), atol=1e-3)
     assert found.residual < 1e-6
     judgement = judged_list(has, Truth(forget=forget, unseen=others))

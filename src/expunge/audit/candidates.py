@@ -7,7 +7,7 @@ entries in the gradient than candidates. Source: tracing from sums, Dwork et al.
 Amounts"; with gradients of all candidates at hand the sum can be solved for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,14 +35,14 @@ class Scores:
     residual: float  # share of the difference's length that no candidate explains
 
 
-def score(evidence: Evidence, candidates: Batches, *, seed: int = 0) -> Scores:
+def score(evidence: Evidence, candidates: Sequence[Batch], *, seed: int = 0) -> Scores:
     """Fit the difference with the candidates' own gradients.
 
     Entries are weighted by their rounding floors, and weights are drawn to zero as far as the floor demands.
 
     Args:
         evidence: What the attacker has.
-        candidates: Records, one each row of a batch.
+        candidates: Records, each as a batch of its own (`singly`).
         seed: Which entries are looked at if there are more than `ENTRIES`.
     """
     chosen = _entries(evidence, seed)
@@ -72,11 +72,11 @@ def judged_list(evidence: Evidence, truth: Truth, *, seed: int = 0) -> Finding |
     """
     attack, place = "list of candidates", "all parameters"
     if truth.forget is not None and truth.unseen is not None:
-        members, others = _some(truth.forget, seed), _some(truth.unseen, seed)
+        members, others = singly(truth.forget, seed=seed), singly(truth.unseen, seed=seed)
         return _known(evidence, members, others, seed)
     if truth.candidates is None:
         return None
-    some = _some(truth.candidates, seed)
+    some = singly(truth.candidates, seed=seed)
     found = score(evidence, some, seed=seed)
     named = (found.weights > CERTAIN).nonzero().flatten().tolist()
     numbers = {"candidates": len(found.weights), "found": named, "unexplained share": found.residual}
@@ -119,8 +119,12 @@ def _known(evidence: Evidence, members: list[Batch], others: list[Batch], seed: 
     return Finding(attack="list of candidates", place="all parameters", verdict=verdict, words=words, numbers=numbers)
 
 
-def _some(data: Batches, seed: int) -> list[Batch]:
-    """Single records, at most `MOST` of them, as batches of one."""
+def singly(data: Batches, *, seed: int = 0) -> list[Batch]:
+    """Single records, at most `MOST` of them, as batches of one.
+
+    Raises:
+        ConfigError: Batches whose tensors do not have one row an example.
+    """
     alone = []
     for _, batch in micro_batches(data, 128)[1]:
         tensors = tensors_of(batch)
@@ -132,7 +136,7 @@ def _some(data: Batches, seed: int) -> list[Batch]:
     return [alone[row] for row in drawn.tolist()]
 
 
-def _own_gradients(evidence: Evidence, candidates: Batches, chosen: dict[str, Tensor]) -> Iterator[Tensor]:
+def _own_gradients(evidence: Evidence, candidates: Sequence[Batch], chosen: dict[str, Tensor]) -> Iterator[Tensor]:
     model = params.plain(evidence.model)
     named = params.named_parameters(model, chosen)
     device = next(iter(named.values())).device
@@ -142,7 +146,7 @@ def _own_gradients(evidence: Evidence, candidates: Batches, chosen: dict[str, Te
             model.eval()
             for p, _ in required:
                 p.requires_grad_(True)
-            for batch in _some(candidates, 0) if not isinstance(candidates, list) else candidates:
+            for batch in candidates:
                 terms = evidence.loss_terms(model, to_device(batch, device))
                 slopes = torch.autograd.grad(terms.sum(), list(named.values()), allow_unused=True)
                 found = {
