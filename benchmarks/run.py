@@ -37,10 +37,10 @@ from expunge import (
 )
 from expunge.batches import LossTerms
 from expunge.files import write_text
-from expunge.metrics.compare import profile
-from expunge.metrics.outputs import Outputs
 from expunge.methods.fisher import every_class
 from expunge.methods.per_example import squared_gradients
+from expunge.metrics.compare import profile
+from expunge.metrics.outputs import Outputs
 from expunge.models.convnet import ConvNet
 from expunge.models.resnet import ResNet18
 from expunge.params import smallest

@@ -26,7 +26,8 @@ from torch import nn
 
 from expunge import Examples, Retrain, Sighted, cross_entropy, gradient, seeded, train
 from expunge.bench import digits_setup
-from expunge.bench.digits import FINE_TUNE, RECIPE, RELOAD, REMOVED, TRAIN, train_original
+from expunge.bench.entries import chosen, entries
+from expunge.bench.situations import FULL, REMOVED, train_original
 from expunge.data.digits import digits
 from expunge.metrics.forgetting import signed_forgetting
 from expunge.metrics.membership import loss_attack, matched_by_class
@@ -37,9 +38,14 @@ from expunge.metrics.roc import Attack
 from expunge.metrics.stats import Interval, equivalence, floor_margin, t_interval
 from expunge.rows import write_csv
 from expunge.scenarios.removal import random_removal
+from expunge.space import with_settings
 from expunge.unlearn import unlearn
 
 MODELS, ATTACKED, REFERENCES, SEED = 32, 16, 32, 0
+RECIPE, TRAIN = FULL.recipe, FULL.train
+RELOAD, FINE_TUNE = (
+    with_settings(entries(FULL.budget)[name].start, chosen("removal", name)) for name in ("reload", "fine-tune")
+)
 KINDS = ("original", "fine-tune", "reload", "retrain again")
 
 

@@ -132,7 +132,7 @@ def stability(removed: Gradient, full: Gradient, fraction: float, *, seed: int =
 
 
 def _alignment(full: Gradient) -> Check:
-    if full.aligned:
+    if full.micro_batches is not None:
         return Check("alignment", "go", "Records keep their positions, so that untouched ones cancel exactly.")
     words = (
         "The cache was made of data without positions: untouched records do not cancel, and the difference is coarse. "

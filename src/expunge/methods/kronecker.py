@@ -19,7 +19,7 @@ from expunge import params
 from expunge.batches import Batch, Batches, LossTerms, map_tensors, micro_batches, tensors_of, to_device
 from expunge.curvature import Block, Curvature, joined
 from expunge.errors import NotFinite, UnsupportedModule
-from expunge.methods.layer_squares import RULES
+from expunge.methods.layer_squares import RULES, patches, recorded
 from expunge.methods.per_example import squared_gradients
 from expunge.probe import probe
 from expunge.seeds import keeping_random_state
@@ -128,7 +128,7 @@ def _each(
     """What goes into each layer and the gradient of what comes out, for every batch and every term of an example."""
     device = next(model.parameters()).device
     for _, each in micro_batches(data, CHUNK)[1]:
-        with _recorded(layers) as calls:
+        with recorded([layer.module for layer in layers]) as calls:
             terms = loss_terms(model, to_device(each, device))
         examples = len(calls[layers[0].module][0][0])
         if len(terms) % examples:
@@ -154,7 +154,7 @@ def _factors(
             entered = calls[layer.module][0][0]
             module, examples = layer.module, len(entered)
             if isinstance(module, nn.Conv2d):
-                a = RULES[nn.Conv2d][0](module, entered)
+                a = patches(module, entered)
                 g = slope.flatten(2).unflatten(1, (module.groups, -1)).mT
             else:
                 a, g = (each.reshape(examples, 1, -1, each.shape[-1]) for each in (entered, slope))
@@ -169,7 +169,7 @@ def _usable_layers(
 ) -> list[_Layer]:
     """The layers that can be a block, found out on a few examples: those whose gradient is Σ g aᵀ there."""
     found = list(_candidates(model, theta))
-    with _recorded(found) as calls:
+    with recorded([layer.module for layer in found]) as calls:
         terms = loss_terms(model, batch)
     lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors_of(batch)}
     examples = lengths.pop() if len(lengths) == 1 else 0
@@ -208,23 +208,6 @@ def _candidates(model: nn.Module, theta: dict[str, nn.Parameter]) -> Iterator[_L
             own = [id(p) for p in (module.weight, module.bias) if p is not None and id(p) in names]
             if own and own[0] == id(module.weight) and all(owners.count(each) == 1 for each in own):
                 yield _Layer(module, tuple(names[each] for each in own))
-
-
-@contextmanager
-def _recorded(layers: list[_Layer]) -> Iterator[dict[nn.Module, list[tuple[Tensor, Tensor]]]]:
-    """What goes into and comes out of the layers while the block runs."""
-    calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {layer.module: [] for layer in layers}
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
-        calls[module].append((next(iter((*inputs, *named.values()))).detach(), output))
-        return output.clone()  # what comes behind may change it in place
-
-    handles = [layer.module.register_forward_hook(record, with_kwargs=True) for layer in layers]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def layer_squares(
     owners = _owners(model, theta)
     if owners is None:
         return None
-    with _recorded(list(owners)) as calls:
+    with recorded(list(owners)) as calls:
         terms = loss_terms(model, batch)
     if len(terms) % examples or any(len(seen) > 1 for seen in calls.values()):
         return None
@@ -89,13 +89,14 @@ def _linear(layer: nn.Module, entered: Tensor, slopes: Slopes) -> Params:
     return {"weight": _products(g.transpose(2, 3), entered.flatten(1, -2)), "bias": _squared(g.sum(2))}
 
 
-def _conv2d(layer: nn.Module, entered: Tensor, slopes: Slopes) -> Params:
-    assert isinstance(layer, nn.Conv2d)
+def patches(layer: nn.Conv2d, entered: Tensor) -> Float[Tensor, "examples groups places within"]:
+    """What each output of a convolution is the product of the weight with, group by group."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = functional.pad(entered, layer._reversed_padding_repeated_twice, mode)
     down, right = padded.stride()[2:]
-    grid = slopes.shape[3:]
-    patches = padded.as_strided(  # twice as fast as unfold
+    size = zip(padded.shape[2:], layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    grid = [(length - dilation * (kernel - 1) - 1) // stride + 1 for length, kernel, dilation, stride in size]
+    found = padded.as_strided(  # twice as fast as unfold
         (*padded.shape[:2], *layer.kernel_size, *grid),
         (
             *padded.stride()[:2],
@@ -104,10 +105,15 @@ def _conv2d(layer: nn.Module, entered: Tensor, slopes: Slopes) -> Params:
             down * layer.stride[0],
             right * layer.stride[1],
         ),
-    ).reshape(len(padded), padded.shape[1], -1, grid.numel())
+    )
+    return found.reshape(len(padded), layer.groups, -1, math.prod(grid)).transpose(2, 3)
+
+
+def _conv2d(layer: nn.Module, entered: Tensor, slopes: Slopes) -> Params:
+    assert isinstance(layer, nn.Conv2d)
     g = slopes.flatten(3)
-    parts = zip(g.chunk(layer.groups, 2), patches.chunk(layer.groups, 1), strict=True)
-    weight = torch.cat([_products(own, each.flatten(1, 2).transpose(1, 2)) for own, each in parts])
+    parts = zip(g.chunk(layer.groups, 2), patches(layer, entered).unbind(1), strict=True)
+    weight = torch.cat([_products(own, each) for own, each in parts])
     return {"weight": weight.view_as(layer.weight), "bias": _squared(g.sum(3))}
 
 
@@ -175,7 +181,7 @@ def _owners(model: nn.Module, theta: dict[str, nn.Parameter]) -> dict[nn.Module,
 
 
 @contextmanager
-def _recorded(layers: list[nn.Module]) -> Iterator[dict[nn.Module, list[tuple[Tensor, Tensor]]]]:
+def recorded(layers: list[nn.Module]) -> Iterator[dict[nn.Module, list[tuple[Tensor, Tensor]]]]:
     """What goes into and comes out of the layers while the block runs."""
     calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
 
