@@ -1,13 +1,16 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from expunge import Blind, Reload, cache, cross_entropy, unlearn
 from expunge.cli import main
 from expunge.methods import METHODS
+from expunge.weights import load_weights
 
 SETUP = """
 import torch
@@ -75,7 +78,7 @@ def test_cache_unlearn_evaluate_and_show_work_together(folder, capsys):
     capsys.readouterr()
     assert main(["evaluate", "setup.py", "--weights", "u.safetensors", "--retrained", "w.safetensors", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert {each["metric"] for each in report["u.safetensors"]} == {"NA", "TA", "NSKL"}
+    assert {each["metric"] for each in report["u.safetensors"]} == {"NA", "TA", "NSKL", "ECE", "Brier"}
     assert main(["show", "c.safetensors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["count"] == 60
 
@@ -88,6 +91,20 @@ def test_human_output_names_what_was_written_and_warns_of_the_cache(folder, caps
     assert "personal data" in out
     assert main(["evaluate", "setup.py", "--weights", "w.safetensors"]) == 0
     assert "defines no forget()" in capsys.readouterr().out
+
+
+def test_the_command_line_gives_the_bits_that_python_gives(folder):
+    cached()
+    assert unlearned("--seed", "3", *RELOAD) == 0
+    names: dict = {}
+    exec(SETUP, names)
+    model = load_weights(names["model"](0), "w.safetensors")
+    full = cache.load("c.safetensors", model, cross_entropy)
+    given = Blind(retain=names["retain"](), loss_terms=cross_entropy, fresh=names["model"], full=full)
+    config = Reload(reset_fraction=0.2, fine_tune=replace(Reload().fine_tune, epochs=2, lr=0.05))
+    state = unlearn(model, given, config, seed=3).model.state_dict()
+    stored = load_file("u.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in state.items())
 
 
 def test_the_same_seed_gives_the_same_file(folder):

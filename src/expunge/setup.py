@@ -19,7 +19,6 @@ from torch import nn
 from expunge.batches import Batches, LossTerms
 from expunge.errors import ConfigError, ExpungeError
 from expunge.metrics.outputs import Logits, images_and_labels
-from expunge.seeds import seeded
 
 SETUP = "expunge_setup_"  # what the names of setup modules begin with
 
@@ -32,9 +31,8 @@ class Setup:
     module: ModuleType
 
     def model(self, seed: int) -> nn.Module:
-        """An untrained model."""
-        with seeded(seed, "fresh"):
-            model = self._call("model", seed)
+        """An untrained model; the global generators, which it may draw from, are the caller's to seed."""
+        model = self._call("model", seed)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"{self.path}: model({seed}) returned {type(model).__name__}, not a torch.nn.Module.")
         return model

@@ -85,11 +85,11 @@ def rows(found: Evaluation) -> list[Row]:
     made: list[Row] = [] if found.before is None else list(_rows(found, ORIGINAL, 0, found.before.values))
     for number, reference in enumerate(found.references):
         if found.before is not None:
-            made += _rows(found, ORIGINAL, number, distances(found.before, reference))
+            made += _rows(found, ORIGINAL, number, distances(found.before, reference, full=True))
         made += _rows(found, REFERENCE, number, reference.values)
-        made += _rows(found, found.method, number, distances(found.subject, reference))
+        made += _rows(found, found.method, number, distances(found.subject, reference, full=True))
     for number, (first, second) in enumerate(itertools.combinations(found.references, 2)):
-        made += _rows(found, FLOOR, number, distances(second, first))
+        made += _rows(found, FLOOR, number, distances(second, first, full=True))
     return [*made, *_rows(found, found.method, 0, found.subject.values)]
 
 

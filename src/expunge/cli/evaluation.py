@@ -54,11 +54,11 @@ def evaluate(
     if not splits:
         raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
 
-    architecture = loaded.model(0)
+    architecture = trained_model(loaded, weights, device)
 
     def measured(path: Path) -> Profile:
-        model = trained_model(loaded, path, device)
-        return profile({split: outputs(model, loaded.data(split), loaded.logits) for split in splits})
+        model = architecture if path == weights else trained_model(loaded, path, device)
+        return profile({split: outputs(model, loaded.data(split), loaded.logits) for split in splits}, full=True)
 
     found = evaluation.Evaluation(
         setup=setup,

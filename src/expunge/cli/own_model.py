@@ -20,6 +20,7 @@ from expunge.errors import ConfigError
 from expunge.files import write_text
 from expunge.gradient import MICRO_BATCH, gradient
 from expunge.methods import METHODS, Method, method_of
+from expunge.seeds import keeping_random_state
 from expunge.setup import Setup, load_setup
 from expunge.unlearn import unlearn as unlearn_model
 from expunge.weights import load_weights, save_weights
@@ -170,7 +171,8 @@ def trained_model(setup: Setup, weights: Path, device: str) -> nn.Module:
         ConfigError: There is no such device.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model = load_weights(setup.model(0), weights)
+    with keeping_random_state():
+        model = load_weights(setup.model(0), weights)
     try:
         return model.to(name)
     except (RuntimeError, AssertionError) as error:

@@ -1,20 +1,15 @@
-"""All metrics of a model at once, its distances to a retrained one, and whether they are within the noise floor."""
+"""All metrics of a model at once, and its distances to a retrained one."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from expunge.definitions import METRICS
-from expunge.errors import ConfigError
 from expunge.metrics.calibration import brier, expected_calibration_error
 from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
 from expunge.metrics.forgetting import against_unseen, signed_forgetting
 from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched
 from expunge.metrics.outputs import Outputs
 from expunge.metrics.representation import activation_distance
-from expunge.metrics.stats import Margin, floor_margin
 
 Splits = Mapping[str, Outputs]  # any of "retain", "forget", "test", "triggered", "domain"
 _ACCURACIES = {
@@ -43,30 +38,6 @@ class Profile:
 
     splits: Splits
     values: list[Measured]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How a model's distance to retrained models compares with their distances to each other."""
-
-    metric: str
-    unit: str
-    split: str
-    n: int  # records
-    distances: tuple[float, ...]  # to each retrained model
-    floor: tuple[float, ...]  # between retrained models, all pairs
-    margin: Margin  # the δ that this floor gives
-    p: float  # of "the model is one of the retrained ones"; never below 1 / (retrained models + 1)
-
-    @property
-    def mean(self) -> float:
-        """Mean distance to the retrained models."""
-        return float(np.mean(self.distances))
-
-    @property
-    def within(self) -> bool:
-        """Whether the model is, on average, as close to retrained models as 95 % of their pairs are."""
-        return self.mean <= self.margin.delta
 
 
 def profile(splits: Splits, *, seed: int = 0, full: bool = False) -> Profile:
@@ -128,52 +99,6 @@ def distances(model: Profile, retrained: Profile, *, full: bool = False) -> list
         found.append(_measured("Over-forgetting", signed.over, "forget", forget))
         apart = activation_distance(forget, reference_forget)
         found.append(_measured("Activation distance", apart, "forget", forget))
-    return found
-
-
-def verdicts(model: Profile, retrained: Sequence[Profile], *, full: bool = False) -> list[Verdict]:
-    """A model beside k retrained ones: is it further from them than they are from each other?
-
-    Each distance is taken to every retrained model, and between every two of them. ``p`` asks whether the model could
-    be one of them: among the k + 1 models, the share whose mean distance to the others is at least the model's. It
-    assumes nothing about the numbers, but with k models it cannot be below 1 / (k + 1): 19 are needed for 0.05.
-    One model and one removal say nothing of others; `stats.equivalence` and `stats.non_inferiority` are for seeds.
-
-    Args:
-        model: Of the model in question.
-        retrained: Of at least three models that were retrained with other seeds.
-        full: Also the second group of distances.
-
-    Raises:
-        ConfigError: Fewer than three retrained models.
-        MismatchError: Measurements on other examples.
-    """
-    if len(retrained) < 3:
-        raise ConfigError(f"{len(retrained)} retrained models: a floor with a spread needs at least 3.")
-    everyone = [model, *retrained]
-    apart = {
-        (i, j): distances(everyone[i], everyone[j], full=full)
-        for i, j in itertools.permutations(range(len(everyone)), 2)
-    }
-    found = []
-    for row, first in enumerate(apart[0, 1]):
-        table = np.zeros((len(everyone), len(everyone)))
-        for (i, j), measured in apart.items():
-            table[i, j] = measured[row].value
-        means = table.sum(axis=1) / len(retrained)
-        floor = table[1:, 1:][np.triu_indices(len(retrained), 1)]
-        found.append(
-            Verdict(
-                metric=first.metric,
-                unit=first.unit,
-                split=first.split,
-                n=first.n,
-                distances=tuple(table[0, 1:].tolist()),
-                floor=tuple(floor.tolist()),
-                margin=floor_margin(floor, shape="gap" if first.metric.startswith("Δ") else "divergence"),
-                p=float(np.mean(means >= means[0])),
-            )
-        )
     return found
 
 
