@@ -28,7 +28,6 @@ from expunge.curvature import Curvature
 from expunge.errors import ConfigError, NotInformative
 from expunge.gradient import MICRO_BATCH, Gradient, gradient
 from expunge.methods.choice import Masks, Scope, at_most, choose, decimal, smallest_share
-from expunge.methods.guard import keeping_what_is_left
 from expunge.methods.kronecker import diagonal_fisher, kronecker_fisher
 from expunge.methods.reinitialise import (
     ResetTo,
@@ -77,7 +76,6 @@ class Reload:
     statistics: Statistics = "kept"  # of BatchNorm: those of the trained model, or of what is left
     tolerance: float = 0.05  # of the stop rule: share of the original's loss
     patience: int = 10  # epochs without a lower training loss that end fine-tuning; 0: never
-    loss_bound: float = 5.0  # mean loss on what is left, nats a term, past which an epoch of it is taken back
     published_code: tuple[Departure, ...] = ()  # departures of the released code to follow
     fine_tune: Recipe = Recipe(epochs=35, lr=0.1, batch_size=256)  # how to train on what is left
 
@@ -94,8 +92,6 @@ class Reload:
             value = getattr(self, name)
             if value != other and not 0 < value < math.inf:
                 raise ConfigError(f"{name}={value}: must be positive, or {other!r}.")
-        if not 0 < self.loss_bound < math.inf:
-            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
         if not 0 <= self.tolerance < math.inf or self.patience < 0:
             raise ConfigError(f"tolerance={self.tolerance}, patience={self.patience}: must be 0 or more.")
         for name, kind in (("selector", Name), ("scope", Scope), ("reset_to", ResetTo), ("statistics", Statistics)):
@@ -188,8 +184,7 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
             trace.facts["statistics_layers"] = layers
 
     with trace.stage("fine-tune", model):
-        guard = keeping_what_is_left(model, given, config.loss_bound, trace)
-        converged = until_converged(
+        stop = until_converged(
             given.retain,
             given.loss_terms,
             target=full.mean_loss,
@@ -197,15 +192,7 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
             patience=config.patience,
             trace=trace,
         )
-        train(
-            model,
-            given.retain,
-            given.loss_terms,
-            config.fine_tune,
-            seed=seed,
-            trace=trace,
-            stop=lambda now, loss: guard(now, loss) or converged(now, loss),
-        )
+        train(model, given.retain, given.loss_terms, config.fine_tune, seed=seed, trace=trace, stop=stop)
     trace.facts |= {"eps": eps, "target_loss": full.mean_loss}
     return model
 
