@@ -399,7 +399,7 @@ def test_settings_with_lists_survive_json():
 
 def test_fine_tuning_may_get_worse_before_it_gets_better_and_a_wreck_at_the_end_is_named():
     here = world()
-    wild = Recipe(epochs=4, lr=1e3, batch_size=16, momentum=0.0, weight_decay=0.0, schedule="constant")
+    wild = Recipe(epochs=4, lr=30.0, batch_size=16, momentum=0.0, weight_decay=0.0, schedule="constant")
     with pytest.warns(UserWarning, match="reload: .* the model is destroyed"):
         result = unlearn(here.model, here.blind(), Reload(reset_fraction=0.1, priming_lr=None, fine_tune=wild))
     assert any("destroyed" in warning for warning in result.trace.warnings)
