@@ -277,6 +277,18 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
         read_arrays(path)
 
 
+def test_an_array_of_objects_whose_pointers_the_file_chooses_is_never_made(tmp_path):
+    path = tmp_path / "batch"
+    pointers = b"cnumpy\nndarray\n(K\x01\x85U\x01Oc__builtin__\nbytearray\nU\x08AAAAAAAA\x85RtR"
+    path.write_bytes(b"\x80\x02}U\x04data" + pointers + b"s.")
+    with pytest.raises(CorruptData, match="is not a file of arrays"):
+        read_arrays(path)
+    for array in (np.array([None, "x"]), np.arange(3.0), np.asfortranarray(some(2)[:, :4])):
+        path.write_bytes(pickle.dumps({b"data": array}, protocol=3))
+        with pytest.raises(CorruptData, match=r"not of bytes|not one of bytes"):
+            read_arrays(path)
+
+
 def test_arrays_of_a_recent_numpy_are_read_too(tmp_path):
     path = tmp_path / "batch"
     path.write_bytes(pickle.dumps({b"data": some(2)}, protocol=3))

@@ -37,7 +37,6 @@ def get(name: str, folder: Path | str, *, base: str = "") -> None:
         name: One of `SOURCES`.
         folder: Of all datasets.
         base: Another address to get the files from, such as that of a mirror; checksums stay the official ones.
-        progress: Given a file's name, what to call with each piece.
 
     Raises:
         ConfigError: No dataset of this name, or an address that is none.

@@ -148,6 +148,9 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
         trace.facts |= {"removed_count": removed.count, "cached_count": full.count}
         _require_informative(removed, trace)
         values = new_values(model, theta, given, config.reset_to, std=config.reset_std, seed=seed)
+        if "normal-1d" in config.published_code:
+            one_d = [name for name, value in values.items() if value.ndim == 1]
+            values |= {name: normal(values[name], 2, seed, name, "normal-1d") for name in one_d}
         eps = _eps(removed, config)
 
     change, curvature = None, None
@@ -173,9 +176,6 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
         chosen = _choose(SELECTORS[config.selector](evidence), removed, full, config, trace)
 
     with trace.stage("re-initialise", model):
-        if "normal-1d" in config.published_code:
-            one_d = [name for name, value in values.items() if value.ndim == 1]
-            values |= {name: normal(values[name], 2, seed, name, "normal-1d") for name in one_d}
         reinitialise_(theta, values, chosen)
 
     if config.statistics == "re-estimated":
