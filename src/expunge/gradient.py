@@ -337,18 +337,15 @@ def _exact_kernels(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode, and gradients of the chosen parameters only; everything restored behind the block."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    wanted = {id(p) for p in chosen.values()}
-    for p, _, _ in before:
-        p.requires_grad_(id(p) in wanted)
+    before = [(p, p.grad) for p in model.parameters()]
+    for p, _ in before:
         p.grad = None
     try:
-        with params.restoring_modes(model), torch.enable_grad():
+        with params.restoring_modes(model), params.requiring_gradients(model, chosen.values()), torch.enable_grad():
             model.eval()
             yield
     finally:
-        for p, required, grad in before:
-            p.requires_grad_(required)
+        for p, grad in before:
             p.grad = grad
 
 

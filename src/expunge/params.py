@@ -42,6 +42,20 @@ def restoring_modes(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def requiring_gradients(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let these parameters require gradients and no others; put all flags back behind the block."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    wanted = {id(p) for p in chosen}
+    for p, _ in before:
+        p.requires_grad_(id(p) in wanted)
+    try:
+        yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
+
+
 def named_parameters(model: nn.Module, select: Select | None = None) -> dict[str, nn.Parameter]:
     """The parameters that training moves, by name; a tied parameter once, under its first name.
 

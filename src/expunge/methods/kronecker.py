@@ -9,7 +9,6 @@ do. It is taken in eval mode, and of what is left only.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +48,7 @@ def diagonal_fisher(
         NotFinite: A loss or a gradient is NaN or infinite.
     """
     theta = params.named_parameters(model, names)
-    with _only_gradients_of(model, theta.values()):
+    with params.requiring_gradients(model, theta.values()):
         squares = squared_gradients(model, loss_terms, data, trace=trace)
     return Curvature({name: squares[name] for name in theta})
 
@@ -73,7 +72,7 @@ def kronecker_fisher(
     with (
         params.restoring_modes(model),
         keeping_random_state(),
-        _only_gradients_of(model, theta.values()),
+        params.requiring_gradients(model, theta.values()),
         torch.enable_grad(),
     ):
         model.eval()
@@ -208,16 +207,3 @@ def _candidates(model: nn.Module, theta: dict[str, nn.Parameter]) -> Iterator[_L
             own = [id(p) for p in (module.weight, module.bias) if p is not None and id(p) in names]
             if own and own[0] == id(module.weight) and all(owners.count(each) == 1 for each in own):
                 yield _Layer(module, tuple(names[each] for each in own))
-
-
-@contextmanager
-def _only_gradients_of(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    wanted = {id(p) for p in chosen}
-    for p, _ in before:
-        p.requires_grad_(id(p) in wanted)
-    try:
-        yield
-    finally:
-        for p, required in before:
-            p.requires_grad_(required)
