@@ -143,7 +143,7 @@ def test_squares_are_those_of_a_loop_over_single_examples(kind, loss_terms):
 def test_one_batched_pass_and_vmap_agree(kind, monkeypatch):
     model, data = case(kind)
     passes = squared_gradients(model, every_class, data)
-    monkeypatch.setattr(per_example, "_try_layers", lambda *_: (False, CLASSES))
+    monkeypatch.setattr(per_example, "_try_layers", lambda *_: (0, CLASSES))
     monkeypatch.setattr(per_example, "layer_squares", None)
     close(passes, squared_gradients(model, every_class, data))
 
@@ -159,7 +159,8 @@ def test_common_layers_take_the_batched_pass_and_others_do_not(kind, batched):
     model, data = case(kind)
     model.eval()
     theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert per_example._try_layers(model, cross_entropy, theta, data.tensors) == (batched, 1)
+    numbers, terms = per_example._try_layers(model, cross_entropy, theta, data.tensors)
+    assert (numbers > 0, terms) == (batched, 1)
 
 
 def test_a_weight_used_outside_its_layer_is_what_the_batched_pass_cannot_see():
@@ -362,3 +363,16 @@ def test_refuses_what_is_no_classifier():
     given = Blind(retain=data, loss_terms=squared_error, fresh=here.fresh)
     with without_type_checks(), pytest.raises(UnsupportedModule, match="fisher works on classifiers"):
         unlearn(here.model, given, FisherForgetting())
+
+
+@pytest.mark.parametrize(("cached", "largest"), [(1, 5), (7 * 7, 7), (10**9, 20)])
+def test_a_batched_pass_takes_as_many_examples_as_a_processor_keeps_close(cached, largest, monkeypatch):
+    monkeypatch.setattr(per_example, "CACHED", cached)
+    data, lengths = Examples(torch.randn(41, 4), torch.arange(41) % 7), []
+
+    def terms(model: nn.Module, batch) -> Tensor:
+        lengths.append(len(batch[0]))
+        return cross_entropy(model, batch)
+
+    squared_gradients(nn.Linear(4, 7), terms, data, chunk=5)
+    assert lengths[-2] == largest

@@ -16,7 +16,7 @@ from torch.nn import functional
 from expunge.batches import Batch, LossTerms
 from expunge.params import Params
 
-Slopes = Float[Tensor, "terms examples ..."]  # the gradients of an output, for some terms of every example
+Slopes = Float[Tensor, "examples terms ..."]  # the gradients of an output, for some terms of every example
 Rule = Callable[[nn.Module, Tensor, Slopes], Params]  # with a layer's input: squared gradients, summed over both
 PIECE = 2**21  # numbers held at a time while the gradients of a layer are squared: what fits into a processor's cache
 SLOPES = 2**26  # and while the gradients of outputs are held
@@ -24,8 +24,8 @@ SLOPES = 2**26  # and while the gradients of outputs are held
 
 def layer_squares(
     model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Parameter], batch: Batch, examples: int
-) -> tuple[Params, Tensor] | None:
-    """The squared gradient of every term, summed over the terms of a batch, and the terms.
+) -> tuple[Params, Tensor, int] | None:
+    """The squared gradient of every term, summed over the terms of a batch, the terms, and how many numbers they need.
 
     Whoever calls it compares its answer with the definition on a few examples: parameters used outside their layer, or
     a loss with its terms in another order, are not seen here.
@@ -53,25 +53,30 @@ def layer_squares(
     wide = torch.float32 if terms.device.type == "mps" else torch.float64
     total = {name: torch.zeros(p.shape, dtype=wide, device=p.device) for name, p in theta.items()}
     outputs = [output for _, output in ran.values()]
-    at_once = max(1, SLOPES // max(sum(output.numel() for output in outputs), 1))
+    numbers = max(sum(output.numel() for output in outputs), 1)
+    at_once = max(1, SLOPES // numbers)
     for group in terms.view(examples, -1).sum(0).split(at_once):
         found = [torch.autograd.grad(term, outputs, retain_graph=True, allow_unused=True) for term in group]
         with torch.no_grad():
             for (layer, (entered, _)), slopes in zip(ran.items(), zip(*found, strict=True), strict=True):
                 known = [slope for slope in slopes if slope is not None]
                 if known:
-                    _add_squares_(total, owners[layer], layer, entered, torch.stack(known))
-    return total, terms.detach()
+                    _add_squares_(total, owners[layer], layer, entered, _stacked(known))
+    return total, terms.detach(), numbers
+
+
+def _stacked(slopes: list[Tensor]) -> Slopes:
+    return torch.stack(slopes, 1) if len(slopes) > 1 else slopes[0].unsqueeze(1)  # one of them is not copied
 
 
 def _add_squares_(total: Params, names: dict[str, str], layer: nn.Module, entered: Tensor, slopes: Slopes) -> None:
     """Add the squares of a layer to the total, a few examples at a time."""
     weight = next(layer.parameters(recurse=False))
-    numbers = len(slopes) * (weight.numel() + slopes[0, 0].numel())
+    numbers = slopes.shape[1] * weight.numel() + slopes[0].numel()
     numbers += entered[0].numel() * (math.prod(layer.kernel_size) if isinstance(layer, nn.Conv2d) else 1)
     narrow = torch.promote_types(slopes.dtype, torch.float32)
     size = len(entered) if _is_flat(layer, entered) else max(1, PIECE // numbers)
-    for a, g in zip(entered.split(size), slopes.split(size, 1), strict=True):
+    for a, g in zip(entered.split(size), slopes.split(size), strict=True):
         for own, squares in RULES[type(layer)](layer, a.to(narrow), g.to(narrow)).items():
             if own in names:
                 total[names[own]] += squares
@@ -83,7 +88,7 @@ def _is_flat(layer: nn.Module, entered: Tensor) -> bool:
 
 def _linear(layer: nn.Module, entered: Tensor, slopes: Slopes) -> Params:
     if _is_flat(layer, entered):  # an outer product: its square is that of the squares
-        g = slopes.square().sum(0)
+        g = slopes.square().sum(1)
         return {"weight": g.T @ entered.square(), "bias": g.sum(0)}
     g = slopes.flatten(2, -2)
     return {"weight": _products(g.transpose(2, 3), entered.flatten(1, -2)), "bias": _squared(g.sum(2))}
@@ -118,16 +123,16 @@ def _conv2d(layer: nn.Module, entered: Tensor, slopes: Slopes) -> Params:
 
 
 def _products(
-    g: Float[Tensor, "terms examples rows places"], a: Float[Tensor, "examples places columns"]
+    g: Float[Tensor, "examples terms rows places"], a: Float[Tensor, "examples places columns"]
 ) -> Float[Tensor, "rows columns"]:
     """The squares of g @ a, summed over terms and examples."""
     rows = g.shape[2]
-    products = g.transpose(0, 1).flatten(1, 2) @ a
+    products = g.flatten(1, 2) @ a
     summed: Tensor = products.square_().sum(0)
     return summed.unflatten(0, (-1, rows)).sum(0)  # type: ignore[no-any-return]
 
 
-def _squared(each: Float[Tensor, "terms examples entries"]) -> Float[Tensor, " entries"]:
+def _squared(each: Float[Tensor, "examples terms entries"]) -> Float[Tensor, " entries"]:
     return each.square().sum((0, 1))
 
 
@@ -144,14 +149,14 @@ def _group_norm(layer: nn.Module, entered: Tensor, slopes: Slopes) -> Params:
 
 def _by_channel(normal: Tensor, slopes: Slopes) -> Params:
     g = slopes.reshape(*slopes.shape[:3], -1)
-    return {"weight": _squared((g * normal.reshape(g.shape[1:])).sum(3)), "bias": _squared(g.sum(3))}
+    return {"weight": _squared((g * normal.reshape(g[:, :1].shape)).sum(3)), "bias": _squared(g.sum(3))}
 
 
 def _layer_norm(layer: nn.Module, entered: Tensor, slopes: Slopes) -> Params:
     assert isinstance(layer, nn.LayerNorm)
     normal = functional.layer_norm(entered, layer.normalized_shape, eps=layer.eps)
     shape = (*slopes.shape[:2], -1, *layer.normalized_shape)
-    weight, bias = (slopes * normal).reshape(shape).sum(2), slopes.reshape(shape).sum(2)
+    weight, bias = (slopes * normal.unsqueeze(1)).reshape(shape).sum(2), slopes.reshape(shape).sum(2)
     return {"weight": weight.square().sum((0, 1)), "bias": bias.square().sum((0, 1))}
 
 

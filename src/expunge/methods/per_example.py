@@ -5,6 +5,7 @@ layers take one batched pass (``layer_squares.py``), once its answer on a few ex
 others `torch.func.vmap`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from expunge.params import Params
 from expunge.probe import probe
 from expunge.seeds import keeping_random_state, stream
 from expunge.trace import Trace
+
+CACHED = 2**23  # numbers that come out of the layers in a batched pass on a processor: more of them wait for its memory
 
 
 def squared_gradients(
@@ -41,8 +44,8 @@ def squared_gradients(
         model: Any module; the parameters that require a gradient take part.
         loss_terms: One or more terms an example, as many for every one.
         data: Any; batches whose tensors all have an example a row.
-        chunk: Gradients that vmap holds at a time; it bounds the memory. A batched pass takes four times as many
-            examples, and squares the gradients of a few at a time.
+        chunk: Gradients that vmap holds at a time; it bounds the memory. A batched pass takes up to four times
+            as many examples, and squares the gradients of a few at a time.
         limit: Only so many examples, drawn at random.
         seed: Names the stream they are drawn from.
         trace: Where to count the terms, as ``backwarded``.
@@ -67,13 +70,14 @@ def squared_gradients(
         model.eval()
         probe(model, loss_terms, data, device)
         few = to_device(next(_in_batches(data, 3, None, 0)), device)
-        by_layer, terms_an_example = _try_layers(model, loss_terms, theta, few)
-        size = 4 * chunk if by_layer else max(1, chunk // terms_an_example)
+        numbers, terms_an_example = _try_layers(model, loss_terms, theta, few)
+        most = CACHED // numbers if numbers and device.type == "cpu" else 4 * chunk
+        size = min(4 * chunk, max(chunk, most)) if numbers else max(1, chunk // terms_an_example)
         with progress.task("per-example gradients", None) as advance:
             for each in _in_batches(data, size, limit, seed):
                 batch = to_device(each, device)
-                found = layer_squares(model, loss_terms, theta, batch, _length(batch)) if by_layer else None
-                squares, terms = found or _squares_by_vmap(model, loss_terms, theta, batch, chunk)
+                found = layer_squares(model, loss_terms, theta, batch, _length(batch)) if numbers else None
+                squares, terms = found[:2] if found else _squares_by_vmap(model, loss_terms, theta, batch, chunk)
                 if not bool(terms.isfinite().all()):
                     bad = float(terms[~terms.isfinite()][0])
                     raise NotFinite(f"the loss of an example is {bad}. Look at its inputs and its target.")
@@ -140,10 +144,11 @@ def _squares_by_vmap(
     return {name: square.sum(0) for name, square in squares.items()}, terms
 
 
-def _try_layers(
-    model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Parameter], few: Batch
-) -> tuple[bool, int]:
-    """Whether `layer_squares` gives what the definition says for a few examples, and how many terms one has."""
+def _try_layers(model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Parameter], few: Batch) -> tuple[int, int]:
+    """How many numbers an example needs in `layer_squares`, and how many terms it has.
+
+    The first is 0 where `layer_squares` does not give what the definition says for a few examples.
+    """
     length, values = _length(few), list(theta.values())
     truth = [torch.zeros(p.shape, dtype=_wide(p.device), device=p.device) for p in values]
     counts = set()
@@ -162,13 +167,14 @@ def _try_layers(
         )
     found = layer_squares(model, loss_terms, theta, few, length)
     if found is None:
-        return False, counts.pop()
+        return 0, counts.pop()
     tolerance = 64 * max(torch.finfo(p.dtype).eps for p in values)
     if values[0].device.type != "cpu":  # where kernels may round float32 to fewer bits
         tolerance = max(tolerance, 1e-2)
     errors = [(found[0][name] - own).norm() / own.norm() for name, own in zip(theta, truth, strict=True) if own.any()]
     errors += [found[0][name].norm() for name, own in zip(theta, truth, strict=True) if not own.any()]
-    return all(float(error) <= tolerance for error in errors), counts.pop()
+    right = all(float(error) <= tolerance for error in errors)
+    return math.ceil(found[2] / length) if right else 0, counts.pop()
 
 
 def _in_batches(data: Batches, size: int, limit: int | None, seed: int) -> Iterator[Batch]:
