@@ -203,7 +203,7 @@ def per_example() -> Iterator[Result]:
         ("the demo's network, images of 1 x 8 x 8", ConvNet(widths=(16, 32)), images(512, 1, 8)),
         ("ResNet-18 of width 16, images of 3 x 32 x 32", ResNet18(width=16), images(64, 3, 32)),
     ):
-        for terms, part in ((cross_entropy, data), (every_class, data.only(torch.arange(len(data) // 4)))):
+        for terms, part in ((cross_entropy, data), (every_class, data.only(torch.arange(len(data) // 2)))):
 
             def one_by_one(model: nn.Module = model, terms: LossTerms = terms, part: Examples = part) -> None:
                 model.eval()
