@@ -30,6 +30,7 @@ from expunge import (
 from expunge import trace as trace_module
 from expunge.errors import ConfigError, ForgetSetAccessed, MismatchError, NotFinite, NotInformative
 from expunge.methods import method_of
+from expunge.methods.guard import keeping_what_is_left
 from expunge.trace import Trace
 from expunge.training import mean_loss
 from tests.contract import BRIEF, World, quick, same, state, without_type_checks, world
@@ -268,16 +269,30 @@ def test_gradient_ascent_ends_before_its_bound():
     assert same(state(result.model), state(within.model))
 
 
-@pytest.mark.parametrize("kind", [FineTune, CFk])
-def test_training_that_passes_its_bound_is_taken_back(kind):
+@pytest.mark.parametrize(("kind", "lr"), [(FineTune, 20.0), (CFk, 1e6)])
+def test_training_that_ends_past_its_bound_is_taken_back(kind, lr):
     here = world()
-    recipe = Recipe(epochs=3, lr=20.0, batch_size=8, schedule="constant")
+    recipe = Recipe(epochs=3, lr=lr, batch_size=8, schedule="constant")
     settings = {"recipe": recipe} if kind is FineTune else {"recipe": recipe, "k": 1}
-    with pytest.warns(UserWarning, match=r"the epoch was taken back. Lower the learning rate, or raise loss_bound"):
+    with pytest.warns(UserWarning, match=r"was taken back. Lower the learning rate, or raise loss_bound"):
         result = unlearn(here.model, here.blind(), kind(**settings))
-    assert len(result.trace.epoch_ends) == 1
-    assert "passed the bound 5; the epoch was taken back" in result.trace.stopped
+    assert len(result.trace.epoch_ends) == 3
+    assert "passed the bound 5; all after epoch 0 was taken back" in result.trace.stopped
     assert same(state(result.model), state(here.model))
+
+
+def test_an_epoch_past_the_bound_is_no_end_if_what_follows_is_fine():
+    here, trace = world(), Trace("test", 0)
+    model, wreck = copy.deepcopy(here.model), copy.deepcopy(here.model)
+    with torch.no_grad():
+        for p in wreck.parameters():
+            p.mul_(-30)
+    stop = keeping_what_is_left(model, here.blind(), 5.0, trace, epochs=4)
+    for state_of, ends in ((wreck, False), (here.model, False), (wreck, False), (wreck, True)):
+        model.load_state_dict(state_of.state_dict())
+        assert bool(stop(model, 0.0)) == ends
+    assert same(state(model), state(here.model))
+    assert "all after epoch 2 was taken back" in trace.warnings[0]
 
 
 def test_a_loss_that_is_large_by_nature_does_not_count_as_passing_the_bound():

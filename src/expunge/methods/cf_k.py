@@ -2,9 +2,9 @@
 
 Source: Goel et al., "Towards Adversarial Evaluations for Inexact Machine Unlearning" (2022), catastrophic forgetting in
 the last k layers; epochs, learning rate and k as in the RELOAD paper's baseline. Deviations: one cosine descent of the
-learning rate from 0.1 instead of warm restarts from 0.1 to 0.005, and batches of 128 instead of 64; an epoch after
-which the loss on a few records of what is left passes a bound is taken back. What counts as a layer is in
-``leaf_layers.py``.
+learning rate from 0.1 instead of warm restarts from 0.1 to 0.005, and batches of 128 instead of 64; training
+that ends with the loss on a few records of what is left past a bound goes back to its last good epoch. What counts as a
+layer is in ``leaf_layers.py``.
 
 Needs: any loss.
 """
@@ -33,7 +33,7 @@ class CFk:
 
     k: int = 3  # weight layers that are trained, counted from the output
     recipe: Recipe = Recipe(epochs=31, lr=0.1)
-    loss_bound: float = 5.0  # mean loss on what is left, nats a term, past which an epoch is taken back
+    loss_bound: float = 5.0  # mean loss on what is left, nats a term, past which the end is taken back
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -56,6 +56,6 @@ def cf_k(model: nn.Module, given: Blind, config: CFk, *, seed: int, trace: Trace
     with trace.stage("freeze", model):
         layers = last_layers(model, given, config.k, "cf-k", trace)
     with trace.stage("train", model), only_training(model, layers, given.loss_terms) as terms:
-        stop = keeping_what_is_left(model, given, config.loss_bound, trace)
+        stop = keeping_what_is_left(model, given, config.loss_bound, trace, config.recipe.epochs)
         train(model, given.retain, terms, config.recipe, seed=seed, trace=trace, stop=stop)
     return model

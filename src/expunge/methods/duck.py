@@ -112,8 +112,9 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
         train(model, given.retain, both, config.recipe, seed=seed, trace=trace, stop=stop, freeze_statistics=True)
         trace.facts["distance_stopped"] = trace.stopped
     with trace.stage("repair", model):
-        terms, again = given.loss_terms, keeping_what_is_left(model, given, config.loss_bound, trace)
-        train(model, given.retain, terms, config.repair, seed=derive(seed, "repair"), trace=trace, stop=again)
+        again = keeping_what_is_left(model, given, config.loss_bound, trace, config.repair.epochs)
+        once_more = derive(seed, "repair")
+        train(model, given.retain, given.loss_terms, config.repair, seed=once_more, trace=trace, stop=again)
     return model
 
 

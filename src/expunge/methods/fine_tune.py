@@ -1,8 +1,8 @@
 """FT: keep training on what is left, and hope that the rest is forgotten.
 
 Source: Warnecke et al., "Machine Unlearning of Features and Labels" (NDSS 2023) and the RELOAD paper's baseline.
-Deviations: an epoch after which the loss on a few records of what is left passes a bound is taken back, and ends the
-training.
+Deviations: training that ends with the loss on a few records of what is left past a bound goes back to its last good
+epoch.
 
 Needs: any loss.
 """
@@ -29,7 +29,7 @@ class FineTune:
     """
 
     recipe: Recipe = Recipe(epochs=10, lr=0.01)  # as in SalUn (Fan et al., 2023)
-    loss_bound: float = 5.0  # mean loss on what is left, nats a term, past which an epoch is taken back
+    loss_bound: float = 5.0  # mean loss on what is left, nats a term, past which the end is taken back
 
     def __post_init__(self) -> None:
         if not 0 < self.loss_bound < math.inf:
@@ -45,6 +45,6 @@ SPACE: Space = {
 def fine_tune(model: nn.Module, given: Blind, config: FineTune, *, seed: int, trace: Trace) -> nn.Module:
     """Training, from where the model is."""
     with trace.stage("train", model):
-        stop = keeping_what_is_left(model, given, config.loss_bound, trace)
+        stop = keeping_what_is_left(model, given, config.loss_bound, trace, config.recipe.epochs)
         train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, stop=stop)
     return model

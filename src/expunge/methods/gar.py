@@ -69,6 +69,6 @@ def gar(model: nn.Module, given: Sighted, config: GAR, *, seed: int, trace: Trac
         train(model, original, negated, config.ascent, seed=up, trace=trace, stop=stop, freeze_statistics=True)
         trace.facts["ascent_stopped"] = trace.stopped
     with trace.stage("relearn", model):
-        down, stop = derive(seed, "relearn"), keeping_what_is_left(model, given, config.loss_bound, trace)
-        train(model, given.retain, terms, config.descent, seed=down, trace=trace, stop=stop)
+        stop = keeping_what_is_left(model, given, config.loss_bound, trace, config.descent.epochs)
+        train(model, given.retain, terms, config.descent, seed=derive(seed, "relearn"), trace=trace, stop=stop)
     return model

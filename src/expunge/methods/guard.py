@@ -54,16 +54,42 @@ def taking_back(
     return stop
 
 
-def keeping_what_is_left(model: nn.Module, given: Blind, bound: float, trace: Trace) -> StopRule:
-    """`taking_back` by the loss on a few records of what is left after every epoch.
+def keeping_what_is_left(model: nn.Module, given: Blind, bound: float, trace: Trace, epochs: int) -> StopRule:
+    """Go back to the last good state if training ends with the loss on a few records of what is left past the bound.
 
-    Where that loss is large to begin with, by its nature or after an ascent, twice as much is the bound.
+    An epoch in between may pass it: at a high learning rate the first one often does, and what follows is fine. Where
+    that loss is large to begin with, by its nature or after an ascent, twice as much is the bound.
+
+    Args:
+        model: The module that is trained; its state now is the first good one.
+        given: With what is left.
+        bound: Mean loss, nats a term.
+        trace: Gets a warning with the reason and the cure, and counts the forward passes.
+        epochs: How many there will be.
     """
     few = a_few(given.retain, trace.seed)
-    start = mean_loss(model, few, given.loss_terms, trace)
-    return taking_back(
-        model, max(bound, 2 * start), lambda now: mean_loss(now, few, given.loss_terms, trace), trace=trace
-    )
+    limit = max(bound, 2 * mean_loss(model, few, given.loss_terms, trace))
+    good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    epoch = good_epoch = 0
+
+    @torch.no_grad()
+    def stop(model: nn.Module, _: float) -> str | None:
+        nonlocal epoch, good_epoch
+        epoch += 1
+        reached, state = mean_loss(model, few, given.loss_terms, trace), model.state_dict()
+        if reached <= limit:
+            good_epoch = epoch
+            for name, tensor in state.items():
+                good[name].copy_(tensor)
+        elif epoch == epochs:
+            for name, tensor in state.items():
+                tensor.copy_(good[name])
+            reason = f"the loss {reached:.3g} passed the bound {limit:g}; all after epoch {good_epoch} was taken back"
+            trace.warn(f"{trace.method}: {reason}. {SLOWER}")
+            return reason
+        return None
+
+    return stop
 
 
 def a_few(data: Batches, seed: int) -> list[Batch]:
