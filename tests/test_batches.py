@@ -27,6 +27,7 @@ from expunge.batches import (
     to_device,
 )
 from expunge.errors import ConfigError, MismatchError
+from tests.contract import without_type_checks
 from tests.zoo import in_form, tensors
 
 positions_sets = st.sets(st.integers(0, 60), min_size=1, max_size=40).map(sorted).map(torch.tensor)
@@ -240,3 +241,9 @@ def test_tensors_are_found_and_changed_inside_any_structure():
     assert isinstance(doubled["c"], pair)
     assert tensors_of(to_device(batch, torch.device("meta")))[0].device.type == "meta"
     assert int(batch["a"]) == 1
+
+
+@pytest.mark.parametrize("parts", [([1, 2], [3, 4]), (torch.zeros(2), [0, 1]), ()])
+def test_what_is_no_tensor_is_refused_with_the_cure(parts):
+    with without_type_checks(), pytest.raises(ConfigError, match=r"needs at least one tensor .* torch.as_tensor"):
+        Examples(*parts)

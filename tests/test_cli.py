@@ -292,7 +292,21 @@ def test_labels_that_do_not_fit_are_a_mistake_of_the_user(folder, capsys):
     with Path("setup.py").open("a", encoding="utf-8") as file:
         file.write("\nlabels[50] = 7\n")
     assert cached() == 2
-    assert "in your setup file's code or data" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "labels int64 (60,) do not fit logits float32 (60, 3)" in said
+    assert "Traceback" not in said
+
+
+def test_a_mistake_in_a_setup_file_shows_its_own_lines_and_no_others(folder, capsys):
+    cached()
+    with Path("setup.py").open("a", encoding="utf-8") as file:
+        file.write("\ndef loss_terms(model, batch):\n    return model(batch[0]).no_such_method()\n")
+    capsys.readouterr()
+    assert cached("--replace") == 2
+    said = capsys.readouterr().err
+    assert "AttributeError in your setup file's code or data" in said
+    assert said.count("File ") == 1
+    assert "no_such_method" in said
 
 
 def test_how_much_was_removed_is_said(folder, capsys):

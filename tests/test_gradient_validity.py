@@ -301,3 +301,24 @@ def test_another_micro_batch_size_is_honest_but_not_aligned():
 def test_a_gradient_without_a_floor_is_subtracted_without_one():
     full = gradient(network("mlp"), cross_entropy, DATA)
     assert (dataclasses.replace(full, noise=None) - full).noise is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda y: y.float(), r"labels float32 \(8,\) do not fit logits float64 \(8, 3\)"),
+        (lambda y: y.int(), r"labels int32 \(8,\) do not fit"),
+        (lambda y: y[:, None], r"labels int64 \(8, 1\) do not fit"),
+        (lambda y: y + 3, r"labels int64 \(8,\) do not fit .* out of bounds"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named_with_the_cure(change, said):
+    inputs, labels = tensors(8)
+    with pytest.raises(ConfigError, match=said + r".* Give class numbers, int64"):
+        gradient(network("mlp"), cross_entropy, Examples(inputs, change(labels)))
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(3, 5), (torch.zeros(3, 5), [0, 1, 2]), (torch.zeros(3, 5),)])
+def test_batches_that_are_no_pair_are_named_with_the_cure(batch):
+    with pytest.raises(ConfigError, match=r"a batch is .*, and this loss takes two tensors, \(inputs, targets\)"):
+        cross_entropy(network("mlp"), batch)

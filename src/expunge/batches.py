@@ -56,8 +56,12 @@ class Examples:
     """
 
     def __init__(self, *tensors: Tensor, positions: Tensor | None = None) -> None:
-        if not tensors or any(tensor.ndim == 0 for tensor in tensors):
-            raise ConfigError("Examples() needs at least one tensor with one row an example, such as (x, y).")
+        if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors):
+            got = ", ".join(type(tensor).__name__ for tensor in tensors) or "nothing"
+            raise ConfigError(
+                f"Examples({got}): it needs at least one tensor with one row an example, such as (x, y). Convert "
+                "arrays and lists with torch.as_tensor(…)."
+            )
         count = len(tensors[0])
         positions = torch.arange(count) if positions is None else positions
         lengths = [len(tensor) for tensor in (*tensors, positions)]

@@ -5,18 +5,32 @@ the gradient of all data minus the gradient of what is left equal to the gradien
 is an example, or for language models a target token.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from expunge.batches import Batch
-from expunge.errors import MismatchError
+from expunge.errors import ConfigError, MismatchError
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
-    """Classification: the batch is (inputs, class numbers), the model returns logits. Nats an example."""
-    inputs, labels = batch
-    return functional.cross_entropy(_wide(model(inputs)), labels, reduction="none")
+    """Classification: the batch is (inputs, class numbers), the model returns logits. Nats an example.
+
+    Raises:
+        ConfigError: The batch is something else, or labels and logits do not fit.
+    """
+    inputs, labels = _pair(batch)
+    logits = model(inputs)
+    try:
+        return functional.cross_entropy(_wide(logits), labels, reduction="none")
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"labels {_described(labels)} do not fit logits {_described(logits)}: {str(error).splitlines()[0]} Give "
+            "class numbers, int64 of shape (examples,), counted from 0, and a model with a logit for each class."
+        ) from error
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
@@ -24,8 +38,9 @@ def squared_error(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
 
     Raises:
         MismatchError: The model's outputs and the targets have different shapes.
+        ConfigError: The batch is something else.
     """
-    inputs, targets = batch
+    inputs, targets = _pair(batch)
     outputs: Tensor = model(inputs)
     if outputs.shape != targets.shape:
         raise MismatchError(
@@ -52,6 +67,23 @@ def causal_lm(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
         _wide(logits[:, :-1].flatten(0, 1)), labels.flatten(), reduction="none", ignore_index=-100
     )
     return terms[(labels != -100).flatten()]
+
+
+def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
+    pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(each, Tensor) for each in batch)
+    if not pair:
+        parts = [_described(each) for each in batch] if isinstance(batch, tuple | list) else _described(batch)
+        raise ConfigError(
+            f"a batch is {parts}, and this loss takes two tensors, (inputs, targets). Give Examples(inputs, targets) "
+            "or a loader of such pairs, or write a loss_terms for your batches."
+        )
+    return batch[0], batch[1]
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from expunge.batches import Batches, LossTerms
+from expunge.batches import Batches, LossTerms, require_reiterable
 from expunge.errors import ConfigError, ExpungeError
 from expunge.metrics.outputs import Logits, images_and_labels
 
@@ -56,6 +56,7 @@ class Setup:
     def data(self, split: str) -> Batches:
         """The data of a split: original, retain, forget, validation or test."""
         data: Batches = self._call(split)
+        require_reiterable(data, f"what {split}() of {self.path} returns")
         return data
 
     def _get(self, name: str, example: str) -> Any:

@@ -59,19 +59,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argument errors and --help
         return stop.code if isinstance(stop.code, int) else 2
     except Exception as error:
-        traceback.print_exc()
-        if _in_code_of_the_user(error):
+        theirs = _frames_of_the_user(error)
+        if theirs is not None:
+            print("".join(traceback.format_list(theirs)), end="", file=sys.stderr)
             print(f"expunge: {type(error).__name__} in your setup file's code or data: {error}", file=sys.stderr)
             return 2
+        traceback.print_exc()
         print("expunge: this is a mistake of ours. Please report it with the lines above.", file=sys.stderr)
         return 1
     return 0
 
 
-def _in_code_of_the_user(error: Exception) -> bool:
-    """Whether it came out of a setup file, or out of a loss that the file's data does not fit."""
+def _frames_of_the_user(error: Exception) -> list[traceback.FrameSummary] | None:
+    """The frames of a setup file, if it came out of one, or out of a loss that the file's data does not fit."""
     loaded = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(SETUP)]
-    return any(frame.filename in (*loaded, losses.__file__) for frame in traceback.extract_tb(error.__traceback__))
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.filename in (*loaded, losses.__file__) for frame in frames):
+        return [frame for frame in frames if frame.filename in loaded]
+    return None
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:

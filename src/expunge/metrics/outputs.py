@@ -88,6 +88,12 @@ def outputs(model: nn.Module, data: Batches, logits: Logits = images_and_labels,
                     f"logits of shape {tuple(values.shape)} with labels of shape {tuple(labels.shape)}: metrics need "
                     "(examples, classes) and (examples,). Give logits=… to say where they are in your batches."
                 )
+            wrong = labels.is_floating_point() or bool(((labels < 0) | (labels >= values.shape[1])).any())
+            if wrong:
+                raise ConfigError(
+                    f"labels {labels.dtype} from {labels.min().item()} to {labels.max().item()} for {values.shape[1]} "
+                    "logits: labels are class numbers, whole and counted from 0."
+                )
             parts.append((values.cpu().double().numpy(), labels.cpu().numpy()))
     if not parts:
         raise ConfigError("the split to measure on is empty.")
