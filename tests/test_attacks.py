@@ -9,6 +9,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 from threadpoolctl import threadpool_limits
 
 from expunge.errors import ConfigError, MismatchError, MissingExtra, NotFinite
+from expunge.metrics import membership
 from expunge.metrics.membership import loss_attack, matched_by_class, times_matched
 from expunge.metrics.outputs import Outputs
 from expunge.metrics.population import klom, u_lira
@@ -81,6 +82,23 @@ def test_scores_of_different_fits_are_not_ranked_against_each_other():
     assert found.auc != judge(members, unseen).auc
 
 
+def test_true_positives_have_a_threshold_for_each_fit_and_no_rate_is_claimed_for_them():
+    generator = draws(10)
+    members, unseen = generator.normal(1, 1, 80), generator.normal(0, 1, 400)
+    turns = np.repeat([0, 1], 40), np.repeat([0, 1], 200)
+    models = np.arange(80) % 8, np.arange(400) % 8
+    found = judge(members, unseen, turns=turns, clusters=models).true_positives
+    shifted = judge(members + 100 * turns[0], unseen + 100 * turns[1], turns=turns, clusters=models).true_positives
+    by_hand = [members[turns[0] == k] > np.sort(unseen[turns[1] == k])[-3] for k in (0, 1)]
+    assert found[0].value == shifted[0].value == pytest.approx(np.mean(by_hand))
+    assert found[0].actual is None
+    assert judge(members, unseen, clusters=models).true_positives[0].actual is None
+    assert judge(members, unseen).true_positives[0].actual is not None
+    assert (
+        found[1].reason == "200 unseen records cannot show a false-positive rate of 0.001: it takes 1000 for each fit."
+    )
+
+
 def test_with_a_threshold_the_accuracy_is_the_balanced_one_of_scikit_learn():
     generator = draws(3)
     members, unseen = generator.normal(1, 1, 20), generator.normal(0, 1, 200)
@@ -148,6 +166,26 @@ def test_the_loss_attack_has_intervals_around_its_numbers():
     assert found.true_positives[0].value is not None
     assert found.n == 60
     assert 250 < found.unseen < 300  # 300 (1 - 0.8^10) are drawn at least once
+
+
+def test_without_memory_the_interval_of_the_loss_attack_covers_chance_and_holds_its_area(monkeypatch):
+    monkeypatch.setattr(membership, "DRAWS", 4)
+    covered = 0
+    for number in range(40):
+        generator = draws(8, number)
+        found = loss_attack(generator.exponential(1, 10), generator.exponential(1, 300))
+        covered += found.auc_interval.low <= 0.5 <= found.auc_interval.high
+        assert found.auc_interval.low <= found.auc <= found.auc_interval.high
+    assert 0.95 - 3 * np.sqrt(0.95 * 0.05 / 40) <= covered / 40
+
+
+def test_the_interval_of_the_loss_attack_is_delongs_of_the_loss_whichever_side_has_the_larger_one():
+    generator = draws(9)
+    small, large = generator.exponential(0.4, 80), generator.exponential(1.0, 200)
+    expected = judge(-small, -large).auc_interval
+    for members, unseen in ((small, large), (large, small)):
+        found = loss_attack(members, unseen).auc_interval
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_matched_records_have_the_classes_of_the_removed_ones():
@@ -256,7 +294,10 @@ def test_rmia_counts_the_population_records_that_a_record_gains_on_by_gamma(onli
         within = np.exp(references[included[:, record], record]).mean()
         usual = (without + within) / 2 if online else 0.5 * ((1 + 0.3) * without + (1 - 0.3))
         ratio = np.exp(target[record]) / usual
-        ratios = [ratio / (np.exp(population[z]) / np.exp(others[:, z]).mean()) for z in range(15)]
+        ratios = []
+        for z in range(15):
+            mean = np.exp(others[:, z]).mean()
+            ratios.append(ratio / (np.exp(population[z]) / (mean if online else 0.5 * (1.3 * mean + 0.7))))
         scores.append(np.mean([each >= 2.0 for each in ratios]))
     scores = np.array(scores)
     found = rmia(

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expunge import Blind, Reload, cache, cross_entropy, unlearn
-from expunge.cli import main
+from expunge.cli import main, own_model
 from expunge.methods import METHODS
+from expunge.provenance import file_hash
 from expunge.weights import load_weights
 
 SETUP = """
@@ -91,6 +93,41 @@ def test_human_output_names_what_was_written_and_warns_of_the_cache(folder, caps
     assert "personal data" in out
     assert main(["evaluate", "setup.py", "--weights", "w.safetensors"]) == 0
     assert "defines no forget()" in capsys.readouterr().out
+
+
+def test_the_trace_is_where_the_output_says_it_is(folder, capsys):
+    assert main(["unlearn", *weights_of_nobody(folder), "--out", "model.v2", *retrain()]) == 0
+    named = re.search(r"^trace:\s+(\S+)$", capsys.readouterr().out, re.M)
+    assert named
+    assert json.loads(Path(named[1]).read_text(encoding="utf-8"))["method"] == "retrain"
+
+
+def test_weights_replaced_while_they_are_loaded_are_named_and_nothing_is_written(folder, monkeypatch, capsys):
+    load = own_model.trained_model
+
+    def replaced(setup, weights, device):
+        model = load(setup, weights, device)
+        weights.write_bytes(Path("start.safetensors").read_bytes())
+        return model
+
+    monkeypatch.setattr(own_model, "trained_model", replaced)
+    assert unlearned(*retrain(), cache=None) == 2
+    assert re.search(r"w\.safetensors was changed while", capsys.readouterr().err)
+    assert not Path("u.safetensors").exists()
+
+
+def test_the_hashes_of_a_trace_are_those_of_what_was_read(folder, monkeypatch):
+    run, before = own_model.unlearn_model, file_hash("w.safetensors")
+
+    def replaced(*given, **more):
+        Path("w.safetensors").write_bytes(Path("start.safetensors").read_bytes())
+        return run(*given, **more)
+
+    monkeypatch.setattr(own_model, "unlearn_model", replaced)
+    assert unlearned(*retrain(), cache=None) == 0
+    hashes = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))["provenance"]["files"]
+    assert hashes["weights before"] == before != file_hash("w.safetensors")
+    assert hashes["weights after"] == file_hash("u.safetensors")
 
 
 def test_the_command_line_gives_the_bits_that_python_gives(folder):

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expunge import Examples
-from expunge.cli import main
+from expunge.bench.inputs import salt_of
+from expunge.cli import evaluation, main
 from expunge.errors import ConfigError, MismatchError, MissingExtra
 from expunge.metrics import membership
 from expunge.provenance import file_hash, position_hashes, record_hashes, sources, together
@@ -181,6 +182,47 @@ def test_an_evaluation_that_fails_leaves_nothing(folder, monkeypatch):
     before = sorted(folder.iterdir())
     assert evaluate("--out", "other") == 2
     assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+def test_files_that_change_while_they_are_measured_are_named_and_nothing_is_written(folder, monkeypatch, capsys):
+    before, load = sorted(folder.iterdir()), evaluation.trained_model
+
+    def replaced(loaded, path, device):
+        model = load(loaded, path, device)
+        Path("r1.safetensors").write_bytes(Path("r0.safetensors").read_bytes())
+        return model
+
+    monkeypatch.setattr(evaluation, "trained_model", replaced)
+    assert evaluate("--out", "other") == 2
+    assert re.search(r"r1\.safetensors was changed while .* leave its files alone", capsys.readouterr().err, re.S)
+    assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+@pytest.mark.parametrize("given", ["{}", "iter([{}.tensors])"])
+def test_the_hashed_records_are_those_that_were_measured(folder, given):
+    records = "Examples(torch.full((6, 6), float(next(calls))), labels[:6])"
+    code = f"def forget():\n    x = {records}\n    return {given.replace('{}', 'x')}\n\ndef test():"
+    varying = SETUP.replace("def test():", code).replace("loss_terms =", "calls = itertools.count()\nloss_terms =")
+    Path("setup.py").write_text(f"import itertools\n{varying}", encoding="utf-8")
+    Path("u.trace.json").unlink()
+    assert evaluate("--out", "other") == 0
+    salt = Path("other.salt").read_text().strip()
+    split = next(
+        each for each in json.loads(Path("other/inputs.json").read_text())["data"] if each["split"] == "forget"
+    )
+    names: dict = {}
+    exec(SETUP, names)
+    first = Examples(torch.zeros(6, 6), names["labels"][:6])  # the first call gave zeros, a second one would give ones
+    assert split["salted_records"] == record_hashes(first, salt)
+
+
+@pytest.mark.parametrize("salt", ["", "5a", "5a" * 31, "5a" * 33, "z" * 64])
+def test_what_is_no_salt_of_256_bits_is_refused(tmp_path, salt):
+    (tmp_path / "run.salt").write_text(f"{salt}\n")
+    with pytest.raises(ConfigError, match=rf"run\.salt is no salt: it holds {len(salt)} characters.* Restore it"):
+        salt_of(tmp_path / "run")
+    (tmp_path / "run.salt").write_text(f"{SALT}\n")
+    assert salt_of(tmp_path / "run") == SALT
 
 
 # ── hashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ from sklearn.metrics import brier_score_loss
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from expunge import Recipe, cross_entropy, train
+from expunge import Examples, Recipe, cross_entropy, train
 from expunge.errors import ConfigError, MismatchError
 from expunge.metrics import membership
 from expunge.metrics.calibration import brier, expected_calibration_error
@@ -176,6 +176,14 @@ def test_activations_are_what_the_layers_put_out_in_order():
     again = activations(model, here.original, layers, run=lambda m, batch: m(batch[0]))
     np.testing.assert_allclose(again[layers[0]], found[layers[0]], rtol=1e-5, atol=1e-6)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    with pytest.raises(ConfigError, match=r"layer '0' runs more than once in a forward pass, .* Name a layer that"):
+        activations(model, Examples(torch.randn(7, 3)), ["0"], batch_size=4)
+    assert activations(model, Examples(torch.randn(7, 3)), ["1"], batch_size=4)["1"].shape == (7, 3)
 
 
 def test_layers_that_do_not_exist_or_run_are_named():

@@ -117,6 +117,21 @@ def test_differences_that_are_all_the_same_prove_no_more_than_a_permutation_test
     assert paired([1.0, 2.0], [1.0, 2.0]).p == 1
 
 
+def test_differences_that_differ_by_rounding_alone_are_all_the_same():
+    assert paired([0.3, 0.4, 0.5, 0.7], [0.2, 0.3, 0.4, 0.6]).p == 2 / 2**4
+    assert paired([0.1 + 0.2, 0.4], [0.3, 0.4]).p == 1
+    assert equivalence([80.1 - 80.0, 80.2 - 80.1], 0.5).p == equivalence([0.1, 0.1], 0.5).p == 1 / 2**2
+    assert equivalence([80.1 - 80.0, 80.2 - 80.1], 0.1).p == 1
+    assert non_inferiority([80.1 - 80.0, 80.2 - 80.1], 0.5).p == 1 / 2**2
+
+
+def test_a_spread_far_above_rounding_is_one():
+    small = normal(6) * 1e-9
+    assert paired(1 + small, np.ones(6)).p == pytest.approx(scipy_stats.ttest_1samp(small, 0).pvalue, rel=1e-5)
+    expected = scipy_stats.ttest_1samp(0.9999 + small, 1.0, alternative="less").pvalue
+    assert equivalence(0.9999 + small, 1.0).p == pytest.approx(expected, rel=1e-5)
+
+
 def test_holm_by_hand_and_in_any_order():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge import provenance
+from expunge.batches import Batches
 from expunge.bench import inputs
 from expunge.errors import ConfigError, MismatchError
 from expunge.files import write_text
@@ -21,7 +22,6 @@ from expunge.methods import METHODS
 from expunge.metrics.compare import Measured, Profile, distances
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE
 from expunge.rows import EVALUATION, Row, write_csv, write_rows
-from expunge.setup import Setup
 
 SCENARIO = "evaluation"
 _LOSSES = ("forget", "test")  # splits whose losses are kept, for the figures of the attack
@@ -32,6 +32,8 @@ class Evaluation:
     """What was measured, and on what."""
 
     setup: Path
+    hashes: Mapping[Path, str]  # of every file read, from before it was: `inputs.hashes_of`
+    data: Mapping[str, Batches]  # the very objects that were measured, by split
     weights: Path  # the model in question
     original: Path | None  # before unlearning
     retrained: tuple[Path, ...]
@@ -104,18 +106,19 @@ def require_new(folder: Path) -> None:
             raise ConfigError(f"{path} exists, and evidence of it may too. Give --out the name of a new folder.")
 
 
-def write_run(folder: Path, found: Evaluation, loaded: Setup) -> None:
+def write_run(folder: Path, found: Evaluation) -> None:
     """Write a run folder, whole or not at all, and its salt beside it.
 
     Args:
         folder: Must not exist.
         found: What was measured.
-        loaded: The setup file, for the hashes of the data.
 
     Raises:
         ConfigError: The folder exists, or single records cannot be told apart.
+        MismatchError: A file is no longer the one that was read.
     """
     require_new(folder)
+    inputs.require_unchanged(found.hashes)
     roles = [("setup file", found.setup), ("weights before", found.original), ("weights after", found.weights)]
     roles += [("retrained weights", path) for path in found.retrained]
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -128,8 +131,8 @@ def write_run(folder: Path, found: Evaluation, loaded: Setup) -> None:
         salt = inputs.salt_of(folder)
         inputs.write_inputs(
             temporary / inputs.NAME,
-            [inputs.file_entry(role, path, folder) for role, path in roles if path is not None],
-            [inputs.split_entry(SCENARIO, 0, split, loaded.data(split), salt) for split in found.subject.splits],
+            [inputs.file_entry(role, path, folder, found.hashes[path]) for role, path in roles if path is not None],
+            [inputs.split_entry(SCENARIO, 0, split, data, salt) for split, data in found.data.items()],
         )
         if found.trace:
             shutil.copyfile(trace_path(found.weights), temporary / "trace.json")

@@ -1,10 +1,11 @@
 """The command that measures models of one's own: evaluate."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from expunge.batches import Batches
 from expunge.bench import evaluation, inputs
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, SetupFile
@@ -48,20 +49,25 @@ def evaluate(
     """
     if out is not None:
         evaluation.require_new(out)
+    read = [setup, weights, *retrained, evaluation.trace_path(weights), *([] if original is None else [original])]
+    hashes = inputs.hashes_of(path for path in read if path.is_file())
     trace = evaluation.read_trace(weights, original)
     loaded = load_setup(setup)
     splits = [split for split in ("retain", "forget", "test") if loaded.has(split)]
     if not splits:
         raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
 
+    data = {split: _readable_again(loaded.data(split)) for split in splits}
     architecture = trained_model(loaded, weights, device)
 
     def measured(path: Path) -> Profile:
         model = architecture if path == weights else trained_model(loaded, path, device)
-        return profile({split: outputs(model, loaded.data(split), loaded.logits) for split in splits}, full=True)
+        return profile({split: outputs(model, data[split], loaded.logits) for split in splits}, full=True)
 
     found = evaluation.Evaluation(
         setup=setup,
+        hashes=hashes,
+        data=data,
         weights=weights,
         original=original,
         retrained=retrained,
@@ -74,7 +80,7 @@ def evaluate(
     )
     rows = evaluation.rows(found)
     if out is not None:
-        evaluation.write_run(out, found, loaded)
+        evaluation.write_run(out, found)
     if json:
         print(printing.as_json(_as_measured(found, rows)))
         return
@@ -86,6 +92,10 @@ def evaluate(
         print("One retrained model is no reference: without a second, nobody knows how far two are apart.")
     if out is not None:
         print(f"run:  {out}\nsalt: {inputs.salt_path(out)} (keep it apart from the run, with the data's owner)")
+
+
+def _readable_again(data: Batches) -> Batches:
+    return list(data) if isinstance(data, Iterator) else data
 
 
 def _as_measured(found: evaluation.Evaluation, rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:

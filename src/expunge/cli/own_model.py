@@ -13,7 +13,7 @@ from torch import nn
 from expunge import cache as cache_file
 from expunge import params, provenance
 from expunge.access import Blind, Sighted
-from expunge.bench import evaluation
+from expunge.bench import evaluation, inputs
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, SetupFile
 from expunge.errors import ConfigError
@@ -112,6 +112,8 @@ def unlearn(
     """
     _require_new(out, setup, weights, *([cache] if cache else []))
     story = evaluation.trace_path(out)
+    read = {"setup file": setup, "weights before": weights} | ({"cache": cache} if cache else {})
+    hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
     loaded, row = load_setup(setup), method_of(method)
     model = trained_model(loaded, weights, device)
     full = cache_file.load(cache, model, loaded.loss_terms) if cache is not None else None
@@ -122,6 +124,7 @@ def unlearn(
         "full": full,
     }
     given = Blind(**shared) if row.blind else _sighted(loaded, row, shared)
+    inputs.require_unchanged(hashes)  # now that all is read; what happens to the files later is of no effect
     taken = 0
 
     def snapshot(moment: str, model: nn.Module) -> None:
@@ -133,11 +136,10 @@ def unlearn(
     result = unlearn_model(model, given, method, seed=seed, watch=snapshot if snapshots else None)
     settings = {"method": row.name, "seed": seed, "config": asdict(method)}  # type: ignore[call-overload]
     save_weights(out, result.model, {"unlearned": printing.as_json(settings)})
-    read = {"setup file": setup, "weights before": weights, "weights after": out} | ({"cache": cache} if cache else {})
     origin = {
         "sources": provenance.sources(),
         "environment": provenance.environment(),
-        "files": {role: provenance.file_hash(path) for role, path in read.items()},
+        "files": {role: hashes[path] for role, path in read.items()} | {"weights after": provenance.file_hash(out)},
     }
     trace = {**result.trace.as_dict(), **settings, "provenance": origin}
     write_text(story, printing.as_json(trace) + "\n")
@@ -149,7 +151,7 @@ def unlearn(
     if "removed_count" in facts:
         print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
     print(f"ended because: {result.trace.stopped}")
-    print(f"weights: {out}\ntrace:   {out.with_suffix('.trace.json')}")
+    print(f"weights: {out}\ntrace:   {story}")
     print("The cache is personal data: destroy it now, and cache again if more deletions may come." if cache else "")
 
 

@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from expunge.errors import ConfigError, MissingExtra
-from expunge.metrics.roc import Attack, balanced, judge
+from expunge.metrics.roc import Attack, area, balanced, judge, placements
+from expunge.metrics.stats import Interval
 from expunge.seeds import derive
 
 FOLDS, DRAWS = 5, 10
@@ -26,7 +27,10 @@ def loss_attack(
     Direction: close to the retrained model's, which is near 0.5. 0.5 means: the loss tells nothing. Misses: attacks
     that know the difficulty of a record (LiRA, RMIA) see more.
 
-    Intervals: those of `roc.judge`, for each record's mean score over the draws in which it was judged.
+    Intervals: of the AUC, that of the loss itself on all records (`roc.area`), of which any logistic regression is a
+    monotone function, in the direction that tells the two apart; widened to the AUC where the regressions, fitted on
+    few records, do worse than the loss could. Of true positives, those of `roc.judge` for each record's mean score
+    over the draws in which it was judged; of the accuracy, Newcombe's.
 
     Args:
         members: Losses of the records in question, nats.
@@ -71,8 +75,16 @@ def loss_attack(
         accuracy=float(right.sum()) / (2 * count * draws),
         auc=float(np.mean(areas)),
         n=count,
+        auc_interval=_of_the_loss(members, unseen, float(np.mean(areas))),
         accuracy_interval=balanced((float(shares[0]), float(shares[1])), (count, count)),
     )
+
+
+def _of_the_loss(members: Float[np.ndarray, " members"], unseen: Float[np.ndarray, " unseen"], auc: float) -> Interval:
+    below, above = placements(-members, -unseen)
+    smaller, found = area(below, above)  # above 0.5: losses of members are the smaller ones
+    low, high = (found.low, found.high) if smaller >= 0.5 else (1 - found.high, 1 - found.low)
+    return Interval(min(low, auc), max(high, auc), found.level)
 
 
 def matched_by_class(

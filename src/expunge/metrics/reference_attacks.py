@@ -77,7 +77,8 @@ def rmia(
 
     Formula: the share of population records z with [p(x) / P(x)] / [p(z) / P(z)] >= γ, where p is the target's
     probability of the label and P the mean over reference models: online half with and half without the record;
-    offline, from those without it, ((1 + a) P_without + 1 - a) / 2. The threshold is fitted on other records.
+    offline, from those without it, ((1 + a) P_without + 1 - a) / 2. For z, which no model was trained on, P is online
+    the plain mean over all reference models, offline the same form of it. The threshold is fitted on other records.
 
     Args:
         target: Log-probabilities of the labels under the attacked model, nats (minus `Outputs.losses`).
@@ -109,13 +110,14 @@ def rmia(
     _enough(included, online, at_least=1)
     probability = np.exp(references)
     without = np.where(included, 0.0, probability).sum(axis=0) / (~included).sum(axis=0)
+    of_others = np.exp(population_references).mean(axis=0)
     if online:
         usual = (without + np.where(included, probability, 0.0).sum(axis=0) / included.sum(axis=0)) / 2
     else:
-        usual = ((1 + a) * without + 1 - a) / 2
+        usual, of_others = (((1 + a) * mean + 1 - a) / 2 for mean in (without, of_others))
     tiny = np.finfo(np.float64).tiny  # probabilities may underflow, logarithms must not be infinite
     gain = target - np.log(np.maximum(usual, tiny))
-    others = np.sort(population - np.log(np.maximum(np.exp(population_references).mean(axis=0), tiny)))
+    others = np.sort(population - np.log(np.maximum(of_others, tiny)))
     scores = np.searchsorted(others, gain - np.log(gamma), side="right") / len(others)
     scores = np.where(np.isfinite(gain), scores, np.nan)
     return judge(scores[member], scores[~member])

@@ -102,7 +102,7 @@ def activations(
         batch_size: Positions a batch, for data with positions.
 
     Raises:
-        ConfigError: No such layer, or one that did not run or puts out no tensor.
+        ConfigError: No such layer, or one that did not run, ran twice on a batch, or puts out no tensor.
     """
     modules, wanted = dict(params.plain(model).named_modules()), list(layers)
     unknown = [name for name in wanted if name not in modules]
@@ -116,16 +116,22 @@ def activations(
         def hook(_: nn.Module, __: object, output: object) -> None:
             if not isinstance(output, Tensor):
                 raise ConfigError(f"layer {name!r} puts out a {type(output).__name__}: name one that gives a tensor.")
+            if len(kept[name]) == begun:
+                raise ConfigError(
+                    f"layer {name!r} runs more than once in a forward pass, so it has no single output for an example. "
+                    "Name a layer that runs once, such as the one around it."
+                )
             kept[name].append(output.detach().flatten(1).cpu().double().numpy())
 
         return hook
 
-    device = next(model.parameters()).device
+    device, begun = next(model.parameters()).device, 0
     handles = [modules[name].register_forward_hook(keep(name)) for name in wanted]
     try:
         with params.restoring_modes(model), keeping_random_state(), torch.no_grad():
             model.eval()
             for _, batch in micro_batches(data, batch_size)[1]:
+                begun += 1
                 moved = to_device(batch, device)
                 if run is None:
                     model(moved[0])

@@ -22,7 +22,7 @@ class TruePositives:
     at: float  # highest false-positive rate allowed
     value: float | None  # None: too few unseen records to see such a rate
     interval: Interval | None  # of the share at this threshold: Clopper-Pearson, or over clusters
-    actual: Interval | None  # of the false-positive rate that the threshold really has
+    actual: Interval | None  # of the false-positive rate that the threshold really has; None with clusters or turns
     reason: str = ""  # why there is no value
 
 
@@ -56,8 +56,9 @@ def judge(
     - Balanced accuracy: above the threshold is "member". Without a threshold it is chosen on four fifths of the
       records and judged on the fifth, five times. Interval: Wilson's of both shares, combined (Newcombe).
     - True positives at a low false-positive rate: the threshold is an unseen record's score, so the interval is of
-      the members above it, and ``actual`` says which false-positive rates it may have (a beta distribution). A rate
-      of which the unseen records hold less than one is not given.
+      the members above it, and ``actual`` says which false-positive rates it may have (a beta distribution; not with
+      clusters, whose scores are not independent, nor with turns, each of which has a threshold of its own). A rate of
+      which the unseen records (of a turn) hold less than one is not given.
 
     Args:
         members: Scores of the records in question.
@@ -66,9 +67,9 @@ def judge(
         clusters: For members and for unseen records: which scores belong together, for example to one model. The
             intervals then count clusters, not scores.
         turns: For members and for unseen records: by which of several fits a score was given, each on what the others
-            judge. Only scores of the same fit are then ranked against each other in the AUC. Chance differences that
-            one fit finds are those that the others confirm, so the average over k turns is no surer than one turn:
-            intervals are √k wider.
+            judge. Only scores of the same fit are then ranked against each other, in the AUC and for true positives.
+            Chance differences that one fit finds are those that the others confirm, so the average over k turns is no
+            surer than one turn: intervals are √k wider.
         level: Of the intervals.
         seed: Of the folds that choose a threshold.
 
@@ -99,7 +100,9 @@ def judge(
         unseen=len(unseen),
         accuracy_interval=_balanced(right, clusters, repeated, level),
         auc_interval=auc_interval,
-        true_positives=tuple(_true_positives(members, unseen, rate, clusters, repeated, level) for rate in LOW_RATES),
+        true_positives=tuple(
+            _true_positives(members, unseen, rate, clusters, fits, repeated, level) for rate in LOW_RATES
+        ),
     )
 
 
@@ -200,15 +203,20 @@ def _true_positives(
     unseen: Scores,
     rate: float,
     clusters: tuple[Clusters, Clusters] | None,
+    fits: tuple[Clusters, Clusters],
     repeated: int,
     level: float,
 ) -> TruePositives:
-    allowed = int(np.floor(rate * len(unseen) + 1e-9))
-    if allowed < 1:
-        reason = f"{len(unseen)} unseen records cannot show a false-positive rate of {rate:g}: it takes {1 / rate:.0f}."
-        return TruePositives(rate, None, None, None, reason)
-    threshold = np.partition(unseen, len(unseen) - allowed - 1)[len(unseen) - allowed - 1]
-    found = (members > threshold).astype(np.float64)
+    found = np.empty(len(members))
+    for turn in np.unique(fits[0]):
+        others = unseen[fits[1] == turn]
+        allowed = int(np.floor(rate * len(others) + 1e-9))
+        if allowed < 1:
+            needed = f"it takes {1 / rate:.0f}{'' if repeated == 1 else ' for each fit'}."
+            reason = f"{len(others)} unseen records cannot show a false-positive rate of {rate:g}: {needed}"
+            return TruePositives(rate, None, None, None, reason)
+        threshold = np.partition(others, len(others) - allowed - 1)[len(others) - allowed - 1]
+        found[fits[0] == turn] = members[fits[0] == turn] > threshold
     tail, beta = (1 - level) / 2, _special().betaincinv
     if clusters is None:
         hits, misses = int(found.sum()), int(len(found) - found.sum())
@@ -217,6 +225,8 @@ def _true_positives(
         interval = Interval(low, high, level)
     else:
         interval = _over_clusters(found, clusters[0], repeated, level)
+    if clusters is not None or repeated > 1:
+        return TruePositives(rate, float(found.mean()), interval, None)
     least, most = (float(beta(allowed + 1, len(unseen) - allowed, p)) for p in (tail, 1 - tail))
     return TruePositives(rate, float(found.mean()), interval, Interval(least, most, level))
 

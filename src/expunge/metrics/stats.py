@@ -19,6 +19,7 @@ Values = Sequence[float] | Float[np.ndarray, " values"]
 RESAMPLES = 2000
 BOOTSTRAP_FROM, BOOTSTRAP_TO = 20, 1000  # below, resampling covers too little; above, it only costs time
 EMPIRICAL_FROM = 40  # so that two values lie beyond the 95 % quantile
+_ROUNDING = 8000 * float(np.finfo(np.float64).eps)  # a spread of that share is none: see `_rounding`
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def bootstrap(values: Values, *, level: float = 0.95, seed: int = 0) -> Interval
         MissingExtra: SciPy is not installed.
     """
     array, level = _checked(values), _fraction("level", level)
-    if not BOOTSTRAP_FROM <= len(array) <= BOOTSTRAP_TO or np.ptp(array) == 0:
+    if not BOOTSTRAP_FROM <= len(array) <= BOOTSTRAP_TO or _all_the_same(array, _rounding(array)):
         return t_interval(array, level)
     _special()
     from scipy import stats
@@ -109,7 +110,8 @@ def paired(a: Values, b: Values, *, level: float = 0.95) -> Paired:
 
     Not with a permutation test: with n seeds that cannot give a p below 2 / 2ⁿ (0.25 for three, 0.06 for five), so no
     comparison of a few seeds could ever succeed. The t-test pays with an assumption, that differences are roughly
-    normal. Where it breaks down, at differences that are all the same, p is that of the permutation test.
+    normal. Where it breaks down, at differences that are all the same (up to the rounding of numbers of the size of a
+    and b), p is that of the permutation test.
 
     Args:
         a: One number a seed.
@@ -125,7 +127,8 @@ def paired(a: Values, b: Values, *, level: float = 0.95) -> Paired:
     if len(a) != len(b):
         raise MismatchError(f"{len(a)} and {len(b)} values: a comparison over the same seeds needs one of each a seed.")
     differences = _checked(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64))
-    p = min(2 * min(_beyond(differences, 0.0), _beyond(-differences, 0.0)), 1.0)
+    rounding = _rounding(a, b)
+    p = min(2 * min(_beyond(differences, 0.0, rounding), _beyond(-differences, 0.0, rounding)), 1.0)
     return Paired(float(differences.mean()), t_interval(differences, level), p, len(differences))
 
 
@@ -155,6 +158,9 @@ def equivalence(differences: Values, delta: float, *, level: float = 0.05) -> Eq
     pass. With the δ of `floor_margin` from as many pairs of retrained models, a method that does equal retraining
     passes in 45 % of cases with 3 seeds, 83 % with 5 and 95 % with 7: fewer than 7 seeds prove little either way.
 
+    Differences that are all the same, up to the rounding of numbers a thousand times as large as they or δ (what they
+    were taken of is not known here), prove what a sign test would.
+
     Args:
         differences: Method minus retrained, with their sign, one a seed.
         delta: What still counts as the same, in the unit of the differences.
@@ -168,7 +174,8 @@ def equivalence(differences: Values, delta: float, *, level: float = 0.05) -> Eq
         MissingExtra: SciPy is not installed.
     """
     array, delta, level = _checked(differences), _positive(delta), _fraction("level", level, below=0.5)
-    p = max(_beyond(array, -delta), _beyond(-array, -delta))
+    rounding = _rounding(array, [delta])
+    p = max(_beyond(array, -delta, rounding), _beyond(-array, -delta, rounding))
     return Equivalence(delta, p, p <= level, t_interval(array, 1 - 2 * level), len(array))
 
 
@@ -189,7 +196,7 @@ def non_inferiority(distances: Values, delta: float, *, level: float = 0.05) -> 
         MissingExtra: SciPy is not installed.
     """
     array, delta, level = _not_negative(distances), _positive(delta), _fraction("level", level, below=0.5)
-    p, found = _beyond(-array, -delta), t_interval(array, 1 - 2 * level)
+    p, found = _beyond(-array, -delta, _rounding(array, [delta])), t_interval(array, 1 - 2 * level)
     return Equivalence(delta, p, p <= level, Interval(max(0.0, found.low), found.high, found.level), len(array))
 
 
@@ -244,12 +251,25 @@ def noise_floor(retrained: Sequence[Model], distance: Callable[[Model, Model], f
     return np.array([distance(a, b) for a, b in itertools.combinations(retrained, 2)], dtype=np.float64)
 
 
-def _beyond(values: Float[np.ndarray, " values"], at: float) -> float:
+def _beyond(values: Float[np.ndarray, " values"], at: float, rounding: float) -> float:
     """One-sided p of "the mean is at or below ``at``"; of values that are all the same, that of the sign test."""
-    above, error = float(values.mean()) - at, _standard_error(values)
-    if error == 0:
-        return float(0.5 ** len(values)) if above > 0 else 1.0
-    return float(_special().stdtr(len(values) - 1, -above / error))
+    above = float(values.mean()) - at
+    if _all_the_same(values, rounding):
+        return float(0.5 ** len(values)) if above > rounding else 1.0
+    return float(_special().stdtr(len(values) - 1, -above / _standard_error(values)))
+
+
+def _all_the_same(values: Float[np.ndarray, " values"], rounding: float) -> bool:
+    return float(np.ptp(values)) <= rounding
+
+
+def _rounding(*numbers: Values) -> float:
+    """By how much numbers computed from these may differ by rounding alone: 8 times the last bit, times 1,000.
+
+    A thousand, since these may themselves be differences of numbers that much larger (0.1 points of 100 %), whose
+    rounding they carry. That is still 2e-12 of their size, far below any spread over seeds.
+    """
+    return _ROUNDING * max(float(np.abs(np.asarray(each, dtype=np.float64)).max()) for each in numbers)
 
 
 def _standard_error(values: Float[np.ndarray, " values"]) -> float:
