@@ -143,7 +143,7 @@ def _store(folder: Path, records: Examples) -> None:
 def _unlearn_blind(folder: Path, config: object, seed: int) -> dict[str, Any]:
     """The command line, as a user would run it, in a folder from which the records are gone."""
     command = [sys.executable, "-m", "expunge", "unlearn", "setup.py", "--weights", "original.safetensors"]
-    command += ["--cache", "cache.safetensors", "--out", "reload.safetensors", "--snapshots", "snapshots"]
+    command += ["--cache", "cache.safetensors", "--out", "reload.safetensors", "--snapshots", "snapshots", "--replace"]
     command += ["--seed", str(seed), "--device", "cpu", "reload", *_options(config, Reload())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the demo itself
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)

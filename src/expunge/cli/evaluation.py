@@ -1,6 +1,6 @@
 """The command that measures models of one's own: evaluate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def evaluate(
         evaluation.require_new(out)
     read = [setup, weights, *retrained, evaluation.trace_path(weights), *([] if original is None else [original])]
     hashes = inputs.hashes_of(path for path in read if path.is_file())
+    _require_distinct({path: hashes[path] for path in (weights, *retrained) if path in hashes}, (weights, *retrained))
     trace = evaluation.read_trace(weights, original)
     loaded = load_setup(setup)
     splits = [split for split in ("retain", "forget", "test") if loaded.has(split)]
@@ -96,6 +97,18 @@ def evaluate(
 
 def _readable_again(data: Batches) -> Batches:
     return list(data) if isinstance(data, Iterator) else data
+
+
+def _require_distinct(hashes: Mapping[Path, str], models: Sequence[Path]) -> None:
+    """Refuse the same model twice: its distance to itself is 0, and would make retrained models look alike."""
+    seen: dict[str, Path] = {}
+    for path in models:
+        first = seen.setdefault(hashes.get(path, str(path)), path)
+        if path is not models[0] and first is not path:
+            raise ConfigError(
+                f"{path} and {first} are the same weights. Each model counts once: give --retrained models of seeds of "
+                "their own, other than the one that is measured."
+            )
 
 
 def _as_measured(found: evaluation.Evaluation, rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:

@@ -93,6 +93,7 @@ def unlearn(
     seed: int = 0,
     snapshots: Path | None = None,
     device: str = "auto",
+    replace: Flag = False,
     json: Flag = False,
 ) -> None:
     """Remove what was deleted, or corrected, since the weights were trained.
@@ -108,9 +109,12 @@ def unlearn(
         seed: Names the streams of randomness.
         snapshots: A folder for the weights after every stage and epoch, to look into what happened.
         device: auto, cpu, cuda, cuda:1, …
+        replace: Write over weights that exist.
         json: Print the trace as JSON.
     """
     _require_new(out, setup, weights, *([cache] if cache else []))
+    if out.exists() and not replace:
+        raise ConfigError(f"{out} exists, and evidence of it may too: give another name, or --replace.")
     story = evaluation.trace_path(out)
     read = {"setup file": setup, "weights before": weights} | ({"cache": cache} if cache else {})
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
@@ -152,7 +156,8 @@ def unlearn(
         print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
     print(f"ended because: {result.trace.stopped}")
     print(f"weights: {out}\ntrace:   {story}")
-    print("The cache is personal data: destroy it now, and cache again if more deletions may come." if cache else "")
+    if cache is not None:
+        print("The cache is personal data: destroy it now, and cache again if more deletions may come.")
 
 
 def _require_new(out: Path, *inputs: Path) -> None:

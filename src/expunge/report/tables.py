@@ -10,7 +10,7 @@ from expunge.errors import ConfigError
 from expunge.report.paper import Printed, attribution, printed
 from expunge.report.summaries import ORIGINAL, Summary, label, number, order, repetitions, summarise
 from expunge.report.verdicts import LEVEL, Difference, Verdict, differences, verdicts
-from expunge.rows import Row
+from expunge.rows import EVALUATION, Row
 
 _WORDS: dict[Good, str] = {"high": "high", "low": "low", "close": "close to retraining"}
 _YES = {True: "yes", False: "no"}
@@ -77,7 +77,13 @@ def tables(rows: Iterable[Row], scenario: str) -> list[Table]:
 
 
 def comparison(rows: Iterable[Row], scenario: str, subject: str) -> Table | None:
-    """The subject against every other method, by paired differences of their distances; None without a pair."""
+    """The subject against every other method, by paired differences of their distances; None without a pair.
+
+    Of an evaluation there is none: its repetitions are retrained models, and of every other kind there is one model.
+    """
+    rows = list(rows)
+    if any(row.experiment == EVALUATION for row in rows):
+        return None
     found = {(s.method, s.metric): s for s in summarise(rows) if s.scenario == scenario}
     pairs = differences(found, subject)
     if not pairs:

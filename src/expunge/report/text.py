@@ -56,6 +56,10 @@ def rich_tables(rows: Iterable[Row], scenario: str) -> list["rich.table.Table"]:
     for table in tables(rows, scenario):
         caption = "\n".join(text for text in (table.note, table.marked.replace("Bold:", "*:"), table.source) if text)
         drawn = rich.table.Table(title=f"{scenario}: {table.title}", caption=caption, box=rich.box.SIMPLE_HEAD)
+        made.append(drawn)
+        if len(table.metrics) > len(table.lines):
+            _a_line_a_metric(drawn, table)
+            continue
         drawn.add_column("method", no_wrap=True)
         drawn.add_column("blind")
         for metric, unit in zip(table.metrics, table.units, strict=True):
@@ -64,8 +68,20 @@ def rich_tables(rows: Iterable[Row], scenario: str) -> list["rich.table.Table"]:
             drawn.add_row(line.label, line.blind, *(_for_terminal(cell) for cell in line.cells))
         if table.margins:
             drawn.add_row("δ", "", *(f"{margin} " for margin in table.margins), style="dim")
-        made.append(drawn)
     return made
+
+
+def _a_line_a_metric(drawn: "rich.table.Table", table: Table) -> None:
+    """Few models and many metrics, as `expunge evaluate` has them: the other way round fits no terminal."""
+    drawn.add_column("metric")
+    for line in table.lines:
+        drawn.add_column(line.label, justify="right")
+    if table.margins:
+        drawn.add_column("δ", justify="right", style="dim")
+    margins = [[f"{margin} "] for margin in table.margins] or [[] for _ in table.metrics]
+    for column, (metric, unit) in enumerate(zip(table.metrics, table.units, strict=True)):
+        cells = (_for_terminal(line.cells[column]) for line in table.lines)
+        drawn.add_row(f"{metric} ({unit})", *cells, *margins[column])
 
 
 def write_table(path: Path | str, rows: Iterable[Row]) -> None:
