@@ -19,6 +19,7 @@ from expunge.audit.ratio import with_bias, without_bias
 from expunge.audit.span import records_in_span, span, words_in_span
 from expunge.audit.words import bag_of_words
 from expunge.errors import ConfigError, NotInformative, UnsupportedModule
+from expunge.params import norm
 from tests.zoo import CLASSES, FEATURES, classification, network
 
 
@@ -217,6 +218,50 @@ def test_candidates_who_were_not_removed_have_an_auc_of_a_half():
     sd = (81 / (12 * 40 * 40)) ** 0.5
     assert abs(sum(areas[::2]) / 6 - 0.5) < 4 * sd / 6**0.5
     assert abs(sum(areas[1::2]) / 6 - 0.5) < 4 * sd / 6**0.5
+
+
+@pytest.mark.parametrize("count", [8, 12, 20])
+def test_strangers_are_not_accused_where_any_list_fits(count):
+    model = nn.Sequential(nn.Linear(4, 3)).double()  # gradients have 15 entries and span 2 x 5 directions
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        inputs, labels = torch.randn(80, 4, generator=generator).double(), torch.arange(80) % 3
+        data = Examples(inputs[:60], labels[:60])
+        has, forget = seen(model, data, torch.arange(5))
+        strangers = Examples(inputs[60 : 60 + count], labels[60 : 60 + count])
+        found = judged_list(has, Truth(candidates=strangers))
+        assert found.verdict == "not shown"
+        assert found.numbers["directions"] == 10
+        assert found.numbers["found"] == []
+        assert f"span 10 directions, and {count} candidates need {count + count // 2 + 4}" in found.words
+        assert judged_list(has, Truth(forget=forget, unseen=strangers)).numbers["directions"] == 10
+
+
+def test_few_candidates_are_told_apart_by_few_equations():
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    data = Examples(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(60) % 3)
+    has, _ = seen(model, data, torch.tensor([3, 8]))
+    listed = data.only(torch.tensor([3, 7, 8, 9]))
+    found = judged_list(has, Truth(candidates=listed))
+    assert found.numbers["found"] == [0, 2]
+    assert found.verdict == "partly recoverable"
+    half = judged_list(has, Truth(candidates=data.only(torch.tensor([3, 7, 9]))))
+    assert half.verdict == "not shown"
+    assert half.numbers["unexplained share"] > 0.3
+
+
+def test_only_the_named_explain_anything(five):
+    """Ten strangers besides one removed record: their weights below a half fit a part, which is no explanation."""
+    has, forget = five
+    listed = [*singly(classification(10, seed=5)), *singly(forget)[:1]]
+    found = score(has, listed)
+    left = dict(has.removed.total)
+    for record, weight in zip(listed, found.weights.tolist(), strict=True):
+        if weight > 0.5:
+            own = gradient(has.model, cross_entropy, Examples(*record)).total
+            left = {name: tensor - weight * own[name] for name, tensor in left.items()}
+    assert 10 in found.named
+    assert found.residual == pytest.approx(norm(left) / norm(has.removed.total), rel=1e-6)
 
 
 class Conv(nn.Module):
