@@ -187,7 +187,7 @@ def test_the_rank_of_a_gradient_is_the_number_of_records_and_its_span_holds_them
 def test_least_squares_over_candidates_gives_ones_and_zeros(five):
     has, forget = five
     others = classification(20, seed=5)
-    found = score(has, singly(forget) + singly(others))
+    found = score(has, [*singly(forget).values(), *singly(others).values()])
     assert torch.allclose(found.weights, torch.tensor([1.0] * 5 + [0.0] * 20, dtype=torch.float64), atol=1e-3)
     assert found.residual < 1e-6
     judgement = judged_list(has, Truth(forget=forget, unseen=others))
@@ -253,7 +253,7 @@ def test_few_candidates_are_told_apart_by_few_equations():
 def test_only_the_named_explain_anything(five):
     """Ten strangers besides one removed record: their weights below a half fit a part, which is no explanation."""
     has, forget = five
-    listed = [*singly(classification(10, seed=5)), *singly(forget)[:1]]
+    listed = [*singly(classification(10, seed=5)).values(), singly(forget)[0]]
     found = score(has, listed)
     left = dict(has.removed.total)
     for record, weight in zip(listed, found.weights.tolist(), strict=True):
@@ -262,6 +262,20 @@ def test_only_the_named_explain_anything(five):
             left = {name: tensor - weight * own[name] for name, tensor in left.items()}
     assert 10 in found.named
     assert found.residual == pytest.approx(norm(left) / norm(has.removed.total), rel=1e-6)
+
+
+def test_of_a_list_longer_than_is_tried_the_right_places_are_named():
+    model = nn.Sequential(nn.Linear(30, 16)).double()
+    data = Examples(torch.randn(400, 30, generator=torch.Generator().manual_seed(0)).double(), torch.arange(400) % 16)
+    has, _ = seen(model, data, torch.tensor([280, 290, 298]))
+    found = judged_list(has, Truth(candidates=data.only(torch.arange(300))))
+    assert found.numbers["candidates"] == 256
+    assert found.numbers["found"] == [280, 290, 298]
+    assert found.verdict == "partly recoverable"
+    assert "No more than 256 candidates are tried" in found.words
+    short = judged_list(has, Truth(candidates=data.only(torch.arange(200, 300))))
+    assert short.numbers["found"] == [80, 90, 98]
+    assert "are tried" not in short.words
 
 
 class Conv(nn.Module):

@@ -70,7 +70,7 @@ def score(evidence: Evidence, candidates: Sequence[Batch], *, seed: int = 0) -> 
     target = _picked(evidence.removed.total, chosen)
     scale = floors.clamp(min=max(float(floors.max()) * 1e-6, 1e-300))
     columns = torch.stack(list(_own_gradients(evidence, candidates, chosen)), 1)
-    kept = itertools.islice(_one_by_one(evidence.retain), needed(len(candidates)) - len(candidates))
+    kept = itertools.islice(_one_by_one(evidence.retain), needed(len(candidates)))  # some may be candidates, too
     more = list(_own_gradients(evidence, kept, chosen))
     cosines = (columns.T @ target) / (columns.norm(dim=0) * target.norm()).clamp(min=1e-300)
     whitened, aim = columns / scale[:, None], target / scale
@@ -103,12 +103,13 @@ def judged_list(evidence: Evidence, truth: Truth, *, seed: int = 0) -> Finding |
     attack, place = "list of candidates", "all parameters"
     if truth.forget is not None and truth.unseen is not None:
         members, others = singly(truth.forget, seed=seed), singly(truth.unseen, seed=seed)
-        return _known(evidence, members, others, seed)
+        return _known(evidence, list(members.values()), list(others.values()), seed)
     if truth.candidates is None:
         return None
     some = singly(truth.candidates, seed=seed)
-    found = score(evidence, some, seed=seed)
-    named, tried = found.named, len(found.weights)
+    found = score(evidence, list(some.values()), seed=seed)
+    rows, tried = list(some), len(found.weights)
+    named = [rows[number] for number in found.named]
     numbers = {
         "candidates": tried,
         "found": named if found.determined else [],
@@ -127,6 +128,8 @@ def judged_list(evidence: Evidence, truth: Truth, *, seed: int = 0) -> Finding |
         f"{len(named)} of {tried} candidates fit, and {max(0.0, 1 - found.residual):.0%} of the difference is "
         "explained by them: " + ("they were removed." if explained else "too little to say who was removed.")
     )
+    if tried == MOST:
+        words += f" No more than {MOST} candidates are tried, drawn at random: any others on the list were not."
     verdict: Verdict = "partly recoverable" if explained else "not shown"
     return Finding(attack=attack, place=place, verdict=verdict, words=words, numbers=numbers)
 
@@ -164,15 +167,15 @@ def _known(evidence: Evidence, members: list[Batch], others: list[Batch], seed: 
     return Finding(attack="list of candidates", place="all parameters", verdict=verdict, words=words, numbers=numbers)
 
 
-def singly(data: Batches, *, seed: int = 0) -> list[Batch]:
-    """Single records, at most `MOST` of them, as batches of one.
+def singly(data: Batches, *, seed: int = 0) -> dict[int, Batch]:
+    """Single records, at most `MOST` of them drawn at random, as batches of one by their place in the data.
 
     Raises:
         ConfigError: Batches whose tensors do not have one row an example.
     """
     alone = list(_one_by_one(data))
     drawn = torch.randperm(len(alone), generator=stream(seed, "audit", "candidates"))[:MOST].sort().values
-    return [alone[row] for row in drawn.tolist()]
+    return {row: alone[row] for row in drawn.tolist()}
 
 
 def _one_by_one(data: Batches) -> Iterator[Batch]:
