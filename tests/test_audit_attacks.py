@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 from expunge import Examples, causal_lm, cross_entropy, gradient, seeded, squared_error
 from expunge.audit.candidates import judged_list, score, singly
 from expunge.audit.finding import Evidence, Truth, evidence, judged, worst
-from expunge.audit.inversion import invert
+from expunge.audit.inversion import _kept, invert
 from expunge.audit.labels import labels
 from expunge.audit.layers import layer_inputs, linear_layers
 from expunge.audit.leakage import audit_cache
@@ -20,7 +20,7 @@ from expunge.audit.span import records_in_span, span, words_in_span
 from expunge.audit.words import bag_of_words
 from expunge.errors import ConfigError, NotInformative, UnsupportedModule
 from expunge.params import norm
-from tests.zoo import CLASSES, FEATURES, classification, network
+from tests.zoo import CLASSES, FEATURES, classification, in_form, network
 
 
 def seen(model, data, removed, loss=cross_entropy):
@@ -315,6 +315,32 @@ def test_an_image_is_believed_without_the_truth_only_if_its_own_gradient_is_the_
     assert wrong.verdict == "not shown"
 
 
+def test_an_inversion_looks_at_kept_images_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr("expunge.audit.inversion.STEPS", (2, 2))
+    with seeded(0, "test"):
+        model = Conv()
+    images = torch.rand(1000, 1, 5, 5, generator=torch.Generator().manual_seed(1))
+    has, forget = seen(model, Examples(images, torch.arange(1000) % 3), torch.tensor([5]))
+    sizes, forward = [], Conv.forward
+    monkeypatch.setattr(Conv, "forward", lambda self, x: sizes.append(len(x)) or forward(self, x))
+    invert(has, linear_layers(has)[0], int(forget.tensors[1][0]), 0.3, Truth(forget=forget))
+    assert max(sizes) == 128
+    assert sum(sizes) > 999
+
+
+@pytest.mark.parametrize("form", ["positions", "one batch"])
+def test_what_is_known_of_kept_images_is_what_all_at_once_would_say(form):
+    images = 5 + torch.randn(700, 1, 3, 4, generator=torch.Generator().manual_seed(2))
+    data = Examples(images, torch.zeros(700).long()) if form == "positions" else [(images, torch.zeros(700).long())]
+    wide = images.double()
+    kept = _kept(data, lambda some: some.flatten(1).square().sum(1))
+    first = wide.flatten(1).square().sum(1).argsort()[:3]
+    assert torch.equal(kept.nearest, wide[first])
+    assert torch.allclose(kept.mean, wide.mean(0, keepdim=True), atol=1e-12)
+    assert kept.spread == pytest.approx(float(wide.flatten(1).var(0).mean().sqrt()), rel=1e-12)
+    assert (kept.low, kept.high) == (float(wide.min()), float(wide.max()))
+
+
 class Writer(nn.Module):
     """A language model of one attention block."""
 
@@ -444,4 +470,28 @@ def test_an_attack_changes_nothing_of_the_model(one):
     assert has.model.training == modes
     assert [p.requires_grad for p in has.model.parameters()] == flags
     assert all(p.grad is None for p in has.model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("form", ["examples", "loader"])
+def test_an_audit_leaves_the_model_its_modes_and_the_global_generators_untouched(form):
+    with seeded(0, "test"):
+        middle = (nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5))
+        model = nn.Sequential(nn.Linear(FEATURES, 6), *middle, nn.Linear(6, CLASSES)).double()
+    model.train()
+    model[2].eval()
+    data = classification(40)
+    full = gradient(model, cross_entropy, data, micro_batch=4)
+    parts = data.without(torch.arange(6)).tensors, data.only(torch.arange(6)).tensors
+    left, gone = (in_form(form, part, torch.arange(len(part[0])), 8) for part in parts)
+    has = evidence(model, cross_entropy, left, full)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    state = torch.get_rng_state()
+    found = audit_cache(has, Truth(forget=gone, unseen=classification(20, seed=3)))
+    assert {"labels of several records", "list of candidates", "span"} <= {f.attack for f in found.findings}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
