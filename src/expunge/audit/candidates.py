@@ -35,7 +35,7 @@ class Scores:
 
     weights: Float[Tensor, " candidates"]  # least squares: 1 for a removed record, 0 for another
     filtered: Float[Tensor, " candidates"]  # matched filter, a cosine in [-1, 1]
-    residual: float  # share of the difference's length that those with a weight above `CERTAIN` do not explain
+    residual: float  # share of the difference's length that those above `CERTAIN`, once each, do not explain
     directions: int  # that gradients of candidates and kept records span above rounding: independent equations
 
     @property
@@ -77,7 +77,8 @@ def score(evidence: Evidence, candidates: Sequence[Batch], *, seed: int = 0) -> 
     normal = whitened.T @ whitened + torch.eye(columns.shape[1], dtype=torch.float64)
     solution = torch.linalg.solve(normal, whitened.T @ aim)
     named = solution > CERTAIN
-    rest = float((target - columns[:, named] @ solution[named]).norm() / target.norm().clamp(min=1e-300))
+    # A removed record is in the sum exactly once: with weights of their own, strangers would fit what others left.
+    rest = float((target - columns[:, named].sum(1)).norm() / target.norm().clamp(min=1e-300))
     return Scores(solution, cosines, rest, _rank(torch.cat([whitened, torch.stack(more, 1) / scale[:, None]], 1)))
 
 
