@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
-from expunge import Examples, causal_lm, cross_entropy, gradient, seeded, squared_error
+from expunge import Examples, Recipe, causal_lm, cross_entropy, gradient, seeded, squared_error, train
 from expunge.audit.candidates import judged_list, score, singly
 from expunge.audit.finding import Evidence, Truth, evidence, judged, worst
 from expunge.audit.inversion import _kept, invert
@@ -18,7 +18,9 @@ from expunge.audit.leakage import audit_cache
 from expunge.audit.ratio import with_bias, without_bias
 from expunge.audit.span import records_in_span, span, words_in_span
 from expunge.audit.words import bag_of_words
+from expunge.data.digits import digits
 from expunge.errors import ConfigError, NotInformative, UnsupportedModule
+from expunge.models.mlp import MLP
 from expunge.params import norm
 from tests.zoo import CLASSES, FEATURES, classification, in_form, network
 
@@ -276,6 +278,23 @@ def test_of_a_list_longer_than_is_tried_the_right_places_are_named():
     short = judged_list(has, Truth(candidates=data.only(torch.arange(200, 300))))
     assert short.numbers["found"] == [80, 90, 98]
     assert "are tried" not in short.words
+
+
+def test_a_list_that_lacks_some_of_the_removed_accuses_nobody_in_their_place():
+    """Strangers with small gradients would fit what the missing ones left."""
+    split = digits(1500, seed=0)
+    with seeded(0, "test"):
+        model = MLP((64, 64, 10))
+    train(model, split.train, cross_entropy, Recipe(epochs=10, lr=0.1, batch_size=64), seed=0)
+    has, forget = seen(model, split.train, torch.arange(30))
+    others = split.test.only(torch.arange(150)).tensors
+    for count, verdict in ((30, "partly recoverable"), (27, "not shown")):
+        part = forget.only(torch.arange(count)).tensors
+        listed = Examples(*(torch.cat(pair) for pair in zip(part, others, strict=True)))
+        found = judged_list(has, Truth(candidates=listed))
+        assert found.verdict == verdict, found.words
+        if count == 30:
+            assert found.numbers["found"] == list(range(30))
 
 
 class Conv(nn.Module):

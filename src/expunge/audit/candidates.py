@@ -26,6 +26,7 @@ from expunge.seeds import stream
 ENTRIES, MOST = 2**15, 256  # of the gradient; candidates of a kind
 EXPLAINED = 0.1  # share of the difference's length that may remain if the list is to explain it
 CERTAIN = 0.5  # weight above which least squares says "removed"
+UNCLEAR = 0.1  # distance of a weight from 0 and 1, and share of such weights, above which nobody is named
 SURPLUS = 4  # directions beyond half as many again as there are candidates, below which strangers fit too
 
 
@@ -43,6 +44,12 @@ class Scores:
         """The candidates that least squares calls removed."""
         found: list[int] = (self.weights > CERTAIN).nonzero().flatten().tolist()
         return found
+
+    @property
+    def clear(self) -> bool:
+        """Whether weights are near 0 or 1; strangers that fit what somebody off the list left have any."""
+        unclear = torch.minimum(self.weights.abs(), (self.weights - 1).abs()) > UNCLEAR
+        return int(unclear.sum()) <= UNCLEAR * len(self.named)
 
     @property
     def determined(self) -> bool:
@@ -124,7 +131,7 @@ def judged_list(evidence: Evidence, truth: Truth, *, seed: int = 0) -> Finding |
             "shorter list."
         )
         return Finding(attack=attack, place=place, verdict="not shown", words=words, numbers=numbers)
-    explained = bool(named) and found.residual <= EXPLAINED
+    explained = bool(named) and found.clear and found.residual <= EXPLAINED
     words = (
         f"{len(named)} of {tried} candidates fit, and {max(0.0, 1 - found.residual):.0%} of the difference is "
         "explained by them: " + ("they were removed." if explained else "too little to say who was removed.")
