@@ -8,18 +8,21 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
-from expunge import Examples, causal_lm, cross_entropy, gradient, seeded, squared_error
+from expunge import Examples, Recipe, causal_lm, cross_entropy, gradient, seeded, squared_error, train
 from expunge.audit.candidates import judged_list, score, singly
 from expunge.audit.finding import Evidence, Truth, evidence, judged, worst
-from expunge.audit.inversion import invert
+from expunge.audit.inversion import _kept, invert
 from expunge.audit.labels import labels
 from expunge.audit.layers import layer_inputs, linear_layers
 from expunge.audit.leakage import audit_cache
 from expunge.audit.ratio import with_bias, without_bias
 from expunge.audit.span import records_in_span, span, words_in_span
 from expunge.audit.words import bag_of_words
+from expunge.data.digits import digits
 from expunge.errors import ConfigError, NotInformative, UnsupportedModule
-from tests.zoo import CLASSES, FEATURES, classification, network
+from expunge.models.mlp import MLP
+from expunge.params import norm
+from tests.zoo import CLASSES, FEATURES, classification, in_form, network
 
 
 def seen(model, data, removed, loss=cross_entropy):
@@ -186,7 +189,7 @@ def test_the_rank_of_a_gradient_is_the_number_of_records_and_its_span_holds_them
 def test_least_squares_over_candidates_gives_ones_and_zeros(five):
     has, forget = five
     others = classification(20, seed=5)
-    found = score(has, singly(forget) + singly(others))
+    found = score(has, [*singly(forget).values(), *singly(others).values()])
     assert torch.allclose(found.weights, torch.tensor([1.0] * 5 + [0.0] * 20, dtype=torch.float64), atol=1e-3)
     assert found.residual < 1e-6
     judgement = judged_list(has, Truth(forget=forget, unseen=others))
@@ -217,6 +220,81 @@ def test_candidates_who_were_not_removed_have_an_auc_of_a_half():
     sd = (81 / (12 * 40 * 40)) ** 0.5
     assert abs(sum(areas[::2]) / 6 - 0.5) < 4 * sd / 6**0.5
     assert abs(sum(areas[1::2]) / 6 - 0.5) < 4 * sd / 6**0.5
+
+
+@pytest.mark.parametrize("count", [8, 12, 20])
+def test_strangers_are_not_accused_where_any_list_fits(count):
+    model = nn.Sequential(nn.Linear(4, 3)).double()  # gradients have 15 entries and span 2 x 5 directions
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        inputs, labels = torch.randn(80, 4, generator=generator).double(), torch.arange(80) % 3
+        data = Examples(inputs[:60], labels[:60])
+        has, forget = seen(model, data, torch.arange(5))
+        strangers = Examples(inputs[60 : 60 + count], labels[60 : 60 + count])
+        found = judged_list(has, Truth(candidates=strangers))
+        assert found.verdict == "not shown"
+        assert found.numbers["directions"] == 10
+        assert found.numbers["found"] == []
+        assert f"span 10 directions, and {count} candidates need {count + count // 2 + 4}" in found.words
+        assert judged_list(has, Truth(forget=forget, unseen=strangers)).numbers["directions"] == 10
+
+
+def test_few_candidates_are_told_apart_by_few_equations():
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    data = Examples(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(60) % 3)
+    has, _ = seen(model, data, torch.tensor([3, 8]))
+    listed = data.only(torch.tensor([3, 7, 8, 9]))
+    found = judged_list(has, Truth(candidates=listed))
+    assert found.numbers["found"] == [0, 2]
+    assert found.verdict == "partly recoverable"
+    half = judged_list(has, Truth(candidates=data.only(torch.tensor([3, 7, 9]))))
+    assert half.verdict == "not shown"
+    assert half.numbers["unexplained share"] > 0.3
+
+
+def test_only_the_named_explain_anything(five):
+    """Each of them once, as in a sum of removed records: a free weight lets strangers fit what is missing."""
+    has, forget = five
+    listed = [*singly(classification(10, seed=5)).values(), singly(forget)[0]]
+    found = score(has, listed)
+    left = dict(has.removed.total)
+    for record, weight in zip(listed, found.weights.tolist(), strict=True):
+        if weight > 0.5:
+            own = gradient(has.model, cross_entropy, Examples(*record)).total
+            left = {name: tensor - own[name] for name, tensor in left.items()}
+    assert 10 in found.named
+    assert found.residual == pytest.approx(norm(left) / norm(has.removed.total), rel=1e-6)
+
+
+def test_of_a_list_longer_than_is_tried_the_right_places_are_named():
+    model = nn.Sequential(nn.Linear(30, 16)).double()
+    data = Examples(torch.randn(400, 30, generator=torch.Generator().manual_seed(0)).double(), torch.arange(400) % 16)
+    has, _ = seen(model, data, torch.tensor([280, 290, 298]))
+    found = judged_list(has, Truth(candidates=data.only(torch.arange(300))))
+    assert found.numbers["candidates"] == 256
+    assert found.numbers["found"] == [280, 290, 298]
+    assert found.verdict == "partly recoverable"
+    assert "No more than 256 candidates are tried" in found.words
+    short = judged_list(has, Truth(candidates=data.only(torch.arange(200, 300))))
+    assert short.numbers["found"] == [80, 90, 98]
+    assert "are tried" not in short.words
+
+
+def test_a_list_that_lacks_some_of_the_removed_accuses_nobody_in_their_place():
+    """Strangers with small gradients would fit what the missing ones left."""
+    split = digits(1500, seed=0)
+    with seeded(0, "test"):
+        model = MLP((64, 64, 10))
+    train(model, split.train, cross_entropy, Recipe(epochs=10, lr=0.1, batch_size=64), seed=0)
+    has, forget = seen(model, split.train, torch.arange(30))
+    others = split.test.only(torch.arange(150)).tensors
+    for count, verdict in ((30, "partly recoverable"), (27, "not shown")):
+        part = forget.only(torch.arange(count)).tensors
+        listed = Examples(*(torch.cat(pair) for pair in zip(part, others, strict=True)))
+        found = judged_list(has, Truth(candidates=listed))
+        assert found.verdict == verdict, found.words
+        if count == 30:
+            assert found.numbers["found"] == list(range(30))
 
 
 class Conv(nn.Module):
@@ -254,6 +332,32 @@ def test_an_image_is_believed_without_the_truth_only_if_its_own_gradient_is_the_
     assert found.verdict == "recoverable"
     wrong = invert(has, linear_layers(has)[0], (int(forget.tensors[1][0]) + 1) % 3, 0.3, Truth())
     assert wrong.verdict == "not shown"
+
+
+def test_an_inversion_looks_at_kept_images_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr("expunge.audit.inversion.STEPS", (2, 2))
+    with seeded(0, "test"):
+        model = Conv()
+    images = torch.rand(1000, 1, 5, 5, generator=torch.Generator().manual_seed(1))
+    has, forget = seen(model, Examples(images, torch.arange(1000) % 3), torch.tensor([5]))
+    sizes, forward = [], Conv.forward
+    monkeypatch.setattr(Conv, "forward", lambda self, x: sizes.append(len(x)) or forward(self, x))
+    invert(has, linear_layers(has)[0], int(forget.tensors[1][0]), 0.3, Truth(forget=forget))
+    assert max(sizes) == 128
+    assert sum(sizes) > 999
+
+
+@pytest.mark.parametrize("form", ["positions", "one batch"])
+def test_what_is_known_of_kept_images_is_what_all_at_once_would_say(form):
+    images = 5 + torch.randn(700, 1, 3, 4, generator=torch.Generator().manual_seed(2))
+    data = Examples(images, torch.zeros(700).long()) if form == "positions" else [(images, torch.zeros(700).long())]
+    wide = images.double()
+    kept = _kept(data, lambda some: some.flatten(1).square().sum(1))
+    first = wide.flatten(1).square().sum(1).argsort()[:3]
+    assert torch.equal(kept.nearest, wide[first])
+    assert torch.allclose(kept.mean, wide.mean(0, keepdim=True), atol=1e-12)
+    assert kept.spread == pytest.approx(float(wide.flatten(1).var(0).mean().sqrt()), rel=1e-12)
+    assert (kept.low, kept.high) == (float(wide.min()), float(wide.max()))
 
 
 class Writer(nn.Module):
@@ -385,4 +489,28 @@ def test_an_attack_changes_nothing_of_the_model(one):
     assert has.model.training == modes
     assert [p.requires_grad for p in has.model.parameters()] == flags
     assert all(p.grad is None for p in has.model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("form", ["examples", "loader"])
+def test_an_audit_leaves_the_model_its_modes_and_the_global_generators_untouched(form):
+    with seeded(0, "test"):
+        middle = (nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5))
+        model = nn.Sequential(nn.Linear(FEATURES, 6), *middle, nn.Linear(6, CLASSES)).double()
+    model.train()
+    model[2].eval()
+    data = classification(40)
+    full = gradient(model, cross_entropy, data, micro_batch=4)
+    parts = data.without(torch.arange(6)).tensors, data.only(torch.arange(6)).tensors
+    left, gone = (in_form(form, part, torch.arange(len(part[0])), 8) for part in parts)
+    has = evidence(model, cross_entropy, left, full)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    state = torch.get_rng_state()
+    found = audit_cache(has, Truth(forget=gone, unseen=classification(20, seed=3)))
+    assert {"labels of several records", "list of candidates", "span"} <= {f.attack for f in found.findings}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from expunge import Examples, Recipe, Reload, cache, cross_entropy, gradient, seeded, train, unlearn
 from expunge.access import Blind
@@ -65,6 +66,18 @@ def test_the_predicted_error_bounds_the_one_against_float64():
     found = checks(preflight(model, cross_entropy, left, full))["error of the difference"]
     assert error / length <= found.numbers["relative_error"] <= 1000 * error / length
     assert overlap(reset_set(ours, full, 0.1), reset_set(exact, exact_full, 0.1)) >= 0.9
+
+
+def test_a_share_is_taken_by_its_decimal_digits_as_reload_does():
+    model = nn.Linear(19, 5)  # 100 entries, and 0.29 * 100 is below 29
+    inputs, labels = torch.randn(120, 19, generator=torch.Generator().manual_seed(0)), torch.arange(120) % 5
+    data = Examples(inputs, labels)
+    full, left = gradient(model, cross_entropy, data, micro_batch=16), data.without(torch.arange(40))
+    chosen = reset_set(evidence(model, cross_entropy, left, full).removed, full, 0.29)
+    assert sum(int(mask.sum()) for mask in chosen.values()) == 29
+    given = Blind(retain=left, loss_terms=cross_entropy, fresh=lambda _: nn.Linear(19, 5), full=full)
+    none = Recipe(epochs=0, lr=1.0)
+    assert unlearn(model, given, Reload(reset_fraction=0.29, fine_tune=none)).trace.facts["reset_count"] == 29
 
 
 def test_the_reset_set_is_the_one_that_reload_re_initialises():

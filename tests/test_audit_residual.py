@@ -10,7 +10,10 @@ from torch import nn
 from expunge import Examples, Recipe, cross_entropy, seeded, train
 from expunge.audit.quantise import quantised, rounded
 from expunge.audit.residual import RELEARN, Subject, membership, quantisation, relearning, trigger
+from expunge.data.digits import digits
 from expunge.errors import ConfigError
+from expunge.metrics.membership import loss_attack
+from expunge.metrics.outputs import outputs
 from expunge.models.mlp import MLP
 
 COUNT, REMOVED = 120, 40
@@ -66,13 +69,42 @@ def test_the_original_is_caught_and_another_retrained_model_is_not_by_membership
     assert found.numbers["AUC"] > 0.9
     clean = membership(subject(trained(REMOVED, 2)), forget(), unseen())
     assert clean.verdict == "no trace found"
-    assert abs(clean.numbers["AUC"] - 0.5) < 4 * clean.numbers["sd by chance"]
+    assert abs(clean.numbers["AUC"] - 0.5) < 4 * (81 / (12 * 40 * 40)) ** 0.5  # sd of 40 against 40 by chance
 
 
-def test_membership_without_a_retrained_model_is_compared_with_chance():
-    assert membership(subject(trained(0, 0), ()), forget(), unseen()).verdict == "a trace was found"
+def test_membership_without_a_retrained_model_finds_nothing_or_cannot_tell():
+    found = membership(subject(trained(0, 0), ()), forget(), unseen())
+    assert found.verdict == "cannot tell"
+    assert "--retrained" in found.words
+    assert membership(subject(trained(REMOVED, 2), ()), forget(), unseen()).verdict == "no trace found"
     few = Examples(*(tensor[:3] for tensor in forget().tensors))
     assert membership(subject(trained(0, 0)), few, unseen()).verdict == "cannot tell"
+
+
+def test_membership_of_one_class_is_told_from_others_of_that_class():
+    """A model without most of class 6 is bad at the rest of it, removed or never seen, and that is no trace."""
+    split = digits(900, seed=0)
+    images, labels = (torch.cat(pair) for pair in zip(split.train.tensors, split.test.tensors, strict=True))
+    pool, test = torch.arange(900), torch.arange(900, len(labels))
+    gone, kept = pool[labels[pool] == 6][:70], pool[labels[pool] != 6]
+    models = []
+    for seed in (0, 1):
+        with seeded(seed, "digits"):
+            models.append(MLP((64, 32, 10)))
+        data = Examples(images[kept], labels[kept])
+        train(models[-1], data, cross_entropy, Recipe(epochs=8, lr=0.1, batch_size=64), seed=seed)
+    out, others = (Examples(images[rows], labels[rows]) for rows in (gone, test))
+    apart = [outputs(models[0], data).losses for data in (out, others)]
+    assert loss_attack(*apart).auc > 0.7  # classes are told, not members
+    for retrained in ([], models[1:]):
+        found = membership(Subject(unlearned=models[0], loss_terms=cross_entropy, retrained=retrained), out, others)
+        assert found.verdict == "no trace found", found.words
+        assert abs(found.numbers["AUC"] - 0.5) < 0.12
+        assert found.numbers["unseen compared"] == 70
+    few = Examples(images[test[labels[test] != 6]], labels[test[labels[test] != 6]])
+    unmatched = membership(Subject(unlearned=models[0], loss_terms=cross_entropy, retrained=models[1:]), out, few)
+    assert unmatched.verdict == "cannot tell"
+    assert "more records" in unmatched.words
 
 
 def test_a_model_that_only_hides_relearns_sooner_than_retrained_ones():

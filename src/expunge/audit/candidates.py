@@ -2,12 +2,14 @@
 
 The difference is the sum of the removed records' own gradients. For a list of candidates it is one least squares
 problem, g_F ≈ Σ w_j g_j, whose solution has w = 1 for records that were removed and 0 for others; a matched filter, the
-cosine of g_j and g_F, needs no complete list. No number of removed records hides anyone as long as there are more
-entries in the gradient than candidates. Source: tracing from sums, Dwork et al. 2015, "Robust Traceability from Trace
-Amounts"; with gradients of all candidates at hand the sum can be solved for.
+cosine of g_j and g_F, needs no complete list. No number of removed records hides anyone as long as gradients span many
+more directions than there are candidates; if they do not, any list fits any difference, and nobody is accused. Source:
+tracing from sums, Dwork et al. 2015, "Robust Traceability from Trace Amounts"; with gradients of all candidates at hand
+the sum can be solved for.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,8 @@ from expunge.seeds import stream
 ENTRIES, MOST = 2**15, 256  # of the gradient; candidates of a kind
 EXPLAINED = 0.1  # share of the difference's length that may remain if the list is to explain it
 CERTAIN = 0.5  # weight above which least squares says "removed"
+UNCLEAR = 0.1  # distance of a weight from 0 and 1, and share of such weights, above which nobody is named
+SURPLUS = 4  # directions beyond half as many again as there are candidates, below which strangers fit too
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,30 @@ class Scores:
 
     weights: Float[Tensor, " candidates"]  # least squares: 1 for a removed record, 0 for another
     filtered: Float[Tensor, " candidates"]  # matched filter, a cosine in [-1, 1]
-    residual: float  # share of the difference's length that no candidate explains
+    residual: float  # share of the difference's length that those above `CERTAIN`, once each, do not explain
+    directions: int  # that gradients of candidates and kept records span above rounding: independent equations
+
+    @property
+    def named(self) -> list[int]:
+        """The candidates that least squares calls removed."""
+        found: list[int] = (self.weights > CERTAIN).nonzero().flatten().tolist()
+        return found
+
+    @property
+    def clear(self) -> bool:
+        """Whether weights are near 0 or 1; strangers that fit what somebody off the list left have any."""
+        unclear = torch.minimum(self.weights.abs(), (self.weights - 1).abs()) > UNCLEAR
+        return int(unclear.sum()) <= UNCLEAR * len(self.named)
+
+    @property
+    def determined(self) -> bool:
+        """Whether there are so many equations that a list of strangers cannot satisfy them."""
+        return self.directions >= needed(len(self.weights))
+
+
+def needed(candidates: int) -> int:
+    """Directions that gradients must span for so many candidates to be told apart."""
+    return candidates + candidates // 2 + SURPLUS
 
 
 def score(evidence: Evidence, candidates: Sequence[Batch], *, seed: int = 0) -> Scores:
@@ -50,12 +77,23 @@ def score(evidence: Evidence, candidates: Sequence[Batch], *, seed: int = 0) -> 
     target = _picked(evidence.removed.total, chosen)
     scale = floors.clamp(min=max(float(floors.max()) * 1e-6, 1e-300))
     columns = torch.stack(list(_own_gradients(evidence, candidates, chosen)), 1)
+    kept = itertools.islice(_one_by_one(evidence.retain), needed(len(candidates)))  # some may be candidates, too
+    more = list(_own_gradients(evidence, kept, chosen))
     cosines = (columns.T @ target) / (columns.norm(dim=0) * target.norm()).clamp(min=1e-300)
     whitened, aim = columns / scale[:, None], target / scale
     normal = whitened.T @ whitened + torch.eye(columns.shape[1], dtype=torch.float64)
     solution = torch.linalg.solve(normal, whitened.T @ aim)
-    rest = float((target - columns @ solution).norm() / target.norm().clamp(min=1e-300))
-    return Scores(solution, cosines, rest)
+    named = solution > CERTAIN
+    # A removed record is in the sum exactly once: with weights of their own, strangers would fit what others left.
+    rest = float((target - columns[:, named].sum(1)).norm() / target.norm().clamp(min=1e-300))
+    return Scores(solution, cosines, rest, _rank(torch.cat([whitened, torch.stack(more, 1) / scale[:, None]], 1)))
+
+
+def _rank(whitened: Float[Tensor, "entries records"]) -> int:
+    """Singular values above those of a matrix of rounding errors, whose entries are of size 1."""
+    sizes = torch.linalg.svdvals(torch.linalg.qr(whitened, mode="r").R)
+    noise = max(sum(length**0.5 for length in whitened.shape), float(sizes.max()) * 1e-12)
+    return int((sizes > noise).sum())
 
 
 def judged_list(evidence: Evidence, truth: Truth, *, seed: int = 0) -> Finding | None:
@@ -73,18 +111,33 @@ def judged_list(evidence: Evidence, truth: Truth, *, seed: int = 0) -> Finding |
     attack, place = "list of candidates", "all parameters"
     if truth.forget is not None and truth.unseen is not None:
         members, others = singly(truth.forget, seed=seed), singly(truth.unseen, seed=seed)
-        return _known(evidence, members, others, seed)
+        return _known(evidence, list(members.values()), list(others.values()), seed)
     if truth.candidates is None:
         return None
     some = singly(truth.candidates, seed=seed)
-    found = score(evidence, some, seed=seed)
-    named = (found.weights > CERTAIN).nonzero().flatten().tolist()
-    numbers = {"candidates": len(found.weights), "found": named, "unexplained share": found.residual}
-    explained = bool(named) and found.residual <= EXPLAINED
+    found = score(evidence, list(some.values()), seed=seed)
+    rows, tried = list(some), len(found.weights)
+    named = [rows[number] for number in found.named]
+    numbers = {
+        "candidates": tried,
+        "found": named if found.determined else [],
+        "unexplained share": found.residual,
+        "directions": found.directions,
+    }
+    if not found.determined:
+        words = (
+            f"Nobody can be named: gradients of candidates and kept records span {found.directions} directions, and "
+            f"{tried} candidates need {needed(tried)}. With so few equations any list fits, removed or not. Give a "
+            "shorter list."
+        )
+        return Finding(attack=attack, place=place, verdict="not shown", words=words, numbers=numbers)
+    explained = bool(named) and found.clear and found.residual <= EXPLAINED
     words = (
-        f"{len(named)} of {len(found.weights)} candidates fit, and {1 - found.residual:.0%} of the difference is "
+        f"{len(named)} of {tried} candidates fit, and {max(0.0, 1 - found.residual):.0%} of the difference is "
         "explained by them: " + ("they were removed." if explained else "too little to say who was removed.")
     )
+    if tried == MOST:
+        words += f" No more than {MOST} candidates are tried, drawn at random: any others on the list were not."
     verdict: Verdict = "partly recoverable" if explained else "not shown"
     return Finding(attack=attack, place=place, verdict=verdict, words=words, numbers=numbers)
 
@@ -107,8 +160,11 @@ def _known(evidence: Evidence, members: list[Batch], others: list[Batch], seed: 
         "AUC of matched filter": by_filter,
         "sd by chance": spread,
         "unexplained share": found.residual,
+        "directions": found.directions,
     }
-    exact = by_fit == 1 and found.residual <= EXPLAINED  # few members: their ranks alone could be chance
+    exact = (
+        by_fit == 1 and found.determined and found.residual <= EXPLAINED
+    )  # few members: their ranks alone could be chance
     told = exact or (best >= 0.7 and best > 0.5 + 4 * spread)
     words = (
         f"Among {count} removed and {len(others)} unseen records the removed ones are told with an AUC of {best:.2f} "
@@ -119,24 +175,27 @@ def _known(evidence: Evidence, members: list[Batch], others: list[Batch], seed: 
     return Finding(attack="list of candidates", place="all parameters", verdict=verdict, words=words, numbers=numbers)
 
 
-def singly(data: Batches, *, seed: int = 0) -> list[Batch]:
-    """Single records, at most `MOST` of them, as batches of one.
+def singly(data: Batches, *, seed: int = 0) -> dict[int, Batch]:
+    """Single records, at most `MOST` of them drawn at random, as batches of one by their place in the data.
 
     Raises:
         ConfigError: Batches whose tensors do not have one row an example.
     """
-    alone = []
+    alone = list(_one_by_one(data))
+    drawn = torch.randperm(len(alone), generator=stream(seed, "audit", "candidates"))[:MOST].sort().values
+    return {row: alone[row] for row in drawn.tolist()}
+
+
+def _one_by_one(data: Batches) -> Iterator[Batch]:
     for _, batch in micro_batches(data, 128)[1]:
         tensors = tensors_of(batch)
         if len({len(tensor) if tensor.ndim else -1 for tensor in tensors}) != 1:
             raise ConfigError("candidates need one row an example in each tensor of a batch. Give Examples(x, y).")
-        rows = range(len(tensors[0]))
-        alone += [map_tensors(batch, lambda tensor, row=row: tensor[row : row + 1]) for row in rows]  # type: ignore[misc]
-    drawn = torch.randperm(len(alone), generator=stream(seed, "audit", "candidates"))[:MOST].sort().values
-    return [alone[row] for row in drawn.tolist()]
+        for row in range(len(tensors[0])):
+            yield map_tensors(batch, lambda tensor, row=row: tensor[row : row + 1])  # type: ignore[misc]
 
 
-def _own_gradients(evidence: Evidence, candidates: Sequence[Batch], chosen: dict[str, Tensor]) -> Iterator[Tensor]:
+def _own_gradients(evidence: Evidence, candidates: Iterable[Batch], chosen: dict[str, Tensor]) -> Iterator[Tensor]:
     model = params.plain(evidence.model)
     named = params.named_parameters(model, chosen)
     device = next(iter(named.values())).device

@@ -9,6 +9,7 @@ pass. Source of the first step: Geiping et al. 2020, "Inverting Gradients", on f
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from expunge import params
 from expunge.audit.finding import Evidence, Finding, Truth, judged, peak_ratio
 from expunge.audit.layers import Layer, first_tensor
 from expunge.audit.ratio import news_of, quotients
-from expunge.batches import micro_batches
+from expunge.batches import Batches, micro_batches
 
 STARTS, STEPS = 3, (60, 300)  # kept images to start from; L-BFGS steps for the features, then for the gradient
+AT_ONCE = 128  # kept images in memory
 SAME = 1e-2  # share of the difference's length within which an image's gradient is the difference
 
 
@@ -41,16 +43,14 @@ def invert(evidence: Evidence, layer: Layer, label: int, spread: float, truth: T
         words = "The features cannot be read off: no output unit stands far enough above rounding."
         return Finding(attack=attack, place=place, verdict="not shown", words=words)
     model = copy.deepcopy(params.plain(evidence.model)).cpu().double().eval().requires_grad_(True)
-    kept = torch.cat([first_tensor(batch) for _, batch in micro_batches(evidence.retain, 512)[1]]).cpu().double()
-    low, high = float(kept.min()), float(kept.max())
     module = dict(model.named_modules())[layer.name]
     features = _features(model, module)
     target = rows.values[0]
-    with torch.no_grad():
-        near = (features(kept) - target).square().sum(1).argsort()[:STARTS]
+    kept = _kept(evidence.retain, lambda images: (features(images) - target).square().sum(1))
+    low, high = kept.low, kept.high
     match = _mismatch(evidence, model, label)
-    best, residual = kept[:1], float("inf")
-    for start in (*kept[near].unsqueeze(1), kept.mean(0, keepdim=True)):
+    best, residual = kept.nearest[:1], float("inf")
+    for start in (*kept.nearest.unsqueeze(1), kept.mean):
         image = _descend(
             start, lambda x: (features(x) - target).square().mean() / spread**2 + _tidy(x, low, high), STEPS[0]
         )
@@ -60,10 +60,47 @@ def invert(evidence: Evidence, layer: Layer, label: int, spread: float, truth: T
             best, residual = image, left
         if residual < SAME / 10:
             break
-    return _judged(best, kept, residual, truth, attack, place)
+    return _judged(best, kept, evidence.retain, residual, truth, attack, place)
 
 
-def _judged(best: Tensor, kept: Tensor, residual: float, truth: Truth, attack: str, place: str) -> Finding:
+@dataclass(frozen=True)
+class _Kept:
+    """What is known of kept images without holding them all."""
+
+    nearest: Float[Tensor, "images ..."]  # the nearest `STARTS`, nearest first
+    mean: Float[Tensor, "1 ..."]
+    spread: float  # root of the mean variance
+    low: float  # smallest value, and largest
+    high: float
+
+
+def _images(data: Batches) -> Iterator[Tensor]:
+    """The inputs of each batch, float64, at most `AT_ONCE` of them."""
+    for _, batch in micro_batches(data, AT_ONCE)[1]:
+        for part in first_tensor(batch).split(AT_ONCE):
+            yield part.cpu().double()
+
+
+@torch.no_grad()
+def _kept(data: Batches, distances: Callable[[Tensor], Tensor]) -> _Kept:
+    """One pass over kept images; moments are merged as in Chan et al. 1979."""
+    nearest, apart = torch.empty(0), torch.empty(0, dtype=torch.float64)
+    mean, squares, count, low, high = torch.zeros(()), torch.zeros(()), 0, torch.inf, -torch.inf
+    for images in _images(data):
+        nearest = torch.cat([nearest, images]) if count else images
+        apart = torch.cat([apart, distances(images)])
+        first = apart.argsort(stable=True)[:STARTS]
+        nearest, apart = nearest[first], apart[first]
+        own, both = images.mean(0, keepdim=True), count + len(images)
+        squares = squares + (images - own).square().sum(0) + (own - mean)[0].square() * count * len(images) / both
+        mean, count = mean + (own - mean) * (len(images) / both), both
+        low, high = min(low, float(images.min())), max(high, float(images.max()))
+    return _Kept(nearest, mean, float((squares / max(count - 1, 1)).mean().sqrt()), low, high)
+
+
+def _judged(
+    best: Tensor, kept: _Kept, retain: Batches, residual: float, truth: Truth, attack: str, place: str
+) -> Finding:
     shape, flat = tuple(best.shape[1:]), best.flatten(1).detach()
     numbers = {"unexplained share of the gradient": residual}
     if truth.forget is None:
@@ -74,10 +111,10 @@ def _judged(best: Tensor, kept: Tensor, residual: float, truth: Truth, attack: s
         )
     (true, *_) = [first_tensor(batch) for _, batch in micro_batches(truth.forget, 512)[1]]
     true = true[:1].cpu().double().flatten(1)
-    spread = float(kept.flatten(1).var(0).mean().sqrt())
-    error = (flat - true).square().mean(1).sqrt() / spread
-    error = news_of(error, true, kept.flatten(1), spread)
-    psnr = float(peak_ratio(flat, true, float(kept.max() - kept.min()))[0])
+    error = (flat - true).square().mean(1).sqrt() / kept.spread
+    for images in _images(retain):
+        error = news_of(error, true, images.flatten(1), kept.spread)
+    psnr = float(peak_ratio(flat, true, kept.high - kept.low)[0])
     numbers |= {"PSNR": psnr}
     words = f"The image found is the removed one to {psnr:.0f} dB; {residual:.1g} of the gradient is left unexplained."
     return Finding(

@@ -17,6 +17,7 @@ from expunge.batches import Batches, map_tensors, micro_batches, to_device
 from expunge.errors import MissingExtra
 from expunge.gradient import gradient
 from expunge.metrics.outputs import Logits, outputs
+from expunge.seeds import keeping_random_state
 
 
 def labels(evidence: Evidence, head: Layer, truth: Truth) -> Finding:
@@ -122,7 +123,8 @@ def _by_class(evidence: Evidence, classes: int) -> list[list[object]]:
     """Kept records as a list of batches for each class."""
     groups: list[list[object]] = [[] for _ in range(classes)]
     device, seen = next(evidence.model.parameters()).device, 0
-    with torch.no_grad():
+    with params.restoring_modes(evidence.model), keeping_random_state(), torch.no_grad():
+        evidence.model.eval()
         for _, each in micro_batches(evidence.retain, 128)[1]:
             batch = to_device(each, device)
             _, own = evidence.logits(evidence.model, batch)

@@ -23,6 +23,7 @@ from expunge.audit.words import bag_of_words
 from expunge.batches import micro_batches, tensors_of, to_device
 from expunge.errors import UnsupportedModule
 from expunge.metrics.outputs import images_and_labels
+from expunge.seeds import keeping_random_state
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class CacheAudit:
 
 
 def audit_cache(evidence: Evidence, truth: Truth | None = None, *, seed: int = 0) -> CacheAudit:
-    """Try every attack that fits the model.
+    """Try every attack that fits the model; it, its modes and the global generators are left as they were found.
 
     Args:
         evidence: What an attacker has.
@@ -79,7 +80,8 @@ def audit_cache(evidence: Evidence, truth: Truth | None = None, *, seed: int = 0
         MissingExtra: SciPy or scikit-learn is not installed.
     """
     truth = truth or Truth()
-    findings = list(_attacks(evidence, truth, seed))
+    with params.restoring_modes(evidence.model), keeping_random_state():
+        findings = list(_attacks(evidence, truth, seed))
     return CacheAudit(evidence.removed.count, evidence.removed.relative_noise(), findings)
 
 

@@ -19,6 +19,8 @@ from expunge.audit.finding import evidence
 from expunge.batches import Batches, LossTerms
 from expunge.errors import ConfigError
 from expunge.gradient import Gradient
+from expunge.methods.choice import decimal, smallest_share
+from expunge.methods.reload import automatic_eps
 from expunge.seeds import stream
 from expunge.selectors import knowledge_values
 
@@ -96,12 +98,10 @@ def preflight(
 
 def reset_set(removed: Gradient, full: Gradient, fraction: float) -> dict[str, Bool[Tensor, "..."]]:
     """The entries that RELOAD with its defaults would re-initialise."""
-    assert removed.noise is not None
-    mean = sum(float(floor.double().sum()) for floor in removed.noise.values()) / params.size(removed.noise)
-    scores = knowledge_values(removed.total, full.total, max(mean, torch.finfo(torch.float64).tiny))
+    scores = knowledge_values(removed.total, full.total, automatic_eps(removed))
     for name, seen in removed.informative().items():
         scores[name][~seen] = math.inf
-    return params.smallest(scores, math.floor(fraction * params.size(scores)))
+    return smallest_share(scores, decimal(fraction), "global")[0]
 
 
 def overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -15,7 +15,7 @@ from torch import nn
 from expunge.audit.quantise import quantised
 from expunge.batches import Batches, LossTerms
 from expunge.metrics.classification import accuracy, cross_entropy
-from expunge.metrics.membership import FOLDS, loss_attack
+from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched
 from expunge.metrics.outputs import Logits, Outputs, images_and_labels, outputs
 from expunge.metrics.relearning import relearn_time
 from expunge.training import Recipe, mean_loss
@@ -53,36 +53,46 @@ class Subject:
 
 
 def membership(subject: Subject, forget: Batches, test: Batches, *, seed: int = 0) -> Remembered:
-    """Are removed records told from unseen ones by their loss?
+    """Are removed records told from unseen ones of the same classes by their loss?
 
     Args:
-        subject: With retrained models, the question is whether they are told better than there.
+        subject: With retrained models, the yardstick: records that are easy are told there, too.
         forget: The removed records.
-        test: Records that were never in the data.
-        seed: Of the attack.
+        test: Records that were never in the data, with at least as many of each class as were removed.
+        seed: Of the attack, and of which unseen records are compared.
     """
     name = "membership by loss"
-
-    def attacked(model: nn.Module) -> tuple[float, int, int]:
-        inside, outside = (outputs(model, data, subject.logits).losses for data in (forget, test))
-        if min(len(inside), len(outside)) < FOLDS:
-            return 0.5, len(inside), len(outside)
-        return loss_attack(inside, outside, seed=seed).auc, len(inside), len(outside)
-
-    auc, removed, unseen = attacked(subject.unlearned)
-    if min(removed, unseen) < FOLDS:
-        words = f"{removed} removed and {unseen} unseen records: the attack needs {FOLDS} of each."
-        return Remembered(name, "cannot tell", words, {"removed": removed, "unseen": unseen})
-    fewer = min(removed, unseen)
-    chance = math.sqrt((2 * fewer + 1) / (12 * fewer**2))
-    references = [attacked(model)[0] for model in subject.retrained]
-    level = sum(references) / len(references) if references else 0.5
-    numbers = {"AUC": auc, "AUC of retrained": references, "sd by chance": chance, "removed": removed}
-    found = auc - level > 2 * chance
-    against = f"retrained models {level:.2f}" if references else "chance 0.50"
-    words = f"AUC {auc:.2f}, {against}, two standard deviations {2 * chance:.2f}."
-    words += " Removed records are told better than they should be." if found else " No more than chance allows."
-    return Remembered(name, "a trace was found" if found else "no trace found", words, numbers)
+    removed, pool = (outputs(subject.unlearned, data, subject.logits) for data in (forget, test))
+    sizes = {"removed": len(removed.labels), "unseen": len(pool.labels)}
+    if min(sizes.values()) < FOLDS:
+        words = f"{sizes['removed']} removed and {sizes['unseen']} unseen records: the attack needs {FOLDS} of each."
+        return Remembered(name, "cannot tell", words, sizes)
+    if not times_matched(removed.labels, pool.labels):
+        words = (
+            "Of some class fewer unseen records were given than removed ones, and an attack on other classes tells "
+            "classes apart. Let test() return more records, or forget() fewer."
+        )
+        return Remembered(name, "cannot tell", words, sizes)
+    rows = matched_by_class(removed.labels, pool.labels, times=None, seed=seed)
+    attack = loss_attack(removed.losses, pool.losses[rows], seed=seed)
+    references = [
+        loss_attack(
+            outputs(model, forget, subject.logits).losses, outputs(model, test, subject.logits).losses[rows], seed=seed
+        ).auc
+        for model in subject.retrained
+    ]
+    low, high = attack.auc_interval.low, attack.auc_interval.high
+    numbers = sizes | {"AUC": attack.auc, "AUC interval": [low, high], "AUC of retrained": references}
+    numbers["unseen compared"] = len(rows)
+    words = f"AUC {attack.auc:.2f} [{low:.2f}, {high:.2f}] against unseen records of the same classes"
+    if low <= max([*references, 0.5]):
+        against = f"that of retrained models, up to {max(references):.2f}" if references else "chance, 0.50"
+        return Remembered(name, "no trace found", f"{words}: not clearly above {against}.", numbers)
+    if not references:
+        words += ": above chance, as easy records are in any model. Only retrained models tell (--retrained)."
+        return Remembered(name, "cannot tell", words, numbers)
+    words += f", retrained models up to {max(references):.2f}. Removed records are told better than they should be."
+    return Remembered(name, "a trace was found", words, numbers)
 
 
 def relearning(subject: Subject, forget: Batches, *, recipe: Recipe = RELEARN, seed: int = 0) -> Remembered:

@@ -222,8 +222,11 @@ def _require_informative(removed: Gradient, trace: Trace) -> None:
 def _eps(removed: Gradient, config: Reload) -> float:
     if "scaled-fraction" in config.published_code:
         return 1e-10
-    if config.eps != "auto":
-        return config.eps
+    return automatic_eps(removed) if config.eps == "auto" else config.eps
+
+
+def automatic_eps(removed: Gradient) -> float:
+    """The ε of ``eps="auto"``: the mean rounding floor of a gradient, in its unit."""
     assert removed.noise is not None
     mean = sum(float(floor.double().sum()) for floor in removed.noise.values()) / params.size(removed.noise)
     return max(mean, torch.finfo(torch.float64).tiny)
