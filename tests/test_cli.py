@@ -284,9 +284,20 @@ def test_ctrl_c_writes_nothing_and_ends_with_130(folder, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("expunge.cli.own_model.unlearn_model", interrupted)
-    assert unlearned(*RELOAD) == 130
+    assert unlearned("--replace", *RELOAD) == 130
     assert "interrupted" in capsys.readouterr().err
     assert Path("u.safetensors").read_bytes() == before
+
+
+def test_weights_that_exist_are_not_written_over_unless_told_so(folder, capsys):
+    cached()
+    assert unlearned(*RELOAD) == 0
+    before = Path("u.safetensors").read_bytes(), Path("u.trace.json").read_bytes()
+    assert unlearned("--seed", "5", *RELOAD) == 2
+    assert "u.safetensors exists, and evidence of it may too" in capsys.readouterr().err
+    assert (Path("u.safetensors").read_bytes(), Path("u.trace.json").read_bytes()) == before
+    assert unlearned("--seed", "5", "--replace", *RELOAD) == 0
+    assert Path("u.safetensors").read_bytes() != before[0]
 
 
 def test_a_mistake_of_ours_ends_with_1_and_a_traceback(folder, capsys, monkeypatch):

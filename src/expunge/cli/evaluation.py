@@ -1,11 +1,10 @@
 """The command that measures models of one's own: evaluate."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from expunge.batches import Batches
 from expunge.bench import evaluation, inputs
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, SetupFile
@@ -58,7 +57,7 @@ def evaluate(
     if not splits:
         raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
 
-    data = {split: _readable_again(loaded.data(split)) for split in splits}
+    data = {split: loaded.data(split) for split in splits}
     architecture = trained_model(loaded, weights, device)
 
     def measured(path: Path) -> Profile:
@@ -93,10 +92,6 @@ def evaluate(
         print("One retrained model is no reference: without a second, nobody knows how far two are apart.")
     if out is not None:
         print(f"run:  {out}\nsalt: {inputs.salt_path(out)} (keep it apart from the run, with the data's owner)")
-
-
-def _readable_again(data: Batches) -> Batches:
-    return list(data) if isinstance(data, Iterator) else data
 
 
 def _require_distinct(hashes: Mapping[Path, str], models: Sequence[Path]) -> None:
