@@ -39,7 +39,7 @@ from expunge.report.stored import Fact, Loss, Point, Reset
 from expunge.report.summaries import number
 from expunge.report.tradeoff import tradeoff
 from expunge.report.verdicts import verdicts
-from expunge.rows import Row, write_csv, write_rows
+from expunge.rows import EVALUATION, Row, write_csv, write_rows
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -590,3 +590,21 @@ def test_a_missing_library_comes_with_its_cure(run, library, monkeypatch):
 
 def test_the_template_is_part_of_the_package():
     assert (files("expunge.report") / "page.html.j2").is_file()
+
+
+def test_many_metrics_of_few_models_are_a_line_each_and_fit_a_narrow_terminal():
+    metrics = ("ΔFA", "ΔFE", "ΔFMIA", "ΔAUC", "NSKL", "FSKL", "Under-forgetting", "Over-forgetting")
+    rows = [row(m, seed, metric, 1.0) for metric in metrics for m in ("reload", "retrain again") for seed in (0, 1)]
+    (drawn,) = rich_tables(rows, "removal")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(drawn)
+    text = console.export_text()
+    assert all(metric in text for metric in metrics)
+    assert "…" not in text
+
+
+def test_an_evaluation_has_no_pairs_to_compare():
+    values = {"reload": (1.0, 2.5, 3.0), "fine-tune": (2.0, 3.0, 5.0)}
+    rows = [row(m, seed, "ΔFE", value, "nats") for m, each in values.items() for seed, value in enumerate(each)]
+    assert comparison(rows, "removal", "reload") is not None
+    assert comparison([replace(each, experiment=EVALUATION) for each in rows], "removal", "reload") is None
