@@ -199,23 +199,20 @@ def _own_gradients(evidence: Evidence, candidates: Iterable[Batch], chosen: dict
     model = params.plain(evidence.model)
     named = params.named_parameters(model, chosen)
     device = next(iter(named.values())).device
-    required = [(p, p.requires_grad) for p in named.values()]
-    try:
-        with params.restoring_modes(model), torch.enable_grad():
-            model.eval()
-            for p, _ in required:
-                p.requires_grad_(True)
-            for batch in candidates:
-                terms = evidence.loss_terms(model, to_device(batch, device))
-                slopes = torch.autograd.grad(terms.sum(), list(named.values()), allow_unused=True)
-                found = {
-                    name: torch.zeros_like(p) if slope is None else slope
-                    for (name, p), slope in zip(named.items(), slopes, strict=True)
-                }
-                yield _picked(found, chosen)
-    finally:
-        for p, before in required:
-            p.requires_grad_(before)
+    with (
+        params.restoring_modes(model),
+        params.requiring_gradients(model, named.values()),
+        torch.enable_grad(),
+    ):
+        model.eval()
+        for batch in candidates:
+            terms = evidence.loss_terms(model, to_device(batch, device))
+            slopes = torch.autograd.grad(terms.sum(), list(named.values()), allow_unused=True)
+            found = {
+                name: torch.zeros_like(p) if slope is None else slope
+                for (name, p), slope in zip(named.items(), slopes, strict=True)
+            }
+            yield _picked(found, chosen)
 
 
 def _entries(evidence: Evidence, seed: int) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from expunge.errors import ConfigError, MissingExtra, NotFinite
-from expunge.metrics.stats import Interval, t_interval
+from expunge.errors import ConfigError, NotFinite
+from expunge.metrics.stats import Interval, scipy_special, t_interval
 
 LOW_RATES = (0.01, 0.001)  # false-positive rates at which an attack that is right about a few records shows
 _FOLDS = 5
@@ -247,8 +247,4 @@ def _groups(side: Clusters) -> tuple[Clusters, int]:
 
 
 def _special() -> Any:
-    try:
-        from scipy import special
-    except ImportError as error:
-        raise MissingExtra("membership attacks need SciPy: pip install 'expunge[eval]'.") from error
-    return special
+    return scipy_special("membership attacks")

@@ -70,7 +70,7 @@ def t_interval(values: Values, level: float = 0.95) -> Interval:
         MissingExtra: SciPy is not installed.
     """
     array, level = _checked(values), _fraction("level", level)
-    half = float(_special().stdtrit(len(array) - 1, (1 + level) / 2)) * _standard_error(array)
+    half = float(scipy_special().stdtrit(len(array) - 1, (1 + level) / 2)) * _standard_error(array)
     return Interval(float(array.mean()) - half, float(array.mean()) + half, level)
 
 
@@ -94,7 +94,7 @@ def bootstrap(values: Values, *, level: float = 0.95, seed: int = 0) -> Interval
     array, level = _checked(values), _fraction("level", level)
     if not BOOTSTRAP_FROM <= len(array) <= BOOTSTRAP_TO or _all_the_same(array, _rounding(array)):
         return t_interval(array, level)
-    _special()
+    scipy_special()
     from scipy import stats
 
     generator = np.random.default_rng(seed)
@@ -229,10 +229,10 @@ def floor_margin(
     if len(array) >= EMPIRICAL_FROM:
         return Margin(float(np.quantile(array, quantile)), "empirical", len(array))
     if shape == "gap" or not array.all():
-        delta = _special().ndtri((1 + quantile) / 2) * np.sqrt(np.mean(array**2))
+        delta = scipy_special().ndtri((1 + quantile) / 2) * np.sqrt(np.mean(array**2))
         return Margin(float(delta), "half-normal", len(array))
     logarithms = np.log(array)
-    delta = np.exp(logarithms.mean() + _special().ndtri(quantile) * logarithms.std(ddof=1))
+    delta = np.exp(logarithms.mean() + scipy_special().ndtri(quantile) * logarithms.std(ddof=1))
     return Margin(float(delta), "log-normal", len(array))
 
 
@@ -256,7 +256,7 @@ def _beyond(values: Float[np.ndarray, " values"], at: float, rounding: float) ->
     above = float(values.mean()) - at
     if _all_the_same(values, rounding):
         return float(0.5 ** len(values)) if above > rounding else 1.0
-    return float(_special().stdtr(len(values) - 1, -above / _standard_error(values)))
+    return float(scipy_special().stdtr(len(values) - 1, -above / _standard_error(values)))
 
 
 def _all_the_same(values: Float[np.ndarray, " values"], rounding: float) -> bool:
@@ -309,9 +309,14 @@ def _fraction(name: str, value: float, below: float = 1.0) -> float:
     return value
 
 
-def _special() -> Any:
+def scipy_special(what: str = "statistics over seeds") -> Any:
+    """SciPy's special functions.
+
+    Raises:
+        MissingExtra: SciPy is not installed.
+    """
     try:
         from scipy import special
     except ImportError as error:
-        raise MissingExtra("statistics over seeds need SciPy: pip install 'expunge[eval]'.") from error
+        raise MissingExtra(f"{what} need SciPy: pip install 'expunge[eval]'.") from error
     return special
