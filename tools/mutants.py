@@ -441,6 +441,20 @@ MUTANTS = (
         "test_ssd.py",
     ),
     Mutant(
+        "an importance of other weights is taken",
+        "unlearn.py",
+        '("the importance of all data", importance))',
+        '("the importance of all data", None))',
+        "test_ssd.py",
+    ),
+    Mutant(
+        "importances of two sets of data add up without their counts",
+        "importance.py",
+        "self.count + other.count",
+        "self.count",
+        "test_ssd.py",
+    ),
+    Mutant(
         "the SCRUB teacher is its student",
         "methods/bad_teacher.py",
         "copy.deepcopy(model).eval().requires_grad_(False)",
