@@ -24,11 +24,12 @@ class Range:
         if self.log:
             value = math.exp(source.uniform(math.log(self.low), math.log(self.high)))
         else:
-            value = source.uniform(self.low, self.high + (1 if self._whole else 0))
-        return min(int(value), int(self.high)) if self._whole else value
+            value = source.uniform(self.low, self.high + (1 if self.whole else 0))
+        return min(int(value), int(self.high)) if self.whole else value
 
     @property
-    def _whole(self) -> bool:
+    def whole(self) -> bool:
+        """Whether these are whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
 
