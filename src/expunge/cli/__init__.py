@@ -15,6 +15,7 @@ import tyro
 
 from expunge import losses
 from expunge.cli.audits import audit
+from expunge.cli.bench import bench
 from expunge.cli.data import data
 from expunge.cli.evaluation import evaluate
 from expunge.cli.experiments import compare, demo
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "explain": explain,
     "demo": demo,
     "compare": compare,
+    "bench": bench,
 }
 
 
