@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from expunge import params, progress
-from expunge.batches import Batches, LossTerms, micro_batches, positioned, to_device
+from expunge import distributed, params, progress
+from expunge.batches import Batch, Batches, LossTerms, micro_batches, positioned, to_device
 from expunge.errors import ConfigError, NotFinite
 from expunge.probe import checked_terms
 from expunge.seeds import keeping_random_state, seeded, stream
@@ -110,24 +111,31 @@ def train(
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
     trace.stopped = f"all {recipe.epochs} epochs done"
-    with params.restoring_modes(model), progress.task(trace.method, recipe.epochs) as advance:
+    replica = distributed.replicated(model)
+    with (
+        distributed.failing_together(),
+        params.restoring_modes(model),
+        progress.task(trace.method, recipe.epochs) as advance,
+    ):
         _train_mode(model, freeze_statistics)
         for epoch in range(recipe.epochs):
             losses: list[Tensor] = []
-            with seeded(seed, "train", epoch):
-                count, batches = positioned(data, recipe.batch_size, stream(seed, "shuffle", epoch))
-                for step, (positions, batch) in enumerate(batches):
+            with seeded(seed, "train", epoch, *distributed.names()):
+                order = stream(seed, "shuffle", epoch)
+                count, batches = positioned(data, recipe.batch_size, order, distributed.mine)
+                for step, (positions, batch) in enumerate(distributed.reading(batches)):
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * recipe.factor(epoch + (step / count if count else 0.0))
-                    terms = checked_terms(loss_terms(model, to_device(batch, device)))
-                    loss = terms.mean()
+                    forward = partial(_terms, replica, loss_terms, to_device(batch, device))
+                    loss, mean_of_batch, terms = distributed.mean_of_all(forward)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     if after_step:
                         after_step(Step(positions, optimizer))
-                    losses.append(loss.detach())
-                    trace.backwarded += len(terms)
+                    losses.append(mean_of_batch)
+                    trace.backwarded += terms
+            distributed.same_buffers(model)
             mean = _record(trace, losses, epoch)
             advance()
             trace.show(f"epoch {epoch + 1}", model)
@@ -185,6 +193,10 @@ def until_converged(
     return stop
 
 
+def _terms(model: nn.Module, loss_terms: LossTerms, batch: Batch) -> Tensor:
+    return checked_terms(loss_terms(model, batch))
+
+
 def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
@@ -194,7 +206,7 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.momentum > 0,
-        fused=True,
+        fused=not distributed.is_piece(parameters[0]),  # torch has no fused SGD for sharded parameters
     )
 
 
