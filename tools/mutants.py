@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     Mutant(
         "means instead of sums are accumulated",
-        "gradient.py",
+        "passes.py",
         "terms.backward(torch.ones_like(terms))",
         "terms.backward(torch.ones_like(terms) / len(terms))",
         "test_reload_oracle.py",
@@ -71,7 +71,7 @@ MUTANTS = (
     ),
     Mutant(
         "the model stays in train mode for the gradient pass",
-        "gradient.py",
+        "passes.py",
         "            model.eval()\n            yield",
         "            yield",
         "test_reload_oracle.py",

@@ -21,7 +21,8 @@ from expunge import params
 from expunge.batches import LossTerms
 from expunge.errors import ConfigError, CorruptCache, MismatchError
 from expunge.files import save_tensors
-from expunge.gradient import Gradient, MicroBatches, Origin
+from expunge.gradient import Gradient, Origin
+from expunge.passes import MicroBatches
 
 FORMAT, VERSION = "expunge-gradient", 1
 _GROUPED = ("numbers", "counts", "losses", "magnitudes")
