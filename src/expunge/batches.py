@@ -313,12 +313,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def length_of(batch: Batch) -> int | None:
-    """The number of examples, if every tensor has the same first dimension."""
-    lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(batch)}
-    return lengths.pop() if len(lengths) == 1 and -1 not in lengths else None
-
-
 def _ascending(positions: Tensor) -> Tensor:
     positions, dtype = positions.cpu(), positions.dtype
     whole = not positions.is_floating_point() and dtype != torch.bool and positions.ndim == 1

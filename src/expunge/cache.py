@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from expunge import params
+from expunge import distributed, params
 from expunge.batches import LossTerms
 from expunge.errors import ConfigError, CorruptCache, MismatchError
 from expunge.files import save_tensors
@@ -51,6 +51,8 @@ class Header:
 def save(path: Path | str, gradient: Gradient, *, dtype: torch.dtype = torch.float64) -> None:
     """Write a gradient to a file, whole or not at all.
 
+    Of several processes all call this and the first one writes.
+
     Args:
         path: The file; one that exists is replaced once the new one is complete.
         gradient: As `gradient()` made it, of all data at the trained weights.
@@ -66,9 +68,9 @@ def save(path: Path | str, gradient: Gradient, *, dtype: torch.dtype = torch.flo
         raise ConfigError(f"dtype={dtype}: a cache is stored in one of {', '.join(map(str, _ROUNDOFF))}.")
     if gradient.noise is None:
         raise ConfigError("this gradient has no rounding floor. Save what gradient() returned, unchanged.")
-    tensors = {f"total/{name}": tensor.to(dtype) for name, tensor in gradient.total.items()}
+    tensors = {f"total/{name}": _to_write(tensor.to(dtype)) for name, tensor in gradient.total.items()}
     params.require_finite(tensors, f"saving the cache as {dtype}")
-    tensors |= {f"noise/{name}": tensor for name, tensor in gradient.noise.items()}
+    tensors |= {f"noise/{name}": _to_write(tensor) for name, tensor in gradient.noise.items()}
     groups = gradient.micro_batches
     if groups is not None:
         tensors |= {f"micro_batches/{name}": getattr(groups, name) for name in _GROUPED}
@@ -87,7 +89,7 @@ def save(path: Path | str, gradient: Gradient, *, dtype: torch.dtype = torch.flo
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     header = {key: json.dumps(value) for key, value in fields.items()}
-    save_tensors(path, tensors, {**header, "checksum": _checksum(header, tensors)})
+    distributed.by_the_first(lambda: save_tensors(path, tensors, {**header, "checksum": _checksum(header, tensors)}))
 
 
 def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
@@ -99,7 +101,7 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
         loss_terms: The loss it was taken of (compared by name).
 
     Returns:
-        The gradient, on the CPU, in float64.
+        The gradient, on the CPU, in float64; for a model that is sharded, beside its parameters and in pieces.
 
     Raises:
         FileNotFoundError: No such file.
@@ -133,7 +135,13 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
         origin=origin,
         micro_batches=groups,
         storage_roundoff=_ROUNDOFF[stored],
-    )
+    ).placed_like(model)
+
+
+def _to_write(tensor: Tensor) -> Tensor:
+    """Whole, on the CPU; sharded ones are put together one at a time, and kept only where they are written."""
+    whole = distributed.whole(tensor)
+    return whole.cpu() if distributed.rank() == 0 or whole is tensor else whole.new_empty(0)
 
 
 def read_header(path: Path | str) -> Header:

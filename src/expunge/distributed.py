@@ -8,14 +8,14 @@ process, or sharded by FSDP2 (`torch.distributed.fsdp.fully_shard`), whose param
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expunge.errors import ExpungeError, MismatchError, ProcessFailed, UnsupportedModule
+from expunge.errors import MismatchError, ProcessFailed, UnsupportedModule
 
 T = TypeVar("T")
 
@@ -76,8 +76,37 @@ def agreed(work: Callable[[], T], facts: Callable[[T], Sequence[float]]) -> tupl
         error, found = failure, [1.0]
     everyone = _gathered(found, _MOST_FACTS + 1)
     if any(failed for failed, *_ in everyone):
-        _tell(error)
+        tell(error)
     return result, [each[1 : len(found)] for each in everyone]
+
+
+def tell(error: Exception | None) -> NoReturn:
+    """End on every process, after each has said what went wrong with it; all of them call this.
+
+    Raises:
+        ProcessFailed: Where nothing went wrong. Elsewhere its own error is raised.
+    """
+    said = [bytes(map(round, each)).decode() for each in _gathered(list(map(float, _named(error).encode())))]
+    if error is not None:
+        error.add_note(_TOLD)
+        raise error
+    raise ProcessFailed(
+        "; ".join(f"process {number} of {world()} failed with {cause}" for number, cause in enumerate(said) if cause)
+    )
+
+
+def by_the_first(work: Callable[[], object]) -> None:
+    """Something that one process does for all, such as to write a file; the others wait for it.
+
+    Raises:
+        ProcessFailed: It failed there.
+    """
+    agreed(lambda: work() if rank() == 0 else None, lambda _: ())
+
+
+def is_known(error: Exception) -> bool:
+    """Whether every process was told of this error."""
+    return isinstance(error, ProcessFailed) or _TOLD in getattr(error, "__notes__", ())
 
 
 def reading(batches: Iterable[T]) -> Iterator[T]:
@@ -121,17 +150,16 @@ def failing_together() -> Iterator[None]:
         return
     try:
         yield
-    except ProcessFailed:
-        raise
     except Exception as error:
+        if is_known(error):
+            raise
         if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
             cause = _cause() or "without a word (killed, or out of memory)"
             raise ProcessFailed(
                 f"another of the {world()} processes ended: {cause}. Nothing was written; start the job again once "
                 "the cause is gone."
             ) from error
-        if _TOLD not in getattr(error, "__notes__", ()):
-            _leave(_named(error))
+        _leave(_named(error))
         raise
 
 
@@ -177,14 +205,21 @@ def same_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def mean_of_all(terms: Callable[[], Tensor]) -> tuple[Tensor, Tensor, int]:
+def mean_of_all(terms: Callable[[], Tensor], in_step: bool) -> tuple[Tensor, Tensor, int]:
     """The mean over the loss terms that the processes compute from their rows of a batch.
+
+    Args:
+        terms: Computes the own ones.
+        in_step: Whether that takes all processes; if it fails on one, the others end with it.
 
     Returns:
         What to back-propagate, such that the average over processes is the gradient of the mean; the mean; and the
         number of terms.
     """
-    own, facts = agreed(terms, lambda found: (len(found), float(found.detach().double().sum())))
+    done = terms() if in_step else None
+    own, facts = agreed(
+        terms if done is None else lambda: done, lambda found: (len(found), float(found.detach().double().sum()))
+    )
     if not facts:
         loss = own.mean()
         return loss, loss.detach(), len(own)
@@ -224,14 +259,38 @@ def is_piece(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def computed_in(model: nn.Module) -> set[torch.dtype]:
+    """The floating types that a model computes in: of its parameters, or what FSDP2 casts them to."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    for module in fsdp_modules(model):
+        policy = module._get_fsdp_state()._mp_policy
+        found |= {dtype for dtype in (policy.param_dtype, policy.reduce_dtype) if dtype is not None}
+    return found
+
+
+def settle(model: nn.Module) -> None:
+    """Shard what FSDP2 left whole after a forward pass without a backward pass, so that parameters are pieces again."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was called on."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together on every process, which all must call; any other as it is."""
-    return tensor.full_tensor() if is_piece(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_piece(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def here(tensor: Tensor) -> Tensor:
     """The piece of a sharded tensor that is here; any other as it is. Shares memory."""
-    return tensor.to_local() if is_piece(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_piece(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -308,27 +367,14 @@ def _lengths(length: int, device: torch.device) -> list[int]:
     return [int(each) for each in everyone]
 
 
-def _tell(error: Exception | None) -> None:
-    """End on every process, after each has said what went wrong with it."""
-    said = [bytes(map(round, each)).decode() for each in _gathered(list(map(float, _named(error).encode())))]
-    if error is not None:
-        error.add_note(_TOLD)
-        raise error
-    raise ProcessFailed(
-        "; ".join(f"process {number} of {world()} failed with {cause}" for number, cause in enumerate(said) if cause)
-    )
-
-
 def _named(error: Exception | None) -> str:
     return "" if error is None else f"{type(error).__name__}: {error}"
 
 
 def _leave(cause: str) -> None:
     """Write a cause where the others find it, unless one is there already."""
-    try:
+    with suppress(Exception):  # the store may have gone with its process; the error itself is what counts
         dist.distributed_c10d._get_default_store().compare_set(_CAUSE, "", f"process {rank()} failed with {cause}")
-    except Exception:  # noqa: S110 - the store may have gone with its process; the error itself is what counts
-        pass
 
 
 def _cause() -> str:

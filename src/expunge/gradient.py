@@ -7,19 +7,21 @@ accumulation, and a rounding floor for every entry that says what the difference
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import get_args
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from expunge import losses, params, progress
-from expunge.accumulator import Place, sums_of
-from expunge.batches import Batches, LossTerms, indexed, micro_batches, require_reiterable
+from expunge import distributed, losses, params, progress
+from expunge.accumulator import Place
+from expunge.batches import Batches, LossTerms, indexed, require_reiterable
 from expunge.errors import ConfigError, MismatchError, NotFinite
 from expunge.params import Params
 from expunge.passes import MicroBatches, Sums, exact_kernels, fitting, noticing_memory, only_gradients_of, sweep
+from expunge.pooling import Sharded, dealt, pooled, pooled_sums
 from expunge.probe import EXAMPLES, probe
 from expunge.seeds import keeping_random_state
 
@@ -95,6 +97,13 @@ class Gradient:
         """Mark the entries that stand above their rounding floor."""
         assert self.noise is not None
         return {name: self.total[name].abs() > self.noise[name] for name in self.total}
+
+    def placed_like(self, model: nn.Module) -> "Gradient":
+        """The same, in pieces where FSDP2 has sharded the model."""
+        named = params.named_parameters(model, self.total)
+        total = {name: distributed.placed_like(tensor, named[name]) for name, tensor in self.total.items()}
+        noise = self.noise and {n: distributed.placed_like(tensor, named[n]) for n, tensor in self.noise.items()}
+        return replace(self, total=total, noise=noise)
 
     def __sub__(self, part: "Gradient") -> "Gradient":
         """The gradient of what this one has and the part does not.
@@ -197,6 +206,7 @@ def gradient(
         raise ConfigError(f"micro_batch={micro_batch}: it is a whole number of positions, at least one.")
     if accumulate_on not in (None, *get_args(Place)):
         raise ConfigError(f"accumulate_on={accumulate_on!r}: choose from {', '.join(get_args(Place))}, or None.")
+    distributed.settle(model)
     chosen = params.named_parameters(model, parameters)
     buffers = {n: b.nan_to_num(math.nan, 0, 0) for n, b in model.named_buffers()}  # a mask may hold infinity
     params.require_finite(dict(model.named_parameters()) | buffers, "before the gradient pass")
@@ -206,17 +216,25 @@ def gradient(
         few = min(at_once or EXAMPLES, EXAMPLES)
         with noticing_memory(few):
             probe(model, loss_terms, data, device, few)
+            distributed.settle(model)
         size = (at_once or MICRO_BATCH) if micro_batch is None else micro_batch
-        batches, stream = micro_batches(data, size)
+        with noticing_memory(1):
+            sums = pooled_sums(model, chosen, accumulate_on)
+        batches, stream = dealt(data, size, sums)
         with progress.task("gradient", batches) as advance:
-            with noticing_memory(1):
-                sums = sums_of(chosen, accumulate_on)
-            found = sweep(model, loss_terms, stream, sums, size=size, at_once=at_once, advance=advance)
+            work = partial(sweep, model, loss_terms, stream, sums, size=size, at_once=at_once, advance=advance)
+            found = pooled(work, in_step=isinstance(sums, Sharded))
         return _finished(model, loss_terms, found, aligned=indexed(data) is not None)
 
-    with keeping_random_state(), exact_kernels(device), only_gradients_of(model, chosen):
+    with (
+        distributed.failing_together(),
+        keeping_random_state(),
+        exact_kernels(device),
+        only_gradients_of(model, chosen),
+    ):
         require_reiterable(data, "the data")
-        start = None if indexed(data) is None else micro_batch or MICRO_BATCH
+        parted = indexed(data) is not None and not distributed.is_sharded(model)
+        start = (micro_batch or MICRO_BATCH) if parted else None
         result, at_once = fitting(whole, start, device)
     if micro_batch is not None and at_once is not None and at_once < micro_batch:
         warnings.warn(
@@ -237,7 +255,7 @@ def _finished(model: nn.Module, loss_terms: LossTerms, found: Sums, *, aligned: 
         )
     _require_finite_losses(seen, aligned)
     params.require_finite(found.total, "after the gradient pass")
-    roundoff = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()) / 2
+    roundoff = max(torch.finfo(dtype).eps for dtype in distributed.computed_in(model)) / 2
     return Gradient(
         total=found.total,
         count=int(seen.counts.sum()),

@@ -281,8 +281,8 @@ def _kth_smallest(scores: Params, here: Params, k: int, shared: bool) -> float:
     # A sampled rank is off by at most sqrt(sample) / 2 in standard deviation: eight of those on either side.
     middle, margin = k / entries * len(sample), 4 * math.sqrt(len(sample))
 
-    def how_many(compare: Callable[[Tensor], Tensor]) -> int:
-        return _of_all(sum(int(compare(piece).count_nonzero()) for piece in _pieces(here)), shared)
+    def how_many(compare: Callable[[Tensor, float], Tensor], bound: float) -> int:
+        return _of_all(sum(int(compare(piece, bound).count_nonzero()) for piece in _pieces(here)), shared)
 
     while True:
         low_rank, high_rank = math.floor(middle - margin), math.ceil(middle + margin)
@@ -301,11 +301,11 @@ def _kth_smallest(scores: Params, here: Params, k: int, shared: bool) -> float:
         kept = torch.cat(inside) if inside else sample[:0]
         kept, upto_low = distributed.joined(kept) if shared else kept, _of_all(upto_low, shared)
         if k > upto_low + len(kept):
-            if high == math.inf or k <= how_many(lambda piece: piece <= high):
+            if high == math.inf or k <= how_many(torch.le, high):
                 return high
         elif k > upto_low:
             return float(kept.kthvalue(k - upto_low).values)
-        elif low == -math.inf or k > how_many(lambda piece: piece < low):
+        elif low == -math.inf or k > how_many(torch.lt, low):
             return low
         margin *= 8  # the bracket missed
 

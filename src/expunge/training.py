@@ -107,6 +107,7 @@ def train(
         NotFinite: A loss became NaN or infinite; names the epoch and the step.
     """
     trace = trace or Trace("train", seed)
+    distributed.settle(model)
     trainable = params.named_parameters(model)
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
@@ -127,7 +128,7 @@ def train(
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * recipe.factor(epoch + (step / count if count else 0.0))
                     forward = partial(_terms, replica, loss_terms, to_device(batch, device))
-                    loss, mean_of_batch, terms = distributed.mean_of_all(forward)
+                    loss, mean_of_batch, terms = distributed.mean_of_all(forward, replica is model)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -156,6 +157,7 @@ def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Tra
             terms = checked_terms(loss_terms(model, to_device(batch, device)))
             total += float(terms.sum())
             count += len(terms)
+    distributed.settle(model)
     if trace is not None:
         trace.forwarded += count
     return total / max(count, 1)

@@ -209,7 +209,7 @@ def ascend_(theta: dict[str, nn.Parameter], removed: Params, config: Reload, ter
 
 def _require_informative(removed: Gradient, trace: Trace) -> None:
     marked = removed.informative()
-    share = sum(int(mask.sum()) for mask in marked.values()) / params.size(marked)
+    share = params.count(marked) / params.size(marked)
     trace.facts |= {"informative_share": share, "relative_noise": removed.relative_noise()}
     if share == 0:
         raise NotInformative(
@@ -228,7 +228,7 @@ def _eps(removed: Gradient, config: Reload) -> float:
 def automatic_eps(removed: Gradient) -> float:
     """The ε of ``eps="auto"``: the mean rounding floor of a gradient, in its unit."""
     assert removed.noise is not None
-    mean = sum(float(floor.double().sum()) for floor in removed.noise.values()) / params.size(removed.noise)
+    mean = params.total(removed.noise) / params.size(removed.noise)
     return max(mean, torch.finfo(torch.float64).tiny)
 
 
