@@ -52,6 +52,7 @@ class Accumulator(Protocol):
         """Let go of the parameters."""
 
 
+@runtime_checkable
 class Pool(Protocol):
     """Several processes that each keep a part of the sums."""
 
