@@ -8,11 +8,12 @@ it, so that beside the model the device holds the gradient of one parameter at a
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from expunge.errors import ConfigError
 from expunge.params import Params
 
 _BOUNDARY = 16  # entries; every view of a flat buffer starts where an allocator might have put it
@@ -229,14 +230,24 @@ class Streamed:
         self._magnitudes[name].add_(here if here is beside else here.abs_())
 
 
-def sums_of(parameters: Mapping[str, nn.Parameter], on: Place | None = None) -> Accumulator:
+def sums_of(
+    parameters: Mapping[str, nn.Parameter], on: str | None = None, pool: Pool | None = None
+) -> Accumulator:
     """Empty sums for the gradients of some parameters.
 
     Args:
         parameters: At least one.
         on: "device": beside the parameters, all gradients at once. "cpu": on the CPU, one gradient at a time. By
             default on the CPU if they would take more than half of the memory that a GPU has free.
+        pool: The processes that share the sums, if there are several. "cpu" then moves no more than the sums.
+
+    Raises:
+        ConfigError: Another place.
     """
+    if on not in (None, *get_args(Place)):
+        raise ConfigError(f"accumulate_on={on!r}: choose from {', '.join(get_args(Place))}, or None.")
+    if pool is not None:
+        return Flat(parameters, torch.device("cpu") if on == "cpu" else None, pool)
     device = next(iter(parameters.values())).device
     free = _free_memory(device)
     needed = sum(p.numel() * (p.element_size() + 8 + 4) for p in parameters.values())

@@ -7,21 +7,22 @@ accumulation, and a rounding floor for every entry that says what the difference
 
 import math
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import get_args
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from expunge import distributed, losses, params, progress
-from expunge.accumulator import Place
-from expunge.batches import Batches, LossTerms, indexed, require_reiterable
+from expunge.accumulator import Accumulator, Place
+from expunge.batches import Batch, Batches, LossTerms, indexed, micro_batches, require_reiterable
 from expunge.errors import ConfigError, MismatchError, NotFinite
+from expunge.groups import Groups, in_groups, ranges
 from expunge.params import Params
 from expunge.passes import MicroBatches, Sums, exact_kernels, fitting, noticing_memory, only_gradients_of, sweep
-from expunge.pooling import Sharded, dealt, pooled, pooled_sums
+from expunge.pooling import dealt, own, pooled, pooled_sums
 from expunge.probe import EXAMPLES, probe
 from expunge.seeds import keeping_random_state
 
@@ -81,6 +82,7 @@ class Gradient:
     origin: Origin  # the point it was taken at
     micro_batches: MicroBatches | None = None  # None: no positions, or a backward pass that does not repeat
     storage_roundoff: float = 0.0  # unit roundoff of the type the total was stored in, 0 for float64
+    groups: Groups | None = None  # the gradient of each range of micro-batches, if it was asked for
 
     @property
     def mean_loss(self) -> float:
@@ -103,7 +105,8 @@ class Gradient:
         named = params.named_parameters(model, self.total)
         total = {name: distributed.placed_like(tensor, named[name]) for name, tensor in self.total.items()}
         noise = self.noise and {n: distributed.placed_like(tensor, named[n]) for n, tensor in self.noise.items()}
-        return replace(self, total=total, noise=noise)
+        kept = self.groups if not distributed.is_sharded(model) else None
+        return replace(self, total=total, noise=noise, groups=kept)
 
     def __sub__(self, part: "Gradient") -> "Gradient":
         """The gradient of what this one has and the part does not.
@@ -175,6 +178,7 @@ def gradient(
     parameters: params.Select | None = None,
     micro_batch: int | None = None,
     accumulate_on: Place | None = None,
+    groups: int | None = None,
 ) -> Gradient:
     """Sum the gradients of all loss terms over the data, once through, in eval mode.
 
@@ -192,6 +196,8 @@ def gradient(
         accumulate_on: "device": sums beside the model, 16 bytes an entry in float32. "cpu": sums on the CPU, and of
             gradients only one parameter's at a time on the device; slower for small tensors, and the same bits. By
             default on the CPU if the sums would take more than half of the memory that a GPU has free.
+        groups: Keep the gradient of each of so many ranges of positions besides, 8 bytes an entry each. After a
+            deletion only the ranges that lost a record are computed again; see `second_pass`.
 
     Returns:
         Float64 sums on the model's device (on the CPU for devices without float64).
@@ -202,29 +208,73 @@ def gradient(
         NonDeterministicLoss: Dropout, noise, random augmentation, or a loss that depends on the batch.
         NotFinite: NaN or infinity in the weights, a loss (names the batch) or the gradient (names the tensor).
     """
+    return take(
+        model,
+        loss_terms,
+        data,
+        parameters=parameters,
+        micro_batch=micro_batch,
+        accumulate_on=accumulate_on,
+        groups=groups,
+    )
+
+
+def take(
+    model: nn.Module,
+    loss_terms: LossTerms,
+    data: Batches,
+    *,
+    parameters: params.Select | None = None,
+    micro_batch: int | None = None,
+    accumulate_on: str | None = None,
+    groups: int | None = None,
+    only: Callable[[int], bool] | None = None,
+) -> Gradient:
+    """`gradient()` over some of the micro-batches, perhaps none: those whose number is wanted."""
     if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
         raise ConfigError(f"micro_batch={micro_batch}: it is a whole number of positions, at least one.")
-    if accumulate_on not in (None, *get_args(Place)):
-        raise ConfigError(f"accumulate_on={accumulate_on!r}: choose from {', '.join(get_args(Place))}, or None.")
     distributed.settle(model)
+    sharded = distributed.is_sharded(model)
+    if groups is not None and sharded:
+        raise ConfigError(
+            f"groups={groups}: gradients of groups are not kept of a model that FSDP2 has sharded. Leave groups out; "
+            "the second pass then goes through all that is left."
+        )
     chosen = params.named_parameters(model, parameters)
+    known = indexed(data)
+    if known is not None:
+        distributed.require_alike("data", params.fingerprint({"positions": known.positions}))
     buffers = {n: b.nan_to_num(math.nan, 0, 0) for n, b in model.named_buffers()}  # a mask may hold infinity
     params.require_finite(dict(model.named_parameters()) | buffers, "before the gradient pass")
     device = next(iter(chosen.values())).device
 
-    def whole(at_once: int | None) -> Gradient:
-        few = min(at_once or EXAMPLES, EXAMPLES)
+    def probed(few: int | None) -> None:
+        assert few is not None
         with noticing_memory(few):
             probe(model, loss_terms, data, device, few)
             distributed.settle(model)
-        size = (at_once or MICRO_BATCH) if micro_batch is None else micro_batch
+
+    def empty() -> Accumulator:
         with noticing_memory(1):
-            sums = pooled_sums(model, chosen, accumulate_on)
-        batches, stream = dealt(data, size, sums)
+            return pooled_sums(model, chosen, accumulate_on)
+
+    def whole(at_once: int | None) -> Gradient:
+        size = (at_once or MICRO_BATCH) if micro_batch is None else micro_batch
+        sums = empty() if groups is None else None
+        batches, stream = dealt(data, size, sums, only) if sums else micro_batches(data, size, only)
         with progress.task("gradient", batches) as advance:
-            work = partial(sweep, model, loss_terms, stream, sums, size=size, at_once=at_once, advance=advance)
-            found = pooled(work, in_step=isinstance(sums, Sharded))
-        return _finished(model, loss_terms, found, aligned=indexed(data) is not None)
+
+            def through(own: Iterable[tuple[int, Batch]], sums: Accumulator) -> Sums:
+                work = partial(sweep, model, loss_terms, own, sums, size=size, at_once=at_once, advance=advance)
+                return pooled(work, in_step=sharded)
+
+            if sums is not None:
+                found, parts = through(stream, sums), None
+            else:
+                assert groups is not None
+                found, parts = in_groups(lambda each: through(own(each), empty()), stream, *ranges(data, size, groups))
+        aligned = indexed(data) is not None and found.repeats
+        return _finished(model, loss_terms, found, parts, aligned=aligned, whole=only is None)
 
     with (
         distributed.failing_together(),
@@ -233,37 +283,42 @@ def gradient(
         only_gradients_of(model, chosen),
     ):
         require_reiterable(data, "the data")
-        parted = indexed(data) is not None and not distributed.is_sharded(model)
-        start = (micro_batch or MICRO_BATCH) if parted else None
+        start = None if indexed(data) is None or sharded else micro_batch or MICRO_BATCH
+        fitting(probed, EXAMPLES, device)
         result, at_once = fitting(whole, start, device)
     if micro_batch is not None and at_once is not None and at_once < micro_batch:
         warnings.warn(
             f"micro-batches of {micro_batch} examples do not fit in memory and went through the model {at_once} at "
             "a time. Their gradients have other bits than whole ones: against a pass on a larger machine nothing "
             "cancels, and the rounding floor rises to say so.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return result
 
 
-def _finished(model: nn.Module, loss_terms: LossTerms, found: Sums, *, aligned: bool) -> Gradient:
-    """The gradient that a pass over all data found."""
+def _finished(
+    model: nn.Module, loss_terms: LossTerms, found: Sums, parts: Groups | None, *, aligned: bool, whole: bool
+) -> Gradient:
+    """The gradient that a pass found."""
     seen = found.seen
-    if not int(seen.counts.sum()):
+    if whole and not int(seen.counts.sum()):
         raise ConfigError(
             f"{len(seen.counts)} batches gave no loss term. Are all targets masked, or is the data read only once?"
         )
     _require_finite_losses(seen, aligned)
     params.require_finite(found.total, "after the gradient pass")
     roundoff = max(torch.finfo(dtype).eps for dtype in distributed.computed_in(model)) / 2
+    origin = Origin.of(model, loss_terms)
+    distributed.require_alike("weights, buffers or loss", str(origin))
     return Gradient(
         total=found.total,
         count=int(seen.counts.sum()),
         loss=math.fsum(seen.losses.tolist()),
         noise={name: m.mul_(4 * roundoff) for name, m in found.magnitudes.items()},
         roundoff=roundoff,
-        origin=Origin.of(model, loss_terms),
-        micro_batches=seen if aligned and found.repeats else None,
+        origin=origin,
+        micro_batches=seen if aligned else None,
+        groups=parts if aligned else None,
     )
 
 

@@ -66,8 +66,13 @@ def named_parameters(model: nn.Module, select: Select | None = None) -> dict[str
             gradient.
 
     Raises:
-        ConfigError: A name that does not exist, or nothing left to train.
+        ConfigError: A name that does not exist, nothing left to train, or a model inside DistributedDataParallel.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ConfigError(
+            "the model is wrapped in DistributedDataParallel. Give the model itself, model.module: gradient passes and "
+            "training deal their work out by themselves."
+        )
     everything = {name.replace(_COMPILED, ""): p for name, p in model.named_parameters()}
     if select is None:
         chosen = {name: p for name, p in everything.items() if p.requires_grad}

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from expunge import distributed
-from expunge.accumulator import Accumulator, Flat, Place, summed, sums_of
-from expunge.batches import Batch, Batches, indexed, micro_batches, plain
+from expunge.accumulator import Accumulator, summed, sums_of
+from expunge.batches import Batch, Batches, indexed, micro_batches
 from expunge.errors import OutOfMemory
 from expunge.params import Params
 from expunge.passes import MicroBatches, Sums, TooLarge
@@ -27,7 +27,9 @@ _CONTRIBUTES, _FINISHED, _FAILED, _TOO_LARGE = range(4)
 _NOBODY = -1  # the number of a micro-batch that only keeps the others company
 
 
-def dealt(data: Batches, size: int, sums: Accumulator) -> tuple[int | None, Iterator[tuple[int, Batch]]]:
+def dealt(
+    data: Batches, size: int, sums: Accumulator, only: Callable[[int], bool] | None = None
+) -> tuple[int | None, Iterator[tuple[int, Batch]]]:
     """The micro-batches of this process, in turn: how many, and each with its number.
 
     Where a forward pass takes all processes, one that has none in the last turn goes through the first one of that
@@ -37,42 +39,43 @@ def dealt(data: Batches, size: int, sums: Accumulator) -> tuple[int | None, Iter
         data: All of it, the same on every process.
         size: Positions a micro-batch.
         sums: What their gradients go into.
+        only: Which numbers are wanted, by default all.
     """
-    if distributed.world() == 1:
-        return micro_batches(data, size)
-    company = sums if isinstance(sums, Sharded) else None
     known = indexed(data)
-    if known is None:
-        return None, ((number, batch) for number, batch, _ in _in_turn(enumerate(plain(data)), company))
-    numbers = torch.unique_consecutive(known.positions // size).tolist()
-    turns = list(_in_turn(zip(numbers, numbers, strict=True), company))
+    if distributed.world() == 1 or known is None:
+        count, batches = micro_batches(data, size, only)
+        return (count, batches) if distributed.world() == 1 else (None, own(batches, sums))
+    numbers = [n for n in torch.unique_consecutive(known.positions // size).tolist() if only is None or only(n)]
+    turns = list(_in_turn(zip(numbers, numbers, strict=True), company=isinstance(sums, Sharded)))
     wanted = {read for _, read, _ in turns}
-    count, batches = micro_batches(data, size, wanted.__contains__)
-    return count, _told(turns, batches, company)
+    _, batches = micro_batches(data, size, wanted.__contains__)
+    pairs = zip(turns, batches, strict=True)
+    return len(turns), _told(((number, batch, many) for (number, _, many), (_, batch) in pairs), sums)
 
 
-def _in_turn(everything: Iterable[tuple[int, T]], company: "Sharded | None") -> Iterator[tuple[int, T, int]]:
+def own(batches: Iterable[tuple[int, Batch]], sums: Accumulator | None = None) -> Iterator[tuple[int, Batch]]:
+    """The share of this process of batches that every process reads."""
+    return _told(_in_turn(batches, company=isinstance(sums, Sharded)), sums)
+
+
+def _in_turn(everything: Iterable[tuple[int, T]], company: bool) -> Iterator[tuple[int, T, int]]:
     """Number, what it is of, and how many processes have one in this turn."""
     numbered = iter(everything)
     while turn := list(itertools.islice(numbered, distributed.world())):
-        if company is not None:
-            company.contributors = len(turn)
         if len(turn) > distributed.rank():
             yield *turn[distributed.rank()], len(turn)
-        elif company is not None:
+        elif company:
             yield _NOBODY, turn[0][1], len(turn)
 
 
-def _told(
-    turns: list[tuple[int, int, int]], batches: Iterator[tuple[int, Batch]], company: "Sharded | None"
-) -> Iterator[tuple[int, Batch]]:
-    for (number, _, contributors), (_, batch) in zip(turns, batches, strict=True):
-        if company is not None:
-            company.contributors = contributors
+def _told(turns: Iterable[tuple[int, Batch, int]], sums: Accumulator | None) -> Iterator[tuple[int, Batch]]:
+    for number, batch, contributors in turns:
+        if isinstance(sums, Sharded):
+            sums.contributors = contributors
         yield number, batch
 
 
-def pooled_sums(model: nn.Module, parameters: Mapping[str, nn.Parameter], on: Place | None) -> Accumulator:
+def pooled_sums(model: nn.Module, parameters: Mapping[str, nn.Parameter], on: str | None) -> Accumulator:
     """Empty sums, for one process or several.
 
     Args:
@@ -82,9 +85,7 @@ def pooled_sums(model: nn.Module, parameters: Mapping[str, nn.Parameter], on: Pl
     """
     if distributed.is_sharded(model):
         return Sharded(model, parameters)
-    if distributed.world() > 1:
-        return Flat(parameters, torch.device("cpu") if on == "cpu" else None, Dealt())
-    return sums_of(parameters, on)
+    return sums_of(parameters, on, Dealt() if distributed.world() > 1 else None)
 
 
 def pooled(work: Callable[[], Sums], *, in_step: bool) -> Sums:
