@@ -2,28 +2,50 @@
 
 import multiprocessing
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from expunge import (
+    Blind,
     Examples,
+    FineTune,
     Gradient,
     Recipe,
+    Reload,
+    SalUn,
+    Sighted,
+    cache,
     cross_entropy,
     distributed,
     gradient,
     seeded,
     train,
+    unlearn,
 )
+from expunge.cli import main
+from expunge.errors import ConfigError, NotFinite, ProcessFailed, UnsupportedModule
+from expunge.params import smallest
+from expunge.setup import load_setup
+from expunge.training import mean_loss
+from expunge.weights import save_weights
 from tests import zoo
 
 TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,7 +82,8 @@ def in_processes(count: int, work: Callable[..., object], folder: Path, *argumen
     context = multiprocessing.get_context("fork")
     for old in folder.glob("said.*"):
         old.unlink()
-    processes = [context.Process(target=_member, args=(i, count, work, folder, arguments)) for i in range(count)]
+    members = ((i, count, work, folder, arguments) for i in range(count))
+    processes = [context.Process(target=_member, args=each, daemon=True) for each in members]
     for process in processes:
         process.start()
     for process in processes:
@@ -125,9 +148,14 @@ def in_form(form: str, dtype: torch.dtype) -> object:
     return zoo.in_form(form, data, kept, 9)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_gradient_has_the_bits_of_one_process_whole_and_sharded(processes: int, tmp_path: Path) -> None:
-    forms = [("float32", "examples"), ("float64", "loader"), ("bfloat16", "batches"), ("float64", "batches")]
+FOUR = [("float32", "examples"), ("float64", "batches")]
+TWO = [("float64", "examples"), ("float32", "loader"), ("bfloat16", "batches")]
+
+
+@pytest.mark.parametrize(("processes", "forms"), [(2, TWO), (4, FOUR)])
+def test_gradient_has_the_bits_of_one_process_whole_and_sharded(
+    processes: int, forms: list[tuple[str, str]], tmp_path: Path
+) -> None:
     alone = {
         (dtype, form): gradient(network(TYPES[dtype]), cross_entropy, in_form(form, TYPES[dtype]), micro_batch=8)
         for dtype, form in forms
@@ -147,7 +175,7 @@ def few_and_some(one: Gradient, some: Gradient) -> None:
 def test_fewer_micro_batches_than_processes_and_some_of_the_parameters(tmp_path: Path) -> None:
     one = gradient(network(), cross_entropy, records(count=5), micro_batch=8)
     some = gradient(network(), cross_entropy, records(), parameters=["0.weight", "3.bias"])
-    all_well(4, few_and_some, tmp_path, one, some)
+    all_well(2, few_and_some, tmp_path, one, some)
 
 
 def groups(one: Gradient) -> None:
@@ -158,7 +186,9 @@ def groups(one: Gradient) -> None:
     assert torch.equal(one.groups.contents, several.groups.contents)
     for mine, theirs in zip(one.groups.totals, several.groups.totals, strict=True):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    with pytest.raises(ConfigError, match="groups=4: gradients of groups are not kept of a model that FSDP2 has sharded"):
+    with pytest.raises(
+        ConfigError, match="groups=4: gradients of groups are not kept of a model that FSDP2 has sharded"
+    ):
         gradient(sharded(network()), cross_entropy, records(), micro_batch=8, groups=4)
 
 
@@ -185,7 +215,9 @@ def reloaded(model: nn.Module, path: Path, config: Reload) -> list[dict[str, Ten
 
 
 CONFIGS = {
-    selector: Reload(reset_fraction=0.3, selector=selector, scope=scope, reset_to=to, fine_tune=RECIPE)
+    selector: Reload(
+        reset_fraction=0.3, selector=selector, scope=scope, reset_to=to, fine_tune=Recipe(epochs=1, lr=0.05)
+    )
     for selector, scope, to in (
         ("small-kv", "global", "fresh"),
         ("large-ratio", "layer", "kaiming-normal"),
@@ -196,7 +228,8 @@ CONFIGS = {
 
 
 def reloads(alone: dict[str, list[dict[str, Tensor]]], path: Path) -> None:
-    for name, config in CONFIGS.items():
+    for name in alone:
+        config = CONFIGS[name]
         for model in (network(), sharded(network())):
             ascended, reset, tuned = reloaded(model, path, config)
             for mine, theirs in zip(alone[name][:2], (ascended, reset), strict=True):
@@ -205,17 +238,19 @@ def reloads(alone: dict[str, list[dict[str, Tensor]]], path: Path) -> None:
                 torch.testing.assert_close(tuned[n], tensor, rtol=0, atol=1e-12)
     for model, file in ((network(), "whole"), (sharded(network()), "sharded")):
         cache.save(path.with_name(file), gradient(model, cross_entropy, records(), micro_batch=8))
-    with pytest.raises(UnsupportedModule, match="salun does not work on a model that FSDP2 has sharded; reload, fine-tune"):
-        sighted = Sighted(**vars(given(None)), forget=records().only(REMOVED))
-        unlearn(sharded(network()), sighted, SalUn(), seed=0)
+    sighted, model = Sighted(**vars(given(None)), forget=records().only(REMOVED)), sharded(network())
+    with pytest.raises(UnsupportedModule, match="salun does not work on a model that FSDP2 has sharded; reload, fine"):
+        unlearn(model, sighted, SalUn(), seed=0)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_reload_resets_what_one_process_resets_and_caches_go_both_ways(processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "configs"), [(2, list(CONFIGS)), (4, ["small-kv"])])
+def test_reload_resets_what_one_process_resets_and_caches_go_both_ways(
+    processes: int, configs: list[str], tmp_path: Path
+) -> None:
     one = gradient(network(), cross_entropy, records(), micro_batch=8)
     path = tmp_path / "one"
     cache.save(path, one)
-    alone = {name: reloaded(network(), path, config) for name, config in CONFIGS.items()}
+    alone = {name: reloaded(network(), path, CONFIGS[name]) for name in configs}
     for ascended, reset, _ in alone.values():
         changed = sum(int((ascended[name] != reset[name]).sum()) for name in reset)
         assert 0.2 < changed / sum(tensor.numel() for tensor in reset.values()) <= 0.3
@@ -248,10 +283,11 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_training_ends_where_one_process_ends(processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "forms"), [(2, list(FORMS)), (4, ["sgd, batches", "one left over"])])
+def test_training_ends_where_one_process_ends(processes: int, forms: list[str], tmp_path: Path) -> None:
     alone = {}
-    for name, data in FORMS.items():
+    for name in forms:
+        data = FORMS[name]
         model = network()
         trace = train(model, data, cross_entropy, OPTIMISERS[name], seed=0)
         alone[name] = (trace.losses, weights(model))
@@ -273,8 +309,9 @@ def normalised_and_bfloat16(one: Gradient) -> None:
         assert 0 < float(error.max()) < 0.1 * float(tensor.abs().max())
         assert float((error < 8 * distributed.whole(coarse.noise[name])).double().mean()) > 0.9
     model = sharded(network(torch.float32), mp_policy=policy)
-    trace = train(model, records(torch.float32), cross_entropy, RECIPE, seed=0)
-    assert trace.losses[-1] < trace.losses[0]
+    before = mean_loss(model, records(torch.float32), cross_entropy)
+    train(model, records(torch.float32), cross_entropy, RECIPE, seed=0)
+    assert mean_loss(model, records(torch.float32), cross_entropy) < before
 
 
 def test_batch_norm_agrees_in_the_end_and_bfloat16_says_how_coarse_it_is(tmp_path: Path) -> None:
@@ -289,18 +326,242 @@ def selections(scores: list[dict[str, Tensor]], alone: list[dict[int, dict[str, 
         for k, mask in masks.items():
             got = smallest({name: distributed.placed_like(score, like) for name, score in each.items()}, k)
             assert all(torch.equal(distributed.whole(got[name]), mask[name]) for name in mask), k
+    broken = {"a": torch.zeros(5), "b": torch.tensor([1.0, 2.0, torch.nan])}
+    pieces = {name: distributed.placed_like(score, like) for name, score in broken.items()}
     with pytest.raises(NotFinite, match="a score of 'b' is NaN"):
-        broken = {"a": torch.zeros(5), "b": torch.tensor([1.0, 2.0, torch.nan])}
-        smallest({name: distributed.placed_like(score, like) for name, score in broken.items()}, 2)
+        smallest(pieces, 2)
 
 
 def test_selection_among_sharded_scores_takes_ties_in_the_order_of_one_process(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    plain = {"a": torch.randn(7, 5, generator=generator), "b": torch.randn(1, 3, generator=generator), "c": torch.ones(2)}
+    plain = {
+        "a": torch.randn(7, 5, generator=generator),
+        "b": torch.randn(1, 3, generator=generator),
+        "c": torch.ones(2),
+    }
     tied = {name: score.sign() for name, score in plain.items()}
     barred = {name: score.masked_fill(score > 0, torch.inf) for name, score in plain.items()}
     large = {"a": torch.randint(50, (600_000,), generator=generator).double(), "b": torch.zeros(3, dtype=torch.float64)}
     scores = [plain, tied, barred, large]
-    ks = [(0, 1, 13, 40), tuple(range(0, 41, 3)), (1, 20, 40), (1, 12_345, 300_000, 600_003)]
+    ks = [(0, 13), tuple(range(1, 41, 6)), (20, 40), (12_345, 600_003)]
     alone = [{k: smallest(each, k) for k in wanted} for each, wanted in zip(scores, ks, strict=True)]
-    all_well(4, selections, tmp_path, scores, alone)
+    all_well(3, selections, tmp_path, scores, alone)
+
+
+class Failing:
+    """A loss that fails, or kills its process, when the last process calls it once too often."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.calls = how, 0
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.calls += 1
+        if self.calls == 9 and dist.get_rank() == dist.get_world_size() - 1:
+            if self.how == "raise":
+                raise KeyError("no such label")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cross_entropy(model, batch)
+
+
+def fails(how: str, what: str) -> None:
+    model = sharded(network()) if "sharded" in what else network()
+    if "gradient" in what:
+        gradient(model, Failing(how), records(), micro_batch=8)
+    else:
+        train(model, records(), Failing(how), RECIPE, seed=0)
+
+
+@pytest.mark.parametrize("what", ["gradient", "training", "sharded gradient", "sharded training"])
+def test_a_process_that_fails_ends_all_with_its_cause(what: str, tmp_path: Path) -> None:
+    first, last = in_processes(2, fails, tmp_path, "raise", what)
+    assert last == "KeyError: 'no such label'"
+    assert first.startswith("ProcessFailed: ")
+    assert "process 1" in first
+    assert "failed with KeyError: 'no such label'" in first
+
+
+@pytest.mark.parametrize("what", ["gradient", "sharded training"])
+def test_a_process_that_is_killed_ends_all(what: str, tmp_path: Path) -> None:
+    start = time.monotonic()
+    first, last = in_processes(2, fails, tmp_path, "kill", what)
+    assert first.startswith(
+        "ProcessFailed: another of the 2 processes ended: without a word (killed, or out of memory)"
+    )
+    assert last == ""
+    assert time.monotonic() - start < 40  # the timeout of the group is 50
+
+
+def fails_in_time(alone: dict[str, Tensor]) -> None:
+    model = network()
+    with pytest.raises((KeyError, ProcessFailed)):
+        gradient(model, Failing("raise"), records(), micro_batch=8)
+    again = gradient(model, cross_entropy, records(), micro_batch=8)
+    assert all(torch.equal(again.total[name], tensor) for name, tensor in alone.items())
+
+
+def test_a_job_that_caught_the_failure_can_go_on(tmp_path: Path) -> None:
+    all_well(2, fails_in_time, tmp_path, gradient(network(), cross_entropy, records(), micro_batch=8).total)
+
+
+def differs(what: str) -> None:
+    first = dist.get_rank() == 0
+    if what == "weights":
+        gradient(network(seed=3 if first else 4), cross_entropy, records())
+    elif what == "data":
+        gradient(network(), cross_entropy, records() if first else records().without(torch.tensor([5])))
+    elif what == "batches":
+        train(network(), BATCHES if first else BATCHES[1:], cross_entropy, RECIPE, seed=0)
+    elif what == "wrapped":
+        gradient(nn.parallel.DistributedDataParallel(network()), cross_entropy, records())
+    elif what == "partly":
+        model = network()
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        gradient(model, cross_entropy, records())
+    elif what == "written":
+        full = gradient(network(), cross_entropy, records())
+        cache.save("/proc/not/there" if first else "elsewhere", full)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("weights", "MismatchError: process 1 of 2 has other weights, buffers or loss than process 0"),
+        ("data", "MismatchError: process 1 of 2 has other data than process 0. Every process builds the same model"),
+        ("batches", "MismatchError: the data has more batches on some of 2 processes than on others"),
+        (
+            "wrapped",
+            "ConfigError: the model is wrapped in DistributedDataParallel. Give the model itself, model.module",
+        ),
+        ("partly", "UnsupportedModule: parameter '3.weight' is whole while 2 others are sharded. Call fully_shard on"),
+        ("written", "Error: "),
+    ],
+)
+def test_what_the_processes_must_agree_on_is_checked(what: str, said: str, tmp_path: Path) -> None:
+    first, second = in_processes(2, differs, tmp_path, what)
+    assert said in first
+    if what == "written":
+        assert second == f"ProcessFailed: process 0 of 2 failed with {first}"
+    else:
+        assert type(second) is str
+        assert said.partition("process")[0] in second
+
+
+SETUP = """
+import torch
+from torch import nn
+from expunge import Examples, cross_entropy
+
+images = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+loss_terms = cross_entropy
+
+def model(seed):
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+
+def original():
+    return Examples(images.double(), images[:, :3].argmax(1))
+
+def retain():
+    return original().without(torch.arange(6))
+"""
+RELOAD = ("reload", "--reset-fraction", "0.2", "--fine-tune.epochs", "1")
+
+
+def command(port: int, arguments: list[str], code: int) -> None:
+    """What torchrun sets, and a command; the group is the command's own."""
+    rank, count = str(dist.get_rank()), str(dist.get_world_size())
+    dist.destroy_process_group()
+    os.environ |= {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    with Path(f"out.{rank}").open("w") as out, Path(f"err.{rank}").open("w") as errors:
+        with redirect_stdout(out), redirect_stderr(errors):
+            assert main(arguments) == code
+
+
+def on_the_command_line(name: str) -> list[list[str]]:
+    given = ["setup.py", "--weights", "w.safetensors"]
+    cached, out = f"{name}.c.safetensors", f"{name}.u.safetensors"
+    return [
+        ["cache", *given, "--out", cached, "--micro-batch", "8"],
+        ["unlearn", *given, "--cache", cached, "--out", out, *RELOAD],
+    ]
+
+
+def test_the_command_line_works_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("setup.py").write_text(SETUP, encoding="utf-8")
+    model = load_setup("setup.py").model(0)
+    save_weights("w.safetensors", model)
+    for alone, together in zip(on_the_command_line("one"), on_the_command_line("two"), strict=True):
+        assert main(alone) == 0
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        all_well(2, command, tmp_path, port, together, 0)
+        for rendezvous in tmp_path.glob("rendezvous.*"):
+            rendezvous.unlink()
+    one, two = (cache.load(f"{name}.c.safetensors", model, cross_entropy) for name in ("one", "two"))
+    require_same(one, two)
+    reset = load_file("one.u.safetensors")
+    for name, tensor in load_file("two.u.safetensors").items():
+        torch.testing.assert_close(tensor, reset[name], rtol=0, atol=1e-12)
+    assert "weights: two.u.safetensors" in Path("out.0").read_text()
+    assert Path("out.1").read_text() == ""
+    all_well(2, command, tmp_path, 0, ["show", "one.c.safetensors"], 2)
+    assert "show runs in one process; cache and unlearn run under torchrun" in Path("err.1").read_text()
+
+
+def torchrun(script: Path, folder: Path, *arguments: str) -> str:
+    command = [sys.executable, *arguments[:-1], str(script), *arguments[-1:]]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_gives_the_same_alone_and_in_four_processes(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "torchrun" / "unlearn.py"
+    said = {}
+    for name, arguments in {
+        "alone": (),
+        "four": ("-m", "torch.distributed.run", "--nproc-per-node", "4"),
+        "sharded": ("-m", "torch.distributed.run", "--nproc-per-node", "4"),
+    }.items():
+        (tmp_path / name).mkdir()
+        said[name] = torchrun(script, tmp_path / name, *arguments, "--shard" if name == "sharded" else "")
+        assert re.search(r"removed 40 of 2000, reset 13\d weights", said[name])
+    one = load_file(tmp_path / "alone" / "unlearned.safetensors")
+    for name in ("four", "sharded"):
+        for key, tensor in load_file(tmp_path / name / "unlearned.safetensors").items():
+            assert float((tensor - one[key]).abs().max()) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_torchrun_ends_within_seconds_with_the_cause_and_the_job_can_be_run_again(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(JOB, encoding="utf-8")
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    failed = subprocess.run([*run, how], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert failed.returncode != 0
+    assert "ProcessFailed" in failed.stderr
+    assert ("no such label" if how == "raise" else "SIGKILL") in failed.stderr
+    assert not list(tmp_path.glob("*.safetensors*")) + list(tmp_path.glob(".*.tmp"))
+    subprocess.run([*run, "well"], cwd=tmp_path, capture_output=True, timeout=120, check=True)
+    model = network()
+    require_same(
+        gradient(model, cross_entropy, records(), micro_batch=8),
+        cache.load(tmp_path / "cache.safetensors", model, cross_entropy),
+    )
+
+
+JOB = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import torch.distributed as dist
+from expunge import cache, cross_entropy, gradient
+from tests.test_distributed import Failing, network, records
+
+dist.init_process_group("gloo")
+loss = cross_entropy if sys.argv[1] == "well" else Failing(sys.argv[1])
+cache.save("cache.safetensors", gradient(network(), loss, records(), micro_batch=8))
+"""

@@ -230,9 +230,7 @@ class Streamed:
         self._magnitudes[name].add_(here if here is beside else here.abs_())
 
 
-def sums_of(
-    parameters: Mapping[str, nn.Parameter], on: str | None = None, pool: Pool | None = None
-) -> Accumulator:
+def sums_of(parameters: Mapping[str, nn.Parameter], on: str | None = None, pool: Pool | None = None) -> Accumulator:
     """Empty sums for the gradients of some parameters.
 
     Args:

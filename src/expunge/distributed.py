@@ -294,12 +294,14 @@ def here(tensor: Tensor) -> Tensor:
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that is whole here, in the way another one is placed: the own piece of it, or all of it."""
-    if is_piece(tensor) or not is_piece(like):
+    """A tensor in the way another one is placed: the own piece of it, or all of it."""
+    if not is_piece(like):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(placements=like.placements)
     # Every process has the values: none is sent.
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 

@@ -77,7 +77,7 @@ def normal(like: Tensor, std: float, seed: int, name: str, purpose: str = "re-in
 def reinitialise_(theta: dict[str, nn.Parameter], values: Params, chosen: dict[str, Tensor]) -> None:
     """Put the given values into the chosen entries."""
     for name, p in theta.items():
-        p.copy_(torch.where(chosen[name].to(p.device), values[name], p))
+        p.copy_(torch.where(chosen[name].to(p.device), distributed.placed_like(values[name], p), p))
 
 
 @torch.no_grad()
