@@ -105,6 +105,15 @@ def gradient_pass() -> Iterator[Result]:
         yield at_least(f"gradient(): throughput, {name}", "bare forward and backward", theirs / mine, 0.9)
 
 
+def two_processes() -> Iterator[Result]:
+    """A gradient pass dealt out to two processes, with one thread each."""
+    script = Path(__file__).with_name("two_processes.py")
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    what = "gradient() in two processes of one thread: throughput, ResNet-18 of width 16, 1,024 images of 3 x 32 x 32"
+    yield at_least(what, "in one", float(done.stdout), 1.8)
+
+
 def selection() -> Iterator[Result]:
     """The smallest 10 % of 1e8 scores, in time and in memory."""
     count = 10**8
@@ -268,6 +277,7 @@ def masks() -> Iterator[Result]:
 
 BENCHMARKS = {
     "gradient": gradient_pass,
+    "two": two_processes,
     "selection": selection,
     "pieces": pieces,
     "reload": reload_without_fine_tuning,

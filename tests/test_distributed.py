@@ -241,6 +241,9 @@ def reloads(alone: dict[str, list[dict[str, Tensor]]], path: Path) -> None:
     sighted, model = Sighted(**vars(given(None)), forget=records().only(REMOVED)), sharded(network())
     with pytest.raises(UnsupportedModule, match="salun does not work on a model that FSDP2 has sharded; reload, fine"):
         unlearn(model, sighted, SalUn(), seed=0)
+    full = cache.load(path, model, cross_entropy)
+    with pytest.raises(UnsupportedModule, match="selector='obs' takes a model apart into examples"):
+        unlearn(model, given(full), Reload(selector="obs"), seed=0)
 
 
 @pytest.mark.parametrize(("processes", "configs"), [(2, list(CONFIGS)), (4, ["small-kv"])])
@@ -472,9 +475,14 @@ def command(port: int, arguments: list[str], code: int) -> None:
     dist.destroy_process_group()
     os.environ |= {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    with Path(f"out.{rank}").open("w") as out, Path(f"err.{rank}").open("w") as errors:
-        with redirect_stdout(out), redirect_stderr(errors):
-            assert main(arguments) == code
+    out_file, error_file = (Path(f"{name}.{rank}") for name in ("out", "err"))
+    with (
+        out_file.open("w") as out,
+        error_file.open("w") as errors,
+        redirect_stdout(out),
+        redirect_stderr(errors),
+    ):
+        assert main(arguments) == code
 
 
 def on_the_command_line(name: str) -> list[list[str]]:

@@ -51,6 +51,11 @@ def mine(count: int) -> slice:
     return slice(count * rank() // world(), count * (rank() + 1) // world())
 
 
+def is_mine(number: int) -> bool:
+    """Whether this process takes a batch that stands alone, by its number."""
+    return number % world() == rank()
+
+
 def agreed(work: Callable[[], T], facts: Callable[[T], Sequence[float]]) -> tuple[T, list[list[float]]]:
     """Do the own part of a common step, and learn what the others found in theirs.
 

@@ -150,14 +150,20 @@ def train(
 def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Trace | None = None) -> float:
     """The mean loss a term in eval mode, without gradients."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    with params.restoring_modes(model), keeping_random_state(), torch.no_grad():
-        model.eval()
-        for _, batch in micro_batches(data, 512)[1]:
+    sharded = distributed.is_sharded(model)
+
+    def seen() -> dict[int, tuple[float, int]]:
+        found = {}
+        for number, batch in micro_batches(data, 512, None if sharded else distributed.is_mine)[1]:
             terms = checked_terms(loss_terms(model, to_device(batch, device)))
-            total += float(terms.sum())
-            count += len(terms)
+            found[number] = (float(terms.sum()), len(terms))
+        return found
+
+    with distributed.failing_together(), params.restoring_modes(model), keeping_random_state(), torch.no_grad():
+        model.eval()
+        found = seen() if sharded else distributed.merged(distributed.agreed(seen, lambda _: ())[0])
     distributed.settle(model)
+    total, count = sum(loss for loss, _ in found.values()), round(sum(terms for _, terms in found.values()))
     if trace is not None:
         trace.forwarded += count
     return total / max(count, 1)

@@ -22,10 +22,10 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from expunge import params
+from expunge import distributed, params
 from expunge.access import Blind
 from expunge.curvature import Curvature
-from expunge.errors import ConfigError, NotInformative
+from expunge.errors import ConfigError, NotInformative, UnsupportedModule
 from expunge.gradient import Gradient
 from expunge.methods.choice import Masks, Scope, at_most, choose, decimal, smallest_share
 from expunge.methods.kronecker import diagonal_fisher, kronecker_fisher
@@ -139,6 +139,11 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
         UnsupportedModule: A selector of second order, and a model that cannot be taken apart into examples.
     """
     full = given.cached()
+    if config.selector in SECOND_ORDER and distributed.is_sharded(model):
+        raise UnsupportedModule(
+            f"selector={config.selector!r} takes a model apart into examples, which cannot be done with one that FSDP2 "
+            "has sharded. Take small-kv, or give every process the whole model."
+        )
     theta = params.named_parameters(model, full.total)
 
     with trace.stage("difference", model):
