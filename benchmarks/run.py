@@ -10,8 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import gradients
 from expunge import (
     SSD,
     Blind,
@@ -31,7 +31,6 @@ from expunge import (
     cross_entropy,
     gradient,
     seeded,
-    stream,
     train,
     unlearn,
 )
@@ -43,120 +42,7 @@ from expunge.metrics.compare import profile
 from expunge.metrics.outputs import Outputs
 from expunge.models.convnet import ConvNet
 from expunge.models.resnet import ResNet18
-from expunge.params import smallest
-
-REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Result:
-    """A ratio and what it must be."""
-
-    what: str
-    against: str
-    ratio: float
-    required: str
-    met: bool
-
-
-def fastest(*contestants: Callable[[], object]) -> list[float]:
-    """The shortest wall time of each, in seconds, taken in turns so that a busy moment hits all of them."""
-    times: list[list[float]] = [[] for _ in contestants]
-    for _ in range(REPEATS):
-        for mine, contestant in zip(times, contestants, strict=True):
-            start = time.perf_counter()
-            contestant()
-            mine.append(time.perf_counter() - start)
-    return [min(mine) for mine in times]
-
-
-def at_least(what: str, against: str, ratio: float, required: float) -> Result:
-    return Result(what, against, ratio, f"at least {required:g}", ratio >= required)
-
-
-def at_most(what: str, against: str, ratio: float, required: float) -> Result:
-    return Result(what, against, ratio, f"at most {required:g}", ratio <= required)
-
-
-def images(count: int, channels: int, side: int) -> Examples:
-    noise = torch.rand(count, channels, side, side, generator=stream(0, "images"))
-    return Examples(noise, torch.randint(10, (count,), generator=stream(0, "labels")))
-
-
-def gradient_pass() -> Iterator[Result]:
-    """`gradient()` against forward and backward and nothing else, at the same batch size."""
-    for name, model, data in (
-        ("ResNet-18 of width 16, 2,048 images of 3 x 32 x 32", ResNet18(width=16), images(2048, 3, 32)),
-        ("the demo's network, 16,384 images of 1 x 8 x 8", ConvNet(widths=(16, 32)), images(16384, 1, 8)),
-    ):
-        inputs, labels = data.tensors
-
-        def bare(model: nn.Module = model, inputs: torch.Tensor = inputs, labels: torch.Tensor = labels) -> None:
-            model.eval()
-            for x, y in zip(inputs.split(128), labels.split(128), strict=True):
-                model.zero_grad()
-                functional.cross_entropy(model(x), y, reduction="sum").backward()
-
-        def ours(model: nn.Module = model, data: Examples = data) -> None:
-            gradient(model, cross_entropy, data)
-
-        ours()
-        theirs, mine = fastest(bare, ours)
-        yield at_least(f"gradient(): throughput, {name}", "bare forward and backward", theirs / mine, 0.9)
-
-
-def two_processes() -> Iterator[Result]:
-    """A gradient pass dealt out to two processes, with one thread each."""
-    script = Path(__file__).with_name("two_processes.py")
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(run, capture_output=True, text=True, check=True)
-    what = "gradient() in two processes of one thread: throughput, ResNet-18 of width 16, 1,024 images of 3 x 32 x 32"
-    yield at_least(what, "in one", float(done.stdout), 1.8)
-
-
-def selection() -> Iterator[Result]:
-    """The smallest 10 % of 1e8 scores, in time and in memory."""
-    count = 10**8
-    scores = torch.rand(count, dtype=torch.float64, generator=stream(0, "scores"))
-    array = scores.numpy()
-    mine, partition = fastest(
-        lambda: smallest({"weight": scores}, count // 10), lambda: np.partition(array, count // 10)
-    )
-    start = time.perf_counter()
-    _ = scores.argsort().argsort() < count // 10
-    double = time.perf_counter() - start
-    yield at_most("selection of 10 % of 1e8: time", "double argsort", mine / double, 1 / 15)
-    yield at_most("selection of 10 % of 1e8: time", "numpy.partition", mine / partition, 1.2)
-    prepare = "scores = torch.rand(10**8, dtype=torch.float64)"
-    ours = _peak_growth(prepare, "smallest({'weight': scores}, 10**7)")
-    argsort = _peak_growth(prepare, "scores.argsort().argsort() < 10**7")
-    yield at_most("selection of 10 % of 1e8: extra memory", "double argsort", ours / argsort, 1 / 2.5)
-
-
-def _peak_growth(prepare: str, work: str) -> float:
-    """By how many bytes the peak memory grows during the work, in a process of its own (Linux)."""
-    code = f"""
-import torch
-from expunge.params import smallest
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-{prepare}
-before = peak()
-{work}
-print(peak() - before)
-"""
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
-def pieces() -> Iterator[Result]:
-    """1e9 scores in ten tensors: does it work, and at what memory?"""
-    growth = _peak_growth(
-        "scores = {str(i): torch.rand(10**8) for i in range(10)}",
-        "assert sum(int(mask.count_nonzero()) for mask in smallest(scores, 10**8).values()) == 10**8",
-    )
-    yield at_most(
-        "selection of 10 % of 1e9 float32: extra memory (the masks are 0.25)", "the scores", growth / 4e9, 0.5
-    )
+from ratios import REPEATS, Result, at_least, at_most, fastest, images
 
 
 def reload_without_fine_tuning() -> Iterator[Result]:
@@ -275,11 +161,18 @@ def masks() -> Iterator[Result]:
         )
 
 
+def two_processes() -> Iterator[Result]:
+    """A gradient pass dealt out to two processes, with one thread each."""
+    script = Path(__file__).with_name("two_processes.py")
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    what = "gradient() in two processes of one thread: throughput, ResNet-18 of width 16, 1,024 images of 3 x 32 x 32"
+    yield at_least(what, "in one", float(done.stdout), 1.8)
+
+
 BENCHMARKS = {
-    "gradient": gradient_pass,
+    "gradients": gradients.rows,
     "two": two_processes,
-    "selection": selection,
-    "pieces": pieces,
     "reload": reload_without_fine_tuning,
     "import": start_up,
     "scoring": scoring,
