@@ -37,6 +37,7 @@ from expunge import (
     distributed,
     gradient,
     seeded,
+    sharding,
     train,
     unlearn,
 )
@@ -70,7 +71,7 @@ def records(dtype: torch.dtype = torch.float64, count: int = 101) -> Examples:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: distributed.whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+    return {name: sharding.whole(tensor.detach()).clone() for name, tensor in tensors.items()}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -118,8 +119,8 @@ def require_same(one: Gradient, several: Gradient) -> None:
     assert one.noise is not None
     assert several.noise is not None
     for name in one.total:
-        assert torch.equal(one.total[name], distributed.whole(several.total[name]))
-        assert torch.equal(one.noise[name], distributed.whole(several.noise[name]))
+        assert torch.equal(one.total[name], sharding.whole(several.total[name]))
+        assert torch.equal(one.noise[name], sharding.whole(several.noise[name]))
     assert (one.count, one.loss, one.origin, one.roundoff) == (
         several.count,
         several.loss,
@@ -307,9 +308,9 @@ def normalised_and_bfloat16(one: Gradient) -> None:
     assert coarse.roundoff == 2**-8
     assert coarse.noise is not None
     for name, tensor in one.total.items():
-        error = (distributed.whole(coarse.total[name]) - tensor).abs()
+        error = (sharding.whole(coarse.total[name]) - tensor).abs()
         assert 0 < float(error.max()) < 0.1 * float(tensor.abs().max())
-        assert float((error < 8 * distributed.whole(coarse.noise[name])).double().mean()) > 0.9
+        assert float((error < 8 * sharding.whole(coarse.noise[name])).double().mean()) > 0.9
     model = sharded(network(torch.float32), mp_policy=policy)
     before = mean_loss(model, records(torch.float32), cross_entropy)
     train(model, records(torch.float32), cross_entropy, RECIPE, seed=0)
@@ -326,10 +327,10 @@ def selections(scores: list[dict[str, Tensor]], alone: list[dict[int, dict[str, 
     like = distribute_tensor(torch.zeros(8), mesh, [Shard(0)])
     for each, masks in zip(scores, alone, strict=True):
         for k, mask in masks.items():
-            got = smallest({name: distributed.placed_like(score, like) for name, score in each.items()}, k)
-            assert all(torch.equal(distributed.whole(got[name]), mask[name]) for name in mask), k
+            got = smallest({name: sharding.placed_like(score, like) for name, score in each.items()}, k)
+            assert all(torch.equal(sharding.whole(got[name]), mask[name]) for name in mask), k
     broken = {"a": torch.zeros(5), "b": torch.tensor([1.0, 2.0, torch.nan])}
-    pieces = {name: distributed.placed_like(score, like) for name, score in broken.items()}
+    pieces = {name: sharding.placed_like(score, like) for name, score in broken.items()}
     with pytest.raises(NotFinite, match="a score of 'b' is NaN"):
         smallest(pieces, 2)
 

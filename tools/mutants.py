@@ -121,8 +121,8 @@ MUTANTS = (
     Mutant(
         "ties are taken from the end",
         "params.py",
-        ".squeeze(1)[-surplus:]",
-        ".squeeze(1)[:surplus]",
+        ".squeeze(1)[-left:]",
+        ".squeeze(1)[:left]",
         "test_reload.py",
     ),
     Mutant(
@@ -219,8 +219,8 @@ MUTANTS = (
     Mutant(
         "everything but the chosen entries is re-initialised",
         "methods/reinitialise.py",
-        "torch.where(chosen[name].to(p.device), values[name], p)",
-        "torch.where(chosen[name].to(p.device), p, values[name])",
+        "torch.where(chosen[name].to(p.device), sharding.placed_like(values[name], p), p)",
+        "torch.where(chosen[name].to(p.device), p, sharding.placed_like(values[name], p))",
         "test_reload.py",
     ),
     Mutant(
@@ -345,8 +345,8 @@ MUTANTS = (
     Mutant(
         "the model that was given is changed",
         "unlearn.py",
-        "method.run(copy.deepcopy(inner), given,",
-        "method.run(inner, given,",
+        "inner if sharded else copy.deepcopy(inner)",
+        "inner",
         CONTRACT + "leaves_the_model_it_is_given_untouched",
     ),
     Mutant(
@@ -607,6 +607,27 @@ MUTANTS = (
         "propagated = propagate(left, self.how)",
         "propagated = self.propagated",
         "test_graph.py",
+    ),
+    Mutant(
+        "gradients of several processes are added in another order",
+        "pooling.py",
+        "zip(received.view(self.parts, -1), self._states, strict=True)",
+        "zip(received.view(self.parts, -1).flip(0), self._states, strict=True)",
+        "test_distributed.py",
+    ),
+    Mutant(
+        "a batch that processes share is averaged part by part",
+        "distributed.py",
+        "own.sum() * (world() / count)",
+        "own.mean()",
+        "test_distributed.py",
+    ),
+    Mutant(
+        "ties go to the last process instead of the first",
+        "params.py",
+        "ties[name][distributed.rank() + 1 :]",
+        "ties[name][: distributed.rank()]",
+        "test_distributed.py",
     ),
 )
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from expunge import distributed, params, shards
+from expunge import distributed, params, sharding, shards
 from expunge.batches import LossTerms
 from expunge.errors import ConfigError, CorruptCache, MismatchError
 from expunge.files import save_tensors
@@ -194,7 +194,7 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
 
 def _to_write(tensor: Tensor) -> Tensor:
     """Whole, on the CPU; sharded ones are put together one at a time, and kept only where they are written."""
-    whole = distributed.whole(tensor)
+    whole = sharding.whole(tensor)
     return whole.cpu() if distributed.rank() == 0 or whole is tensor else whole.new_empty(0)
 
 

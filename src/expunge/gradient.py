@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from expunge import distributed, losses, params, progress
+from expunge import distributed, losses, params, progress, sharding
 from expunge.accumulator import Accumulator, Place
 from expunge.batches import Batch, Batches, LossTerms, indexed, micro_batches, require_reiterable
 from expunge.checkpointing import recomputing, repeated_modules
@@ -104,9 +104,9 @@ class Gradient:
     def placed_like(self, model: nn.Module) -> "Gradient":
         """The same, in pieces where FSDP2 has sharded the model."""
         named = params.named_parameters(model, self.total)
-        total = {name: distributed.placed_like(tensor, named[name]) for name, tensor in self.total.items()}
-        noise = self.noise and {n: distributed.placed_like(tensor, named[n]) for n, tensor in self.noise.items()}
-        kept = self.groups if not distributed.is_sharded(model) else None
+        total = {name: sharding.placed_like(tensor, named[name]) for name, tensor in self.total.items()}
+        noise = self.noise and {n: sharding.placed_like(tensor, named[n]) for n, tensor in self.noise.items()}
+        kept = self.groups if not sharding.is_sharded(model) else None
         return replace(self, total=total, noise=noise, groups=kept)
 
     def __sub__(self, part: "Gradient") -> "Gradient":
@@ -239,8 +239,8 @@ def take(
     """`gradient()` over some of the micro-batches, perhaps none: those whose number is wanted."""
     if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
         raise ConfigError(f"micro_batch={micro_batch}: it is a whole number of positions, at least one.")
-    distributed.settle(model)
-    sharded = distributed.is_sharded(model)
+    sharding.settle(model)
+    sharded = sharding.is_sharded(model)
     if groups is not None and sharded:
         raise ConfigError(
             f"groups={groups}: gradients of groups are not kept of a model that FSDP2 has sharded. Leave groups out; "
@@ -258,7 +258,7 @@ def take(
         assert few is not None
         with noticing_memory(few):
             probe(model, loss_terms, data, device, few)
-            distributed.settle(model)
+            sharding.settle(model)
 
     def empty() -> Accumulator:
         with noticing_memory(1):
@@ -315,7 +315,7 @@ def _finished(
         )
     _require_finite_losses(seen, aligned)
     params.require_finite(found.total, "after the gradient pass")
-    roundoff = max(torch.finfo(dtype).eps for dtype in distributed.computed_in(model)) / 2
+    roundoff = max(torch.finfo(dtype).eps for dtype in sharding.computed_in(model)) / 2
     origin = Origin.of(model, loss_terms)
     distributed.require_alike("weights, buffers or loss", str(origin))
     return Gradient(

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from expunge import distributed
+from expunge import distributed, sharding
 from expunge.errors import ConfigError, MismatchError, NotFinite
 
 Params = dict[str, Tensor]
@@ -129,12 +129,12 @@ def norm(params: Mapping[str, Tensor]) -> float:
 
 def total(params: Mapping[str, Tensor]) -> float:
     """The sum of all entries, accumulated in float64."""
-    return sum(float(distributed.whole(tensor.sum(dtype=torch.float64))) for tensor in params.values())
+    return sum(float(sharding.whole(tensor.sum(dtype=torch.float64))) for tensor in params.values())
 
 
 def count(masks: Mapping[str, Bool[Tensor, "..."]]) -> int:
     """How many entries are marked."""
-    return sum(int(distributed.whole(mask.count_nonzero())) for mask in masks.values())
+    return sum(int(sharding.whole(mask.count_nonzero())) for mask in masks.values())
 
 
 def subtract(a: Params, b: Params) -> Params:
@@ -170,7 +170,7 @@ def require_finite(params: Mapping[str, Tensor], what: str) -> None:
         NotFinite: Names the first tensor that holds one, and how many.
     """
     for name, tensor in params.items():
-        if tensor.is_floating_point() and not bool(distributed.whole(torch.isfinite(tensor).all())):
+        if tensor.is_floating_point() and not bool(sharding.whole(torch.isfinite(tensor).all())):
             bad = count({name: ~torch.isfinite(tensor)})
             raise NotFinite(
                 f"{what}: tensor {name!r} has {bad} of {tensor.numel()} entries that are NaN or infinite. "
@@ -186,7 +186,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = distributed.whole(tensors[name].detach()).contiguous().cpu()
+        tensor = sharding.whole(tensors[name].detach()).contiguous().cpu()
         digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -236,9 +236,9 @@ def smallest(scores: Params, k: int) -> dict[str, Bool[Tensor, "..."]]:
         return masks
     if len({score.dtype for score in scores.values()}) > 1:
         scores = {name: score.double() for name, score in scores.items()}
-    shared = any(map(distributed.is_piece, scores.values()))
-    here = {name: distributed.here(score).contiguous() for name, score in scores.items()}
-    marked = {name: distributed.here(mask) for name, mask in masks.items()}
+    shared = any(map(sharding.is_piece, scores.values()))
+    here = {name: sharding.here(score).contiguous() for name, score in scores.items()}
+    marked = {name: sharding.here(mask) for name, mask in masks.items()}
     threshold = _kth_smallest(scores, here, k, shared)
     below_or_tied = 0
     for score, mask in zip(_pieces(here), _pieces(marked), strict=True):
@@ -301,7 +301,7 @@ def _kth_smallest(scores: Params, here: Params, k: int, shared: bool) -> float:
             if low < high:
                 inside.append(piece[at_most_low ^ (piece < high)].to(sample.device))
         if _of_all(unranked, shared):
-            name = next(n for n, score in scores.items() if bool(distributed.whole(score.isnan().any())))
+            name = next(n for n, score in scores.items() if bool(sharding.whole(score.isnan().any())))
             raise NotFinite(f"a score of {name!r} is NaN, so it has no rank. Check the selector.")
         kept = torch.cat(inside) if inside else sample[:0]
         kept, upto_low = distributed.joined(kept) if shared else kept, _of_all(upto_low, shared)
@@ -322,7 +322,7 @@ def _sample(scores: Params, here: Params, count: int, shared: bool) -> Tensor:
     positions = torch.randint(int(ends[-1]), (count,), generator=generator).sort().values
     parts, start = [], 0
     for (name, score), end in zip(scores.items(), ends.tolist(), strict=True):
-        first = start + distributed.first_entry(score)
+        first = start + sharding.first_entry(score)
         piece = here[name].view(-1)
         own = positions[(positions >= first) & (positions < first + len(piece))] - first
         parts.append(piece[own.to(piece.device)].cpu())

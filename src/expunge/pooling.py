@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expunge import distributed
+from expunge import distributed, sharding
 from expunge.accumulator import Accumulator, summed, sums_of
 from expunge.batches import Batch, Batches, indexed, micro_batches
 from expunge.errors import OutOfMemory
@@ -83,7 +83,7 @@ def pooled_sums(model: nn.Module, parameters: Mapping[str, nn.Parameter], on: st
         parameters: At least one.
         on: Where the sums are, see `sums_of`. Those of sharded parameters are beside them.
     """
-    if distributed.is_sharded(model):
+    if sharding.is_sharded(model):
         return Sharded(model, parameters)
     return sums_of(parameters, on, Dealt() if distributed.world() > 1 else None)
 
@@ -213,7 +213,7 @@ class Sharded:
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self._take, name)) for name, p in parameters.items()
         ]
-        self._before = [(module, *_communication(module)) for module in distributed.fsdp_modules(model)]
+        self._before = [(module, *_communication(module)) for module in sharding.fsdp_modules(model)]
         for module, *_ in self._before:
             module.set_custom_reduce_scatter(self._exchange)
             module.set_gradient_divide_factor(1.0)
@@ -261,11 +261,11 @@ class Sharded:
         gradient, p.grad = p.grad, None
         assert gradient is not None
         rows, own = self._exchange.of(gradient)
-        device = distributed.here(self._totals[name]).device
+        device = sharding.here(self._totals[name]).device
         if self._comparing:
             self._differs |= not torch.equal(own, self._last[name])
             return
-        total, magnitude = distributed.here(self._totals[name]), distributed.here(self._magnitudes[name])
+        total, magnitude = sharding.here(self._totals[name]), sharding.here(self._magnitudes[name])
         for row in rows[: self.contributors]:
             part = row.to(device).view_as(total)
             total.add_(part)
@@ -292,7 +292,7 @@ def _summands() -> Any:
 
         def of(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
             """Of the next parameter: a row for each process with its gradient here; the whole gradient of this one."""
-            local, processes = distributed.here(gradient), distributed.world()
+            local, processes = sharding.here(gradient), distributed.world()
             if processes == 1:  # nothing is exchanged
                 return local.reshape(1, -1), local.flatten()
             padded = -(-len(gradient) // processes) * (gradient.numel() // max(len(gradient), 1))

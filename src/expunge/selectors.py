@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from expunge import distributed, params
+from expunge import params, sharding
 from expunge.curvature import Curvature
 from expunge.errors import ConfigError
 from expunge.params import Params
@@ -124,7 +124,7 @@ def random(evidence: Evidence) -> Params:
     scores = {}
     for name, like in evidence.removed.items():
         drawn = torch.rand(like.shape, dtype=torch.float64, generator=stream(evidence.seed, "selector", name))
-        scores[name] = distributed.placed_like(drawn.to(like.device, like.dtype), like)
+        scores[name] = sharding.placed_like(drawn.to(like.device, like.dtype), like)
     return scores
 
 

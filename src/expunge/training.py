@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from expunge import distributed, params, progress
+from expunge import distributed, params, progress, sharding
 from expunge.batches import Batch, Batches, LossTerms, micro_batches, positioned, to_device
 from expunge.errors import ConfigError, NotFinite
 from expunge.probe import checked_terms
@@ -107,12 +107,12 @@ def train(
         NotFinite: A loss became NaN or infinite; names the epoch and the step.
     """
     trace = trace or Trace("train", seed)
-    distributed.settle(model)
+    sharding.settle(model)
     trainable = params.named_parameters(model)
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
     trace.stopped = f"all {recipe.epochs} epochs done"
-    replica = distributed.replicated(model)
+    replica = sharding.replicated(model)
     with (
         distributed.failing_together(),
         params.restoring_modes(model),
@@ -150,7 +150,7 @@ def train(
 def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Trace | None = None) -> float:
     """The mean loss a term in eval mode, without gradients."""
     device = next(model.parameters()).device
-    sharded = distributed.is_sharded(model)
+    sharded = sharding.is_sharded(model)
 
     def seen() -> dict[int, tuple[float, int]]:
         found = {}
@@ -162,7 +162,7 @@ def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Tra
     with distributed.failing_together(), params.restoring_modes(model), keeping_random_state(), torch.no_grad():
         model.eval()
         found = seen() if sharded else distributed.merged(distributed.agreed(seen, lambda _: ())[0])
-    distributed.settle(model)
+    sharding.settle(model)
     total, count = sum(loss for loss, _ in found.values()), round(sum(terms for _, terms in found.values()))
     if trace is not None:
         trace.forwarded += count
@@ -214,7 +214,7 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.momentum > 0,
-        fused=not distributed.is_piece(parameters[0]),  # torch has no fused SGD for sharded parameters
+        fused=not sharding.is_piece(parameters[0]),  # torch has no fused SGD for sharded parameters
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
 
-from expunge import distributed, params
+from expunge import distributed, params, sharding
 from expunge.access import Blind
 from expunge.errors import ForgetSetAccessed, UnsupportedModule
 from expunge.gradient import Origin
@@ -58,8 +58,8 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     if method.blind and type(given) is not Blind:
         given = Blind(**{field.name: getattr(given, field.name) for field in fields(Blind)})
     inner = params.plain(model)
-    distributed.settle(inner)
-    sharded = distributed.is_sharded(inner)
+    sharding.settle(inner)
+    sharded = sharding.is_sharded(inner)
     if sharded and method.name not in SHARDED:
         raise UnsupportedModule(
             f"{method.name} does not work on a model that FSDP2 has sharded; {', '.join(SHARDED)} do. Give every "
@@ -77,7 +77,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     with distributed.failing_together(), trace.measuring_memory(next(inner.parameters()).device):
         own = inner if sharded else copy.deepcopy(inner)  # torch cannot copy what it has sharded
         unlearned = method.run(own, given, config, seed=seed, trace=trace)
-    distributed.settle(unlearned)
+    sharding.settle(unlearned)
     unlearned.zero_grad(set_to_none=True)
     params.require_finite(_tensors(unlearned, infinite), f"the result of {method.name}")
     if not sharded:

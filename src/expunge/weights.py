@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from expunge import distributed, params
+from expunge import distributed, params, sharding
 from expunge.errors import ConfigError
 from expunge.files import save_tensors
 
@@ -20,8 +20,8 @@ def save_weights(path: Path | str, model: nn.Module, header: dict[str, str] | No
     Raises:
         OSError: The disk is full, or the folder cannot be written.
     """
-    distributed.settle(model)
-    tensors = {name: distributed.whole(tensor) for name, tensor in params.plain(model).state_dict().items()}
+    sharding.settle(model)
+    tensors = {name: sharding.whole(tensor) for name, tensor in params.plain(model).state_dict().items()}
     distributed.by_the_first(lambda: save_tensors(path, tensors, header))
 
 

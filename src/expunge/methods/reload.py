@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from expunge import distributed, params
+from expunge import params, sharding
 from expunge.access import Blind
 from expunge.curvature import Curvature
 from expunge.errors import ConfigError, NotInformative, UnsupportedModule
@@ -139,7 +139,7 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
         UnsupportedModule: A selector of second order, and a model that cannot be taken apart into examples.
     """
     full = given.cached()
-    if config.selector in SECOND_ORDER and distributed.is_sharded(model):
+    if config.selector in SECOND_ORDER and sharding.is_sharded(model):
         raise UnsupportedModule(
             f"selector={config.selector!r} takes a model apart into examples, which cannot be done with one that FSDP2 "
             "has sharded. Take small-kv, or give every process the whole model."
