@@ -268,14 +268,27 @@ def shuffled(data: Batches, size: int, generator: torch.Generator) -> tuple[int 
 
 
 def positioned(
-    data: Batches, size: int, generator: torch.Generator
+    data: Batches, size: int, generator: torch.Generator, share: Callable[[int], slice] = slice
 ) -> tuple[int | None, Iterator[tuple[Int[Tensor, " _"] | None, Batch]]]:
-    """The same as `shuffled`, each batch with the positions of its examples (None for data without positions)."""
+    """The same as `shuffled`, each batch with the positions of its examples (None for data without positions).
+
+    Args:
+        data: What is trained on.
+        size: Examples a batch.
+        generator: Draws the order.
+        share: Of a batch with so many rows, those to read; the positions are of all of them.
+    """
     known = indexed(data)
     if known is None:
-        return _count(data), ((None, batch) for batch in plain(data))
+        return _count(data), ((None, _shared(batch, share)) for batch in plain(data))
     rows = drawn(len(known.positions), size, generator)
-    return len(rows), zip((known.positions[each] for each in rows), known.fetch(rows), strict=True)
+    parts = [each[share(len(each))] for each in rows]
+    return len(rows), zip((known.positions[each] for each in rows), known.fetch(parts), strict=True)
+
+
+def _shared(batch: Batch, share: Callable[[int], slice]) -> Batch:
+    length = length_of(batch)
+    return batch if length is None else map_tensors(batch, lambda tensor: tensor[share(length)])
 
 
 def drawn(count: int, size: int, generator: torch.Generator) -> list[Int[Tensor, " _"]]:

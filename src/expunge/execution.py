@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from expunge import params
+from expunge import distributed, params
 from expunge.batches import Batch, map_tensors, tensors_of
 from expunge.seeds import keeping_random_state
 from expunge.trace import Trace
@@ -56,6 +56,9 @@ class Autocast:
         self.seconds[self.low].append(time.perf_counter() - start)
         if len(self.seconds[True]) == _TURNS:
             best = {low: min(seconds[1:]) for low, seconds in self.seconds.items()}
+            _, everyone = distributed.agreed(lambda: best, lambda own: (own[False], own[True]))
+            if everyone:  # all processes compute in one format, and wait for the slowest
+                best = {low: max(seconds[low] for seconds in everyone) for low in (False, True)}
             self.low, self.measuring = best[True] < best[False], False
             self.trace.facts["precision"] = "bfloat16" if self.low else "float32"
 

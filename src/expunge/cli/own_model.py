@@ -11,11 +11,11 @@ import tyro
 from torch import nn
 
 from expunge import cache as cache_file
-from expunge import params, provenance
+from expunge import distributed, params, provenance
 from expunge.access import Blind, Sighted
 from expunge.accumulator import Place
 from expunge.bench import chosen, evaluation, inputs
-from expunge.cli import printing
+from expunge.cli import printing, processes
 from expunge.cli.arguments import Flag, SetupFile
 from expunge.errors import ConfigError
 from expunge.files import write_text
@@ -170,7 +170,7 @@ def unlearn(
         "files": {role: hashes[path] for role, path in read.items()} | {"weights after": provenance.file_hash(out)},
     }
     trace = {**result.trace.as_dict(), **done_with, "provenance": origin}
-    write_text(story, printing.as_json(trace) + "\n")
+    distributed.by_the_first(lambda: write_text(story, printing.as_json(trace) + "\n"))
     if json:
         print(printing.as_json(trace))
         return
@@ -201,7 +201,7 @@ def trained_model(setup: Setup, weights: Path, device: str) -> nn.Module:
     Raises:
         ConfigError: There is no such device.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    name = processes.device() if device == "auto" else device
     with keeping_random_state():
         model = load_weights(setup.model(0), weights)
     try:
