@@ -346,6 +346,32 @@ def test_evidence_that_fits_is_verified_again_and_again(folder, capsys):
     assert "verified" in capsys.readouterr().out
 
 
+def test_what_was_not_checked_is_said(folder, capsys):
+    write_evidence("run")
+    assert main(["evidence", "run", "--verify"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not checked")]
+    assert len(lines) == 1  # weights and setup file of the unlearning are among the files of the evaluation
+    hashed = file_hash("c.safetensors")
+    assert lines[0].startswith(f"not checked: the cache of the unlearning, SHA-256 {hashed}: no listed file has it. If")
+
+
+def test_a_cache_that_was_destroyed_is_no_difference_and_said(folder, capsys):
+    inputs = json.loads(Path("run/inputs.json").read_text(encoding="utf-8"))
+    hashed = file_hash("c.safetensors")
+    inputs["files"].append({"role": "gradient cache", "path": "../c.safetensors", "sha256": hashed, "bytes": 1})
+    Path("run/inputs.json").write_text(json.dumps(inputs), encoding="utf-8")
+    write_evidence("run")
+    assert main(["evidence", "run", "--verify"]) == 0
+    assert "not checked" not in capsys.readouterr().out
+    Path("c.safetensors").unlink()
+    assert main(["evidence", "run", "--verify"]) == 0
+    assert f"not checked: ../c.safetensors, the gradient cache: it is not there, its SHA-256 was {hashed}" in (
+        capsys.readouterr().out
+    )
+    Path("c.safetensors").write_bytes(b"another")
+    assert main(["evidence", "run", "--verify"]) == 3
+
+
 @pytest.mark.parametrize(
     "name",
     [
