@@ -215,6 +215,17 @@ def test_the_hashed_records_are_those_that_were_measured(folder):
     assert split["salted_records"] == record_hashes(first, salt)
 
 
+def test_of_a_model_without_a_trace_nobody_says_whether_it_was_made_blind(folder, capsys):
+    Path("u.trace.json").unlink()
+    assert evaluate("--out", "other") == 0
+    rows = read_rows("other/rows.csv")
+    assert {row.blind for row in rows if row.method == "u"} == {None}
+    assert {row.blind for row in rows if row.method in ("retrain", "retrain again")} == {True}
+    assert {row.blind for row in read_rows("run/rows.csv") if row.method == "reload"} == {True}
+    assert main(["report", "other", "--format", "markdown"]) == 0
+    assert re.search(r"^\| u +\| \? ", Path("other/report.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
 @pytest.mark.parametrize("salt", ["", "5a", "5a" * 31, "5a" * 33, "z" * 64])
 def test_what_is_no_salt_of_256_bits_is_refused(tmp_path, salt):
     (tmp_path / "run.salt").write_text(f"{salt}\n")
