@@ -442,9 +442,9 @@ MUTANTS = (
     ),
     Mutant(
         "an importance of other weights is taken",
-        "unlearn.py",
-        '("the importance of all data", importance))',
-        '("the importance of all data", None))',
+        "importance.py",
+        'self.origin.require(part.origin, "the importance of all data")',
+        "pass",
         "test_ssd.py",
     ),
     Mutant(
