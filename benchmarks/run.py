@@ -10,8 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import training
 from expunge import (
     SSD,
     Blind,
@@ -44,43 +44,7 @@ from expunge.metrics.outputs import Outputs
 from expunge.models.convnet import ConvNet
 from expunge.models.resnet import ResNet18
 from expunge.params import smallest
-
-REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Result:
-    """A ratio and what it must be."""
-
-    what: str
-    against: str
-    ratio: float
-    required: str
-    met: bool
-
-
-def fastest(*contestants: Callable[[], object]) -> list[float]:
-    """The shortest wall time of each, in seconds, taken in turns so that a busy moment hits all of them."""
-    times: list[list[float]] = [[] for _ in contestants]
-    for _ in range(REPEATS):
-        for mine, contestant in zip(times, contestants, strict=True):
-            start = time.perf_counter()
-            contestant()
-            mine.append(time.perf_counter() - start)
-    return [min(mine) for mine in times]
-
-
-def at_least(what: str, against: str, ratio: float, required: float) -> Result:
-    return Result(what, against, ratio, f"at least {required:g}", ratio >= required)
-
-
-def at_most(what: str, against: str, ratio: float, required: float) -> Result:
-    return Result(what, against, ratio, f"at most {required:g}", ratio <= required)
-
-
-def images(count: int, channels: int, side: int) -> Examples:
-    noise = torch.rand(count, channels, side, side, generator=stream(0, "images"))
-    return Examples(noise, torch.randint(10, (count,), generator=stream(0, "labels")))
+from ratios import REPEATS, Result, at_least, at_most, fastest, images
 
 
 def gradient_pass() -> Iterator[Result]:
@@ -270,6 +234,7 @@ BENCHMARKS = {
     "gradient": gradient_pass,
     "selection": selection,
     "pieces": pieces,
+    "training": training.rows,
     "reload": reload_without_fine_tuning,
     "import": start_up,
     "scoring": scoring,

@@ -154,9 +154,3 @@ def test_gradients_and_measurements_see_images_as_they_are():
     gradient(model, loss, images())
     assert all(bool((batch[:, None] == images().tensors[0][None]).flatten(2).all(2).any(1).all()) for batch in seen)
     assert len(outputs(model, images()).labels) == 48
-
-
-@pytest.mark.parametrize(("name", "value"), [("crop", -1), ("cutout", -2)])
-def test_sizes_below_zero_are_refused(name, value):
-    with pytest.raises(ConfigError, match=f"{name}={value}: must be 0 or more"):
-        Recipe(epochs=1, lr=0.1, **{name: value})
