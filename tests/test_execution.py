@@ -1,10 +1,12 @@
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from expunge import Examples, Recipe, cross_entropy, execution, gradient, train
 from expunge.models.convnet import ConvNet
@@ -89,6 +91,40 @@ def test_the_faster_number_format_is_kept_and_noted(monkeypatch, slow, kept):
     trace = train(network(), images(), loss, recipe(epochs=3, precision="fastest"), seed=0)
     assert formats == ["float32", "bfloat16"] * 3 + [kept] * 3
     assert trace.facts == {"precision": kept}
+
+
+def test_on_a_gpu_the_next_batch_is_sent_before_the_present_one_is_used(monkeypatch):
+    """With a stand-in for CUDA's streams that writes down what happens."""
+    said: list[str] = []
+
+    class Sent(torch.Tensor):
+        def record_stream(self, stream):
+            said.append(f"kept {int(self[0])}")
+
+    class Stream(nullcontext):
+        def record_event(self):
+            return said[-1]
+
+        def wait_event(self, event):
+            said.append(f"waited for: {event}")
+
+    def send(batch, device):
+        said.append(f"sent {int(batch[0])}")
+        return batch.as_subclass(Sent)
+
+    monkeypatch.setattr(execution, "to_device", send)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    batches = [(torch.tensor([10 + n]), torch.tensor([n])) for n in range(3)]
+    for positions, batch in execution.ahead(iter(batches), torch.device("cuda")):
+        said.append(f"used {int(batch[0])} of position {int(positions[0])}")
+    assert said == [
+        "sent 0", "sent 1",
+        "waited for: sent 0", "kept 0", "used 0 of position 10", "sent 2",
+        "waited for: sent 1", "kept 1", "used 1 of position 11",
+        "waited for: sent 2", "kept 2", "used 2 of position 12",
+    ]  # fmt: skip
 
 
 def test_the_defaults_note_nothing():
@@ -195,6 +231,18 @@ def test_really_compiled_training_agrees_with_plain_training():
     assert (trace.facts, trace.warnings) == ({"compiled_steps": 6}, [])
     assert list(models[0].state_dict()) == list(models[1].state_dict())
     assert close(state(models[0]), state(models[1]), 1e-4)
+
+
+@pytest.mark.gpu
+def test_data_sent_batch_by_batch_trains_like_data_on_the_gpu():
+    found = []
+    loader = DataLoader(TensorDataset(*images().tensors), batch_size=16, pin_memory=True)
+    for data in (images().to("cuda"), images(), loader):
+        model = network().cuda()
+        train(model, data, cross_entropy, recipe(), seed=0)
+        found.append({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    assert close(found[0], found[1], 1e-4)
+    assert close(found[0], found[2], 1e-4)
 
 
 @pytest.mark.gpu

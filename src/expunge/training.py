@@ -14,7 +14,7 @@ from expunge import params, progress
 from expunge.augmentation import augmentation
 from expunge.batches import Batches, LossTerms, micro_batches, positioned, to_device
 from expunge.errors import ConfigError, NotFinite
-from expunge.execution import Autocast, Compiled, Precision, channels_last
+from expunge.execution import Autocast, Compiled, Precision, ahead, channels_last
 from expunge.probe import checked_terms
 from expunge.seeds import keeping_random_state, seeded, stream
 from expunge.trace import Trace
@@ -135,11 +135,10 @@ def train(
             )
             with seeded(seed, "train", epoch):
                 count, batches = positioned(data, recipe.batch_size, stream(seed, "shuffle", epoch))
-                for step, (positions, batch) in enumerate(batches):
+                for step, (positions, batch) in enumerate(ahead(batches, device)):
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * recipe.factor(epoch + (step / count if count else 0.0))
-                    ready = to_device(batch, device)
-                    ready = augmented(ready) if augmented else ready
+                    ready = augmented(batch) if augmented else batch
                     ready = channels_last(ready) if recipe.channels_last else ready
                     with autocast.step():
                         with autocast.forward(), compiled.active() if compiled else nullcontext():
@@ -165,16 +164,17 @@ def train(
 def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Trace | None = None) -> float:
     """The mean loss a term in eval mode, without gradients."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    sums: list[Tensor] = []
+    count = 0
     with params.restoring_modes(model), keeping_random_state(), torch.no_grad():
         model.eval()
         for _, batch in micro_batches(data, 512)[1]:
             terms = checked_terms(loss_terms(model, to_device(batch, device)))
-            total += float(terms.sum())
+            sums.append(terms.sum())
             count += len(terms)
     if trace is not None:
         trace.forwarded += count
-    return total / max(count, 1)
+    return sum(torch.stack(sums).cpu().double().tolist()) / max(count, 1) if sums else 0.0
 
 
 def until_converged(
