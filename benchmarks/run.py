@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 import gradients
+import training
 from expunge import (
     SSD,
     Blind,
@@ -185,6 +186,7 @@ def two_processes() -> Iterator[Result]:
 BENCHMARKS = {
     "gradients": gradients.rows,
     "two": two_processes,
+    "training": training.rows,
     "reload": reload_without_fine_tuning,
     "import": start_up,
     "scoring": scoring,
