@@ -13,9 +13,8 @@ of its own) and may train for 0.12 of the epochs of retraining less two, which i
 from expunge.bench.experiments import Experiment, everyone
 from expunge.bench.printed import printed
 from expunge.bench.profiles import effort, task
+from expunge.bench.tables import REMOVAL
 from expunge.bench.tasks import Scenario
-
-SHOWN = ("NA", "FA", "FE", "FMIA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "NSKL", "FSKL", "Cost", "Work")
 
 
 def experiment(profile: str) -> Experiment:
@@ -27,6 +26,6 @@ def experiment(profile: str) -> Experiment:
         tasks=(task(profile, "cifar100", scenario),),
         contenders=everyone("removal"),
         effort=effort(profile),
-        shown=SHOWN,
+        shown=REMOVAL,
         printed=printed("table1", scenario.name),
     )

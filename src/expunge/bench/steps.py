@@ -16,7 +16,7 @@ from expunge.access import Blind, Sighted
 from expunge.batches import Examples
 from expunge.bench import judging, tasks
 from expunge.bench.entries import Entry, entries
-from expunge.bench.stages import Stage, Step, tuning_of
+from expunge.bench.stages import Stage, Step, cache_of, start_of, tuning_of
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Records
 from expunge.bench.tuning import Trial, tune
@@ -65,7 +65,7 @@ def _retrain(stage: Stage, store: Store, folder: Path) -> None:
 
 def _cache(stage: Stage, store: Store, folder: Path) -> None:
     records = _records(stage, store)
-    model = _stored(stage, records, store.result(stage.of("original")))
+    model = _stored(stage, records, store.result(start_of(stage)))
     start = time.perf_counter()
     full = gradient(model, cross_entropy, records.before)
     cache.save(folder / CACHE, full)
@@ -119,7 +119,8 @@ def _unlearn(stage: Stage, store: Store, folder: Path) -> None:
     entry = entry_of(stage, situation.records)
     try:
         model, trace = situation.unlearned(entry, settings_of(stage, store), stage.seed)
-    except FAILURES as error:
+    except FAILURES as error:  # the model stays as it was, for the deletions that follow
+        save_weights(folder / WEIGHTS, situation.original)
         write_json(folder / TRACE, {"failed": str(error)})
         return
     _keep(folder, model, trace)
@@ -156,8 +157,8 @@ class _Situation:
 
     def __init__(self, stage: Stage, store: Store) -> None:
         self.stage, self.records = stage, _records(stage, store)
-        self.original = _stored(stage, self.records, store.result(stage.of("original")))
-        path = store.result(stage.of("cache")) / CACHE
+        self.original = _stored(stage, self.records, store.result(start_of(stage)))
+        path = store.result(cache_of(stage)) / CACHE
         self.given = _given(stage, self.records, cache.load(path, self.original, cross_entropy))
 
     def unlearned(self, entry: Entry, settings: Mapping[str, Any], seed: int) -> tuple[nn.Module, Trace]:
