@@ -1,5 +1,4 @@
 import copy
-import importlib
 
 import pytest
 import torch
@@ -312,7 +311,7 @@ def test_a_loss_is_known_by_the_name_of_its_function_or_type():
 def test_a_device_without_float64_is_summed_on_the_cpu(monkeypatch):
     model, data = network("mlp"), classification(20)
     expected = gradient(model, cross_entropy, data)
-    monkeypatch.setattr(importlib.import_module("expunge.gradient"), "_WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr("expunge.accumulator.WITHOUT_FLOAT64", ("cpu",))
     assert close(gradient(model, cross_entropy, data).total, expected.total, 0)
 
 
@@ -320,7 +319,7 @@ def test_a_device_without_float64_is_summed_on_the_cpu(monkeypatch):
 @cuda
 @pytest.mark.parametrize("without", [(), ("cuda",)])
 def test_a_pass_on_a_gpu_agrees_with_the_cpu(without, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("expunge.gradient"), "_WITHOUT_FLOAT64", without)
+    monkeypatch.setattr("expunge.accumulator.WITHOUT_FLOAT64", without)
     model, data = network("batch-norm"), classification(COUNT)
     here = gradient(model, cross_entropy, data, micro_batch=8)
     there = gradient(copy.deepcopy(model).cuda(), cross_entropy, data.without(torch.tensor([3])), micro_batch=8)

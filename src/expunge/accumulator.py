@@ -1,19 +1,60 @@
-"""The running sums of a gradient pass, in one flat buffer for each type of parameter.
+"""The running sums of a gradient pass: of gradients in float64, and of their absolute values in float32.
 
-The parameters' ``.grad`` are views of a buffer, which backward adds into. A network of small tensors then takes a
-handful of operations a micro-batch, where a few for each tensor would cost a large part of its backward pass.
+Two ways, with the same bits. `Flat` has one buffer for each type of parameter, whose views backward adds into: a
+network of small tensors then takes a handful of operations a micro-batch, where a few for each tensor would cost a
+large part of its backward pass. `Streamed` takes the gradient of each parameter away as soon as backward has completed
+it, so that beside the model the device holds the gradient of one parameter at a time and none of the sums.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from expunge.errors import ConfigError
 from expunge.params import Params
 
+_BOUNDARY = 16  # entries; every view of a flat buffer starts where an allocator might have put it
+WITHOUT_FLOAT64 = ("mps",)  # device types that cannot hold it
 
-class Accumulator:
-    """Sums gradients, and their absolute values, over micro-batches.
+
+Place = Literal["device", "cpu"]
+
+
+@runtime_checkable
+class Accumulator(Protocol):
+    """Sums gradients, and their absolute values, over micro-batches."""
+
+    def start(self) -> None:
+        """Before a backward pass, whatever became of the one before it."""
+
+    def add_up(self) -> Tensor:
+        """After it. Uses the gradients up.
+
+        Returns:
+            The sum of the absolute values of all entries of this backward pass's gradient, float64.
+        """
+
+    def comparing(self) -> None:
+        """Let the next backward pass be compared with the sums so far, instead of being added to them."""
+
+    def same(self) -> bool:
+        """After it: whether it had the very bits of the only one that was added up before."""
+
+    def totals(self) -> Params:
+        """The sums of the gradients, float64."""
+
+    def magnitudes(self) -> Params:
+        """The sums of their absolute values, float32."""
+
+    def close(self) -> None:
+        """Let go of the parameters."""
+
+
+class Flat:
+    """The sums beside the parameters, in one buffer for each type.
 
     Args:
         parameters: Their ``.grad`` belong to this object from now on, until someone sets them anew.
@@ -26,42 +67,55 @@ class Accumulator:
             kinds.setdefault((p.dtype, p.device), {})[name] = p
         self._order = list(parameters)
         self._members = list(kinds.values())
-        sizes = [sum(p.numel() for p in members.values()) for members in self._members]
+        sizes = [sum(map(_padded, members.values())) for members in self._members]
         alike = list(zip(sizes, kinds, strict=True))
-        self.gradients = [torch.zeros(size, dtype=dtype, device=device) for size, (dtype, device) in alike]
+        self._gradients = [torch.zeros(size, dtype=dtype, device=device) for size, (dtype, device) in alike]
         self._totals = [torch.zeros(size, dtype=torch.float64, device=home or device) for size, (_, device) in alike]
         self._magnitudes = [
             torch.zeros(size, dtype=torch.float32, device=home or device) for size, (_, device) in alike
         ]
-        for members, flat in zip(self._members, self.gradients, strict=True):
+        for members, flat in zip(self._members, self._gradients, strict=True):
             for name, view in _views(members, flat):
                 members[name].grad = view
 
     def start(self) -> None:
-        """Before the backward pass of a micro-batch."""
-        torch._foreach_zero_(self.gradients)
+        """Before a backward pass."""
+        torch._foreach_zero_(self._gradients)
 
     def add_up(self) -> Tensor:
-        """After it. Uses the gradients up.
-
-        Returns:
-            The sum of the absolute values of all entries of the micro-batch's gradient, float64.
-        """
-        size = torch.zeros((), dtype=torch.float64, device=self._totals[0].device)
-        for flat, total, magnitude in zip(self.gradients, self._totals, self._magnitudes, strict=True):
+        """After it."""
+        sizes: Params = {}
+        for members, flat, total, magnitude in zip(
+            self._members, self._gradients, self._totals, self._magnitudes, strict=True
+        ):
             here = flat.to(total.device)
             total.add_(here)
             magnitude.add_(here.abs_())
-            size += here.sum(dtype=torch.float64).to(size.device)
-        return size
+            sizes |= {name: view.sum(dtype=torch.float64) for name, view in _views(members, here)}
+        return _summed(sizes[name] for name in self._order)
+
+    def comparing(self) -> None:
+        """Before one that is compared."""
+        self.start()
+
+    def same(self) -> bool:
+        """After it."""
+        pairs = zip(self._totals, self._gradients, strict=True)
+        return all(torch.equal(total, flat.to(total)) for total, flat in pairs)
 
     def totals(self) -> Params:
-        """The sums of the gradients, float64."""
+        """Sums of gradients."""
         return self._by_name(self._totals)
 
     def magnitudes(self) -> Params:
-        """The sums of their absolute values, float32."""
+        """Sums of absolute values."""
         return self._by_name(self._magnitudes)
+
+    def close(self) -> None:
+        """Let go of the parameters."""
+        for members in self._members:
+            for p in members.values():
+                p.grad = None
 
     def _by_name(self, flats: list[Tensor]) -> Params:
         pairs = zip(self._members, flats, strict=True)
@@ -69,7 +123,118 @@ class Accumulator:
         return {name: named[name] for name in self._order}
 
 
+class Streamed:
+    """The sums somewhere else, by a hook that runs as soon as the gradient of a parameter is complete.
+
+    Args:
+        parameters: Their ``.grad`` belong to this object until it is closed.
+        home: Where the sums are.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], home: torch.device) -> None:
+        self._parameters, self._home = dict(parameters), home
+        self._totals = {n: torch.zeros(p.shape, dtype=torch.float64, device=home) for n, p in parameters.items()}
+        self._magnitudes = {n: torch.zeros(p.shape, dtype=torch.float32, device=home) for n, p in parameters.items()}
+        self._sizes: Params = {}
+        self._differs: set[str] | None = None  # of the parameters seen, while comparing
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._take, name)) for name, p in parameters.items()
+        ]
+
+    def start(self) -> None:
+        """Before a backward pass."""
+        for p in self._parameters.values():
+            p.grad = None
+        self._sizes.clear()
+        self._differs = None
+
+    def add_up(self) -> Tensor:
+        """After it."""
+        nothing = torch.zeros((), dtype=torch.float64)
+        return _summed(self._sizes.get(name, nothing) for name in self._totals)
+
+    def comparing(self) -> None:
+        """Before one that is compared."""
+        self.start()
+        self._differs = {name for name, total in self._totals.items() if bool(total.any())}  # until seen again
+
+    def same(self) -> bool:
+        """After it."""
+        return not self._differs
+
+    def totals(self) -> Params:
+        """Sums of gradients."""
+        return self._totals
+
+    def magnitudes(self) -> Params:
+        """Sums of absolute values."""
+        return self._magnitudes
+
+    def close(self) -> None:
+        """Let go of the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        for p in self._parameters.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def _take(self, name: str, p: Tensor) -> None:
+        gradient, p.grad = p.grad, None
+        assert gradient is not None
+        gradient = (gradient.to_dense() if gradient.layout != torch.strided else gradient).contiguous()
+        here = gradient.to(self._home)
+        if self._differs is not None:
+            same = torch.equal(self._totals[name], here.to(torch.float64))
+            (self._differs.discard if same else self._differs.add)(name)
+            return
+        self._totals[name].add_(here)
+        # Summed where the gradient is, as `Flat` does: another device may sum in another order.
+        beside = here if gradient.device.type in WITHOUT_FLOAT64 else gradient
+        self._sizes[name] = beside.abs_().sum(dtype=torch.float64)
+        self._magnitudes[name].add_(here if here is beside else here.abs_())
+
+
+def sums_of(parameters: Mapping[str, nn.Parameter], on: str | None = None) -> Accumulator:
+    """Empty sums for the gradients of some parameters.
+
+    Args:
+        parameters: At least one.
+        on: "device": beside the parameters, all gradients at once. "cpu": on the CPU, one gradient at a time. By
+            default on the CPU if they would take more than half of the memory that a GPU has free.
+
+    Raises:
+        ConfigError: Another place.
+    """
+    if on not in (None, *get_args(Place)):
+        raise ConfigError(f"accumulate_on={on!r}: choose from {', '.join(get_args(Place))}, or None.")
+    device = next(iter(parameters.values())).device
+    free = _free_memory(device)
+    needed = sum(p.numel() * (p.element_size() + 8 + 4) for p in parameters.values())
+    if on == "cpu" or (on is None and free is not None and 2 * needed > free):
+        return Streamed(parameters, torch.device("cpu"))
+    return Flat(parameters, torch.device("cpu") if device.type in WITHOUT_FLOAT64 else None)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has free, or None for other devices, which do not say."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _summed(sizes: Iterable[Tensor]) -> Tensor:
+    """One after the other, so that both ways give the same bits."""
+    found = list(sizes)
+    device = found[0].device
+    return torch.stack([size.to(device) for size in found]).sum()
+
+
+def _padded(p: Tensor) -> int:
+    return -(-p.numel() // _BOUNDARY) * _BOUNDARY
+
+
 def _views(members: Mapping[str, nn.Parameter], flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    parts = flat.split([p.numel() for p in members.values()])
+    parts = flat.split([_padded(p) for p in members.values()])
     for (name, p), part in zip(members.items(), parts, strict=True):
-        yield name, part.view(p.shape)
+        yield name, part[: p.numel()].view(p.shape)

@@ -5,7 +5,6 @@ gradient pass then puts every example into the same micro-batch, ``position // s
 were deleted, and micro-batches that nothing was deleted from cancel *exactly* in a difference of two passes.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -171,6 +170,28 @@ def indexed(data: Batches) -> Indexed | None:
     return _FromDataset(data, _ascending(positions), order, options)
 
 
+def only_rows(data: Batches, rows: Int[Tensor, " _"]) -> Batches:
+    """Some of the examples, at the positions they have.
+
+    Args:
+        data: With positions.
+        rows: Which, counted from 0 in the order of their positions, ascending.
+
+    Raises:
+        ConfigError: Data without positions.
+    """
+    known = indexed(data)
+    if isinstance(known, Examples):
+        return known.only(known.positions[rows])
+    if not isinstance(known, _FromDataset):
+        raise ConfigError(
+            f"a {type(data).__name__} without positions cannot be divided: nobody knows which example is where. Give "
+            "Examples(x, y), a Dataset, or a DataLoader over one."
+        )
+    subset = Subset(known.dataset, known.indices[rows].tolist())
+    return DataLoader(subset, data.batch_size or 1, **known.options) if isinstance(data, DataLoader) else subset
+
+
 def require_reiterable(data: Batches, what: str) -> None:
     """Refuse data that is used up by one pass, or that is empty.
 
@@ -210,19 +231,30 @@ def _count(data: Batches) -> int | None:
         return None
 
 
-def micro_batches(data: Batches, size: int) -> tuple[int | None, Iterator[tuple[int, Batch]]]:
+def micro_batches(
+    data: Batches, size: int, only: Callable[[int], bool] | None = None
+) -> tuple[int | None, Iterator[tuple[int, Batch]]]:
     """Batches for a gradient pass: how many (if known), and each with its number.
 
     For data with positions, batch number ``position // size``; numbers without an example are skipped. For
     other data its own batches, counted from 0.
+
+    Args:
+        data: Any.
+        size: Positions a micro-batch.
+        only: Which numbers are wanted, by default all. Of data with positions the others are not read.
     """
     known = indexed(data)
     if known is None:
-        return _count(data), enumerate(plain(data))
+        if only is None:
+            return _count(data), enumerate(plain(data))
+        return None, ((number, batch) for number, batch in enumerate(plain(data)) if only(number))
     groups, counts = torch.unique_consecutive(known.positions // size, return_counts=True)
     bounds = [0, *counts.cumsum(0).tolist()]
-    rows = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-    return len(groups), zip(groups.tolist(), known.fetch(rows), strict=True)
+    numbers = groups.tolist()
+    wanted = [at for at, number in enumerate(numbers) if only is None or only(number)]
+    rows = [slice(bounds[at], bounds[at + 1]) for at in wanted]
+    return len(rows), zip((numbers[at] for at in wanted), known.fetch(rows), strict=True)
 
 
 def shuffled(data: Batches, size: int, generator: torch.Generator) -> tuple[int | None, Iterator[Batch]]:
@@ -272,6 +304,17 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return found
+
+
+def length_of(batch: Batch) -> int | None:
+    """The number of examples, if every tensor has the same first dimension."""
+    lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(batch)}
+    return lengths.pop() if len(lengths) == 1 and -1 not in lengths else None
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Some examples of a batch whose tensors have one row an example."""
+    return map_tensors(batch, lambda tensor: tensor[start:stop])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,13 +1,15 @@
-"""The gradient cache: one safetensors file with the gradient of all data and what it belongs to.
+"""The gradient cache: a safetensors file, or several, with the gradient of all data and what it belongs to.
 
 ``docs/cache-format.md`` is the specification. The file is personal data until it is destroyed: from a deletion
 of one record, cache and weights together can give that record back.
 """
 
 import hashlib
+import itertools
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +19,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from expunge import params
+from expunge import params, shards
 from expunge.batches import LossTerms
 from expunge.errors import ConfigError, CorruptCache, MismatchError
 from expunge.files import save_tensors
-from expunge.gradient import Gradient, MicroBatches, Origin
+from expunge.gradient import Gradient, Origin
+from expunge.groups import Groups
+from expunge.params import Params
+from expunge.passes import MicroBatches
 
 FORMAT, VERSION = "expunge-gradient", 1
+_OF_GROUPS = ("starts", "examples", "contents")
+_TOTALS = "groups/total/"
 _GROUPED = ("numbers", "counts", "losses", "magnitudes")
 _ROUNDOFF = {torch.float64: 0.0, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
@@ -45,24 +52,36 @@ class Header:
     created: str  # UTC, ISO 8601
     parameters: int = 0  # tensors, and entries over all of them
     entries: int = 0
+    groups: int = 0  # of which the gradient is kept besides
+    files: int = 1
 
 
-def save(path: Path | str, gradient: Gradient, *, dtype: torch.dtype = torch.float64) -> None:
-    """Write a gradient to a file, whole or not at all.
+def save(
+    path: Path | str, gradient: Gradient, *, dtype: torch.dtype = torch.float64, max_shard_bytes: float = 5e9
+) -> None:
+    """Write a gradient to a file, or to several with an index; whole or not at all.
 
     Args:
-        path: The file; one that exists is replaced once the new one is complete.
+        path: The file; one that exists is replaced once the new one is complete. Of a gradient in several files (one
+            that is too large for one, or has groups) it is what their names begin with; `load` takes it all the same.
         gradient: As `gradient()` made it, of all data at the trained weights.
         dtype: The type of the totals. Less than float64 saves space and costs accuracy (float32: the difference
             is about ten times coarser); it protects no one.
+        max_shard_bytes: Of one file; a tensor is never divided.
 
     Raises:
-        ConfigError: A type that is no floating type, or a gradient without its rounding floor.
+        ConfigError: A type that is no floating type, one of less than float64 for a gradient with groups, or a gradient
+            without its rounding floor.
         NotFinite: NaN or infinity in the gradient, also after rounding to ``dtype``.
         OSError: The disk is full, or the folder cannot be written.
     """
     if dtype not in _ROUNDOFF:
         raise ConfigError(f"dtype={dtype}: a cache is stored in one of {', '.join(map(str, _ROUNDOFF))}.")
+    if gradient.groups is not None and dtype != torch.float64:
+        raise ConfigError(
+            f"dtype={dtype}: a cache with {len(gradient.groups.totals)} groups is stored in torch.float64, since the "
+            "gradients of groups do not cancel as their sum does. Take fewer groups to save space."
+        )
     if gradient.noise is None:
         raise ConfigError("this gradient has no rounding floor. Save what gradient() returned, unchanged.")
     tensors = {f"total/{name}": tensor.to(dtype) for name, tensor in gradient.total.items()}
@@ -86,7 +105,28 @@ def save(path: Path | str, gradient: Gradient, *, dtype: torch.dtype = torch.flo
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     header = {key: json.dumps(value) for key, value in fields.items()}
-    save_tensors(path, tensors, {**header, "checksum": _checksum(header, tensors)})
+    parts = gradient.groups
+    if parts is None and sum(t.numel() * t.element_size() for t in tensors.values()) <= max_shard_bytes:
+        save_tensors(path, tensors, {**header, "checksum": _checksum(header, tensors)})
+        shards.remove(path)
+        return
+    if parts is not None:
+        tensors |= {f"groups/{name}": getattr(parts, name) for name in _OF_GROUPS}
+    each = enumerate(parts.totals if parts is not None else [])
+    blocks = ({f"{_TOTALS}{group}/{name}": tensor for name, tensor in total.items()} for group, total in each)
+    shards.write(path, itertools.chain([tensors], blocks), header, max_shard_bytes)
+
+
+def exists(path: Path | str) -> bool:
+    """Whether there is a cache of this name, in one file or in several."""
+    return file_of(path).exists()
+
+
+def file_of(path: Path | str) -> Path:
+    """The file that speaks for a cache: the cache itself, or the index of one in several files."""
+    path = Path(path)
+    index = shards.index_path(path)
+    return index if index.exists() and not path.exists() else path
 
 
 def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
@@ -98,14 +138,14 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
         loss_terms: The loss it was taken of (compared by name).
 
     Returns:
-        The gradient, on the CPU, in float64.
+        The gradient, on the CPU, in float64. Those of groups are read, and verified, when they are needed.
 
     Raises:
         FileNotFoundError: No such file.
         CorruptCache: Truncated, altered, or not a gradient cache.
         MismatchError: Made for other parameters, shapes, weights, buffers, or another loss.
     """
-    header, tensors = _read(path)
+    header, tensors, index = _read(path)
     total = _under("total/", tensors)
     noise = _under("noise/", tensors)
     owned = {n: p.detach() for n, p in params.named_parameters(model, lambda _, __: True).items()}
@@ -123,15 +163,20 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
     groups = None
     if header.micro_batch is not None:
         groups = MicroBatches(header.micro_batch, *(tensors[f"micro_batches/{name}"] for name in _GROUPED))
+    parts = None
+    if index is not None and header.groups:
+        starts, examples, contents = (tensors[f"groups/{name}"] for name in _OF_GROUPS)
+        parts = Groups(starts, examples, contents, _Stored(index, header.groups))
     return Gradient(
         total={name: total[name].double() for name in owned if name in total},  # in the model's order
         count=header.count,
         loss=header.loss,
-        noise=noise,
+        noise={name: noise[name] for name in owned if name in total},
         roundoff=header.roundoff,
         origin=origin,
         micro_batches=groups,
         storage_roundoff=_ROUNDOFF[stored],
+        groups=parts,
     )
 
 
@@ -142,10 +187,16 @@ def read_header(path: Path | str) -> Header:
         FileNotFoundError: No such file.
         CorruptCache: Truncated, altered, or not a gradient cache.
     """
-    return _read(path)[0]
+    header, _, index = _read(path)
+    if index is not None:
+        index.verify()
+    return header
 
 
-def _read(path: Path | str) -> tuple[Header, dict[str, Tensor]]:
+def _read(path: Path | str) -> tuple[Header, dict[str, Tensor], shards.Index | None]:
+    """The header, the tensors but for the gradients of groups, and the index if there is one."""
+    if file_of(path) != Path(path):
+        return _read_parts(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such cache. Make one with gradient() and cache.save().")
     try:
@@ -170,7 +221,38 @@ def _read(path: Path | str) -> tuple[Header, dict[str, Tensor]]:
             f"{path} does not match its checksum {checksum[:12]}…: it was altered after it was written. Restore it "
             "from a copy; it cannot be computed again once records are deleted."
         )
-    return _checked_header(path, fields, tensors), tensors
+    return _checked_header(path, fields, tensors), tensors, None
+
+
+def _read_parts(path: Path | str) -> tuple[Header, dict[str, Tensor], shards.Index]:
+    index = shards.read_index(path)
+    tensors = index.read(name for name in index.holds if not name.startswith(_TOTALS))
+    header = _checked_header(index.path, dict(index.fields), tensors)
+    meta = [tensors.get(f"groups/{name}", torch.empty(0, 0)) for name in _OF_GROUPS]
+    count = len(meta[0])
+    expected = {f"{_TOTALS}{group}/{name}" for group in range(count) for name in _under("total/", tensors)}
+    found = {name for name in index.holds if name.startswith(_TOTALS)}
+    if [len(each) for each in meta] != [count] * 3 or expected != found or (count and header.micro_batch is None):
+        raise CorruptCache(
+            f"{index.path}: its groups are incomplete. It was not written by cache.save(); make it again."
+        )
+    return replace(header, groups=count, files=len(index.fingerprints)), tensors, index
+
+
+class _Stored(Sequence[Params]):
+    """The gradients of groups on disk."""
+
+    def __init__(self, index: shards.Index, count: int) -> None:
+        self._index, self._count = index, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, group: int) -> Params:  # type: ignore[override]
+        if not 0 <= group < self._count:
+            raise IndexError(group)
+        prefix = f"{_TOTALS}{group}/"
+        return _under(prefix, self._index.read(name for name in self._index.holds if name.startswith(prefix)))
 
 
 def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str, Tensor]) -> Header:

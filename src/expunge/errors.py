@@ -40,6 +40,10 @@ class NotInformative(ExpungeError, RuntimeError):
     """The gradient difference is below its rounding floor: what was removed cannot be seen in it."""
 
 
+class OutOfMemory(ExpungeError, MemoryError):
+    """A single example that does not fit in memory."""
+
+
 class UnsupportedModule(ExpungeError, TypeError):
     """A model that a method cannot work on."""
 

@@ -6,68 +6,25 @@ accumulation, and a rounding floor for every entry that says what the difference
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from expunge import losses, params, progress
-from expunge.accumulator import Accumulator
-from expunge.batches import (
-    Batch,
-    Batches,
-    LossTerms,
-    indexed,
-    map_tensors,
-    micro_batches,
-    require_reiterable,
-    to_device,
-)
+from expunge.accumulator import Place, sums_of
+from expunge.batches import Batch, Batches, LossTerms, indexed, micro_batches, require_reiterable
 from expunge.errors import ConfigError, MismatchError, NotFinite
+from expunge.groups import Groups, in_groups, ranges
 from expunge.params import Params
-from expunge.probe import checked_terms, probe
+from expunge.passes import MicroBatches, Sums, exact_kernels, fitting, noticing_memory, only_gradients_of, sweep
+from expunge.probe import EXAMPLES, probe
 from expunge.seeds import keeping_random_state
 
 MICRO_BATCH = 128
-_BOUNDARY = 64  # bytes; torch's allocators start every tensor at a multiple of it
-_WITHOUT_FLOAT64 = ("mps",)  # device types that cannot hold float64: accumulate on the CPU
-
-
-@dataclass(frozen=True)
-class MicroBatches:
-    """Which groups of positions a pass went through, and what it saw in each."""
-
-    size: int  # micro-batch number = position // size
-    numbers: Int[Tensor, " groups"]  # ascending; groups without an example are absent
-    counts: Int[Tensor, " groups"]  # terms
-    losses: Float[Tensor, " groups"]  # sums, nats, float64
-    magnitudes: Float[Tensor, " groups"]  # sum of |g| over all entries of the group's gradient, float64
-
-    def touched_by(self, part: "MicroBatches") -> tuple[int, float]:
-        """Which of these groups the other pass saw differently, or not at all.
-
-        Another number of threads can change the bits of a gradient and leave those of its loss, hence both count.
-
-        Returns:
-            How many, and what share of the magnitudes of all groups they make up: theirs here plus theirs there.
-        """
-        at = torch.searchsorted(self.numbers, part.numbers).clamp(max=len(self.numbers) - 1)
-        if not torch.equal(self.numbers[at], part.numbers):
-            stranger = int(part.numbers[self.numbers[at] != part.numbers][0])
-            raise MismatchError(
-                f"the retain data has examples at positions {stranger * self.size} to "
-                f"{(stranger + 1) * self.size - 1}, where the cached data had none. Positions must be those of "
-                "the data that was cached: keep them with the records when others are deleted."
-            )
-        same = (self.counts[at] == part.counts) & (self.losses[at] == part.losses)
-        same &= self.magnitudes[at] == part.magnitudes
-        untouched, everything = float(part.magnitudes[same].sum()), float(self.magnitudes.sum())
-        share = (everything + float(part.magnitudes.sum()) - 2 * untouched) / everything if everything else 0.0
-        return len(self.numbers) - int(same.sum()), share
 
 
 @dataclass(frozen=True)
@@ -123,6 +80,7 @@ class Gradient:
     origin: Origin  # the point it was taken at
     micro_batches: MicroBatches | None = None  # None: no positions, or a backward pass that does not repeat
     storage_roundoff: float = 0.0  # unit roundoff of the type the total was stored in, 0 for float64
+    groups: Groups | None = None  # the gradient of each range of micro-batches, if it was asked for
 
     @property
     def mean_loss(self) -> float:
@@ -208,7 +166,9 @@ def gradient(
     data: Batches,
     *,
     parameters: params.Select | None = None,
-    micro_batch: int = MICRO_BATCH,
+    micro_batch: int | None = None,
+    accumulate_on: Place | None = None,
+    groups: int | None = None,
 ) -> Gradient:
     """Sum the gradients of all loss terms over the data, once through, in eval mode.
 
@@ -220,141 +180,121 @@ def gradient(
         loss_terms: Unreduced losses of a batch, shape (terms,).
         data: `Examples`, a map-style `Dataset`, a `DataLoader`, or any re-iterable of batches.
         parameters: Names, or a predicate of name and parameter. By default all that require a gradient.
-        micro_batch: Positions a micro-batch, for data with positions; other data keeps its own batches.
+        micro_batch: Positions a micro-batch, for data with positions; other data keeps its own batches. By default
+            128, halved until it fits in memory: the result says what it came to, and the second pass must use the
+            same. A number given here is kept: what does not fit goes through the model in parts, with a warning.
+        accumulate_on: "device": sums beside the model, 16 bytes an entry in float32. "cpu": sums on the CPU, and of
+            gradients only one parameter's at a time on the device; slower for small tensors, and the same bits. By
+            default on the CPU if the sums would take more than half of the memory that a GPU has free.
+        groups: Keep the gradient of each of so many ranges of positions besides, 8 bytes an entry each. After a
+            deletion only the ranges that lost a record are computed again; see `second_pass`.
 
     Returns:
         Float64 sums on the model's device (on the CPU for devices without float64).
 
     Raises:
         ConfigError: Nothing trainable, no data, an unusable loss or micro-batch.
+        OutOfMemory: A single example does not fit.
         NonDeterministicLoss: Dropout, noise, random augmentation, or a loss that depends on the batch.
         NotFinite: NaN or infinity in the weights, a loss (names the batch) or the gradient (names the tensor).
     """
-    if not isinstance(micro_batch, int) or micro_batch < 1:
+    return take(
+        model,
+        loss_terms,
+        data,
+        parameters=parameters,
+        micro_batch=micro_batch,
+        accumulate_on=accumulate_on,
+        groups=groups,
+    )
+
+
+def take(
+    model: nn.Module,
+    loss_terms: LossTerms,
+    data: Batches,
+    *,
+    parameters: params.Select | None = None,
+    micro_batch: int | None = None,
+    accumulate_on: str | None = None,
+    groups: int | None = None,
+    only: Callable[[int], bool] | None = None,
+) -> Gradient:
+    """`gradient()` over some of the micro-batches, perhaps none: those whose number is wanted."""
+    if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
         raise ConfigError(f"micro_batch={micro_batch}: it is a whole number of positions, at least one.")
     chosen = params.named_parameters(model, parameters)
     buffers = {n: b.nan_to_num(math.nan, 0, 0) for n, b in model.named_buffers()}  # a mask may hold infinity
     params.require_finite(dict(model.named_parameters()) | buffers, "before the gradient pass")
     device = next(iter(chosen.values())).device
-    with keeping_random_state(), _exact_kernels(device), _only_gradients_of(model, chosen):
+
+    def probed(few: int | None) -> None:
+        assert few is not None
+        with noticing_memory(few):
+            probe(model, loss_terms, data, device, few)
+
+    def whole(at_once: int | None) -> Gradient:
+        size = (at_once or MICRO_BATCH) if micro_batch is None else micro_batch
+        batches, stream = micro_batches(data, size, only)
+        with progress.task("gradient", batches) as advance:
+
+            def through(stream: Iterable[tuple[int, Batch]]) -> Sums:
+                with noticing_memory(1):
+                    sums = sums_of(chosen, accumulate_on)
+                return sweep(model, loss_terms, stream, sums, size=size, at_once=at_once, advance=advance)
+
+            if groups is None:
+                found, parts = through(stream), None
+            else:
+                found, parts = in_groups(through, stream, *ranges(data, size, groups))
+        aligned = indexed(data) is not None and found.repeats
+        return _finished(model, loss_terms, found, parts, aligned=aligned, whole=only is None)
+
+    with keeping_random_state(), exact_kernels(device), only_gradients_of(model, chosen):
         require_reiterable(data, "the data")
-        probe(model, loss_terms, data, device)
-        return _accumulate(model, loss_terms, data, chosen, micro_batch, device)
-
-
-def _accumulate(
-    model: nn.Module,
-    loss_terms: LossTerms,
-    data: Batches,
-    chosen: dict[str, nn.Parameter],
-    micro_batch: int,
-    device: torch.device,
-) -> Gradient:
-    sums = Accumulator(chosen, home=torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else None)
-    numbers: list[int] = []
-    counts: list[int] = []
-    found: list[Tensor] = []
-    magnitudes: list[Tensor] = []
-    repeats = True
-    batches, stream = micro_batches(data, micro_batch)
-    with progress.task("gradient", batches) as advance:
-        for number, each in stream:
-            batch = map_tensors(to_device(each, device), _at_boundary)
-            terms = _backward(model, loss_terms, batch, sums)
-            if not numbers and device.type != "cpu":
-                repeats = _backward_repeats(model, loss_terms, batch, sums)
-            magnitudes.append(sums.add_up())
-            numbers.append(number)
-            counts.append(len(terms))
-            found.append(terms.to(magnitudes[-1].device).sum(dtype=torch.float64))
-            advance()
-    if not sum(counts):
-        raise ConfigError(
-            f"{len(counts)} batches gave no loss term. Are all targets masked, or is the data read only once?"
+        start = None if indexed(data) is None else micro_batch or MICRO_BATCH
+        fitting(probed, EXAMPLES, device)
+        result, at_once = fitting(whole, start, device)
+    if micro_batch is not None and at_once is not None and at_once < micro_batch:
+        warnings.warn(
+            f"micro-batches of {micro_batch} examples do not fit in memory and went through the model {at_once} at "
+            "a time. Their gradients have other bits than whole ones: against a pass on a larger machine nothing "
+            "cancels, and the rounding floor rises to say so.",
+            stacklevel=3,
         )
-    loss = torch.stack(found).cpu()
-    _require_finite_losses(loss, numbers, micro_batch if indexed(data) else None)
-    total = sums.totals()
-    params.require_finite(total, "after the gradient pass")
+    return result
+
+
+def _finished(
+    model: nn.Module, loss_terms: LossTerms, found: Sums, parts: Groups | None, *, aligned: bool, whole: bool
+) -> Gradient:
+    """The gradient that a pass found."""
+    seen = found.seen
+    if whole and not int(seen.counts.sum()):
+        raise ConfigError(
+            f"{len(seen.counts)} batches gave no loss term. Are all targets masked, or is the data read only once?"
+        )
+    _require_finite_losses(seen, aligned)
+    params.require_finite(found.total, "after the gradient pass")
     roundoff = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()) / 2
-    groups = MicroBatches(micro_batch, torch.tensor(numbers), torch.tensor(counts), loss, torch.stack(magnitudes).cpu())
     return Gradient(
-        total=total,
-        count=sum(counts),
-        loss=math.fsum(loss.tolist()),
-        noise={name: m.mul_(4 * roundoff) for name, m in sums.magnitudes().items()},
+        total=found.total,
+        count=int(seen.counts.sum()),
+        loss=math.fsum(seen.losses.tolist()),
+        noise={name: m.mul_(4 * roundoff) for name, m in found.magnitudes.items()},
         roundoff=roundoff,
         origin=Origin.of(model, loss_terms),
-        micro_batches=groups if indexed(data) is not None and repeats else None,
+        micro_batches=seen if aligned else None,
+        groups=parts if aligned else None,
     )
 
 
-def _at_boundary(tensor: Tensor) -> Tensor:
-    """The tensor, copied if it does not start where torch would put a new one.
-
-    A micro-batch is a slice, and a deletion before it moves where it starts in memory. Matrix kernels take another
-    path there and round differently, so that untouched micro-batches would not cancel (seen with MKL on AMD).
-    """
-    return tensor if tensor.data_ptr() % _BOUNDARY == 0 else tensor.clone()
-
-
-def _backward(model: nn.Module, loss_terms: LossTerms, batch: Batch, sums: Accumulator) -> Tensor:
-    """The loss terms of a micro-batch; the gradient of their sum is left with the accumulator."""
-    sums.start()
-    terms = checked_terms(loss_terms(model, batch))
-    terms.backward(torch.ones_like(terms))
-    return terms.detach()
-
-
-def _backward_repeats(model: nn.Module, loss_terms: LossTerms, batch: Batch, sums: Accumulator) -> bool:
-    """Whether a second backward pass gives the same bits, as kernels with atomic additions do not."""
-    first = [flat.clone() for flat in sums.gradients]
-    _backward(model, loss_terms, batch, sums)
-    return all(torch.equal(own, again) for own, again in zip(first, sums.gradients, strict=True))
-
-
-@contextmanager
-def _exact_kernels(device: torch.device) -> Iterator[None]:
-    """On a GPU: full float32 instead of TF32, and kernels that repeat bit for bit where there are any."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn: Any = torch.backends.cudnn
-    kernels: list[Any] = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]
-    precisions = [kernel.fp32_precision for kernel in kernels]
-    deterministic = cudnn.deterministic
-    try:
-        cudnn.deterministic = True
-        for kernel in kernels:
-            kernel.fp32_precision = "ieee"
-        yield
-    finally:
-        cudnn.deterministic = deterministic
-        for kernel, precision in zip(kernels, precisions, strict=True):
-            kernel.fp32_precision = precision
-
-
-@contextmanager
-def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Eval mode, and gradients of the chosen parameters only; everything restored behind the block."""
-    before = [(p, p.grad) for p in model.parameters()]
-    for p, _ in before:
-        p.grad = None
-    try:
-        with params.restoring_modes(model), params.requiring_gradients(model, chosen.values()), torch.enable_grad():
-            model.eval()
-            yield
-    finally:
-        for p, grad in before:
-            p.grad = grad
-
-
-def _require_finite_losses(losses: Tensor, numbers: list[int], size: int | None) -> None:
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+def _require_finite_losses(seen: MicroBatches, aligned: bool) -> None:
+    bad = (~torch.isfinite(seen.losses)).nonzero().flatten().tolist()
     if bad:
-        number = numbers[bad[0]]
-        where = f" (positions {number * size} to {(number + 1) * size - 1})" if size else ""
+        number = int(seen.numbers[bad[0]])
+        where = f" (positions {number * seen.size} to {(number + 1) * seen.size - 1})" if aligned else ""
         raise NotFinite(
-            f"the loss of batch {number}{where} is {float(losses[bad[0]])}; {len(bad)} of {len(losses)} batches are "
-            "not finite. Look at the inputs and targets of that batch."
+            f"the loss of batch {number}{where} is {float(seen.losses[bad[0]])}; {len(bad)} of {len(seen.losses)} "
+            "batches are not finite. Look at the inputs and targets of that batch."
         )

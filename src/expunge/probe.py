@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from expunge.batches import Batch, Batches, LossTerms, indexed, map_tensors, plain, tensors_of, to_device
+from expunge.batches import Batch, Batches, LossTerms, indexed, length_of, plain, rows_of, tensors_of, to_device
 from expunge.errors import ConfigError, NonDeterministicLoss
 
-_EXAMPLES, _BATCHES = 8, 2
+EXAMPLES = 8  # of a batch
+_BATCHES = 2
 
 
 def checked_terms(terms: object) -> Tensor:
@@ -32,14 +33,16 @@ def checked_terms(terms: object) -> Tensor:
     return terms
 
 
-def probe(model: nn.Module, loss_terms: LossTerms, data: Batches, device: torch.device) -> None:
-    """Try a few examples.
+def probe(
+    model: nn.Module, loss_terms: LossTerms, data: Batches, device: torch.device, examples: int = EXAMPLES
+) -> None:
+    """Try a few examples, so many at a time.
 
     Raises:
         NonDeterministicLoss: The data changes between readings, or a loss between calls or with its batch.
         ConfigError: The loss is reduced, or has no gradient.
     """
-    firsts, agains = list(_few(data)), list(_few(data))
+    firsts, agains = list(_few(data, examples)), list(_few(data, examples))
     a, b = tensors_of(firsts), tensors_of(agains)
     if len(firsts) != len(agains) or len(a) != len(b) or not all(map(_same, a, b)):
         raise NonDeterministicLoss(
@@ -52,7 +55,7 @@ def probe(model: nn.Module, loss_terms: LossTerms, data: Batches, device: torch.
             terms, repeated = checked_terms(loss_terms(model, batch)), checked_terms(loss_terms(model, batch))
             if not _same(terms, repeated, tolerance=0 if device.type == "cpu" else 1e-4):
                 raise NonDeterministicLoss(
-                    f"the same {_length(batch) or 'few'} examples gave two different losses in eval mode (summed "
+                    f"the same {length_of(batch) or 'few'} examples gave two different losses in eval mode (summed "
                     f"{float(terms.sum()):.7g}, then {float(repeated.sum()):.7g}). Look for dropout as a function "
                     "(pass training=self.training) or noise in forward()."
                 )
@@ -68,32 +71,22 @@ def _same(a: Tensor, b: Tensor, tolerance: float = 0) -> bool:
     )
 
 
-def _few(data: Batches) -> Iterator[Batch]:
+def _few(data: Batches, examples: int) -> Iterator[Batch]:
     """The first few examples of the first few batches."""
     known = indexed(data)
     if known is not None:
-        starts = range(0, min(len(known.positions), _EXAMPLES * _BATCHES), _EXAMPLES)
-        yield from known.fetch([slice(start, start + _EXAMPLES) for start in starts])
+        starts = range(0, min(len(known.positions), examples * _BATCHES), examples)
+        yield from known.fetch([slice(start, start + examples) for start in starts])
         return
     for batch in itertools.islice(plain(data), _BATCHES):
-        yield _rows(batch, 0, _EXAMPLES) if _length(batch) else batch
-
-
-def _length(batch: Batch) -> int | None:
-    """The number of examples, if every tensor has the same first dimension."""
-    lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(batch)}
-    return lengths.pop() if len(lengths) == 1 and -1 not in lengths else None
-
-
-def _rows(batch: Batch, start: int, stop: int) -> Batch:
-    return map_tensors(batch, lambda tensor: tensor[start:stop])
+        yield rows_of(batch, 0, examples) if length_of(batch) else batch
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch] | None:
-    length = _length(batch)
+    length = length_of(batch)
     if length is None or length < 2:
         return None
-    return _rows(batch, 0, length // 2), _rows(batch, length // 2, length)
+    return rows_of(batch, 0, length // 2), rows_of(batch, length // 2, length)
 
 
 def _require_additive(whole: Tensor, first: Tensor, second: Tensor, tolerance: float) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from expunge import params
 from expunge.batches import Batches, LossTerms
 from expunge.errors import NotInformative
-from expunge.gradient import MICRO_BATCH, Gradient, gradient
+from expunge.gradient import Gradient
 from expunge.metrics.outputs import Logits, images_and_labels
+from expunge.second_pass import second_pass
 
 Verdict = Literal["recoverable", "partly recoverable", "not shown"]
 VERDICTS: tuple[Verdict, ...] = ("recoverable", "partly recoverable", "not shown")  # worst first
@@ -76,8 +77,7 @@ def evidence(
         NotInformative: Nothing was removed: the retain data gives the cached gradient.
         MismatchError: Cache, model and data do not belong together.
     """
-    size = full.micro_batches.size if full.micro_batches else MICRO_BATCH
-    removed = full - gradient(model, loss_terms, retain, parameters=full.total, micro_batch=size)
+    removed = full - second_pass(full, model, loss_terms, retain)[0]
     if removed.count == 0 and not any(bool(mask.any()) for mask in removed.informative().values()):
         raise NotInformative(
             "nothing was removed since the cache was made: retain() has all of its terms, and the difference is zero. "

@@ -51,7 +51,8 @@ def tune(
 
     Args:
         space: What to search; declared beside each method.
-        objective: Settings to score. A trial that raises `NotFinite`, or whose score is NaN, comes last.
+        objective: Settings to score. A trial that raises `NotFinite` or `ConfigError` (settings that this
+            model refuses), or whose score is NaN, comes last.
         trials: How many.
         seed: Of the proposals.
         journal: Where finished trials are kept.
@@ -104,7 +105,7 @@ def propose(space: Space, done: Sequence[Trial], seed: int) -> dict[str, Any]:
         ConfigError: A choice that is no plain value.
         MissingExtra: Optuna is not installed.
     """
-    optuna = _optuna()
+    optuna = require_optuna()
     distributions = {name: distribution(name, values) for name, values in space.items()}
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # a study is made for each trial: no news
@@ -128,7 +129,7 @@ def distribution(name: str, values: Range | Choice) -> Any:
         ConfigError: A choice that is no plain value.
         MissingExtra: Optuna is not installed.
     """
-    optuna = _optuna()
+    optuna = require_optuna()
     if isinstance(values, Choice):
         odd = [option for option in values.options if not isinstance(option, None | bool | int | float | str)]
         if odd:
@@ -145,7 +146,7 @@ def _run(settings: dict[str, Any], number: int, objective: Objective) -> Trial:
     start, failure = time.perf_counter(), ""
     try:
         score = float(objective(settings))
-    except NotFinite as error:
+    except (NotFinite, ConfigError) as error:
         score, failure = math.inf, str(error)
     if math.isnan(score):
         score, failure = math.inf, "the score is NaN."
@@ -163,7 +164,7 @@ def _header(space: Space, seed: int, about: Mapping[str, Any]) -> dict[str, Any]
     header = {
         "space": {name: asdict(values) for name, values in space.items()},
         "seed": seed,
-        "optuna": _optuna().__version__,
+        "optuna": require_optuna().__version__,
         "about": dict(about),
     }
     return dict(json.loads(json.dumps(header)))
@@ -198,7 +199,12 @@ def _read(journal: Path, header: Mapping[str, Any]) -> list[Trial]:
     return done
 
 
-def _optuna() -> Any:
+def require_optuna() -> Any:
+    """The module.
+
+    Raises:
+        MissingExtra: Optuna is not installed.
+    """
     try:
         import optuna
     except ImportError as error:

@@ -21,12 +21,14 @@ from expunge.cli.evaluation import evaluate
 from expunge.cli.experiments import compare, demo
 from expunge.cli.own_model import cache, show, unlearn
 from expunge.cli.reference import explain, methods
+from expunge.cli.rehearse import rehearse
 from expunge.cli.reports import evidence, report
 from expunge.errors import ExpungeError
 from expunge.setup import SETUP
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "cache": cache,
+    "rehearse": rehearse,
     "unlearn": unlearn,
     "evaluate": evaluate,
     "report": report,

@@ -26,7 +26,7 @@ from expunge import params
 from expunge.access import Blind
 from expunge.curvature import Curvature
 from expunge.errors import ConfigError, NotInformative
-from expunge.gradient import MICRO_BATCH, Gradient, gradient
+from expunge.gradient import Gradient
 from expunge.methods.choice import Masks, Scope, at_most, choose, decimal, smallest_share
 from expunge.methods.kronecker import diagonal_fisher, kronecker_fisher
 from expunge.methods.reinitialise import (
@@ -38,6 +38,7 @@ from expunge.methods.reinitialise import (
     reinitialise_,
 )
 from expunge.params import Params
+from expunge.second_pass import second_pass
 from expunge.selectors import SECOND_ORDER, SELECTORS, Evidence, Name
 from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
@@ -141,10 +142,9 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
     theta = params.named_parameters(model, full.total)
 
     with trace.stage("difference", model):
-        size = full.micro_batches.size if full.micro_batches else MICRO_BATCH
-        retain = gradient(model, given.loss_terms, given.retain, parameters=full.total, micro_batch=size)
+        retain, computed = second_pass(full, model, given.loss_terms, given.retain)
         removed = full - retain  # g_D - g_new
-        trace.backwarded += retain.count
+        trace.backwarded += computed
         trace.facts |= {"removed_count": removed.count, "cached_count": full.count}
         _require_informative(removed, trace)
         values = new_values(model, theta, given, config.reset_to, std=config.reset_std, seed=seed)

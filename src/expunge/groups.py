@@ -1,0 +1,156 @@
+"""The gradient of each group of neighbouring positions, so that a deletion needs a pass over the touched groups only.
+
+A group is a range of micro-batches. What was read of it is hashed: a group that reads the same again has the same
+gradient, and cancels exactly without being computed. ``docs/cache-format.md`` specifies the hash.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from expunge.batches import Batch, Batches, Indexed, indexed, micro_batches
+from expunge.errors import ConfigError
+from expunge.params import Params
+from expunge.passes import Sums
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The gradient of each group, at the same weights and over the same parameters as their sum."""
+
+    starts: Int[Tensor, " groups"]  # number of the first micro-batch of each
+    examples: Int[Tensor, " groups"]  # how many were read of each
+    contents: UInt8[Tensor, "groups 32"]  # SHA-256 of what was read
+    totals: Sequence[Params]  # sums over terms, float64
+
+    def of(self, number: int) -> int:
+        """The group of a micro-batch."""
+        return _group_of(self.starts, number)
+
+    def touched(self, data: Batches, size: int) -> set[int]:
+        """The groups of which something is missing or reads differently now.
+
+        A group of fewer examples than before is not read; of the others everything is.
+
+        Args:
+            data: With positions.
+            size: Positions a micro-batch.
+        """
+        known = indexed(data)
+        assert known is not None
+        left = _examples(known, self.starts, size)
+        complete = (left == self.examples).tolist()
+        reader = Reader(self.starts)
+        for _ in reader.passing(micro_batches(data, size, lambda number: complete[self.of(number)])[1]):
+            pass
+        return set((reader.contents() != self.contents).any(1).nonzero().flatten().tolist())
+
+
+class Reader:
+    """Hashes what is read of each group while it passes by."""
+
+    def __init__(self, starts: Int[Tensor, " groups"]) -> None:
+        self._starts = starts
+        self._digests = [hashlib.sha256() for _ in starts]
+
+    def passing(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        """The same batches."""
+        for number, batch in batches:
+            digest = self._digests[_group_of(self._starts, number)]
+            digest.update(f"{number}\0".encode())
+            _update(digest, batch)
+            yield number, batch
+
+    def contents(self) -> UInt8[Tensor, "groups 32"]:
+        """The hashes so far."""
+        return torch.tensor([list(digest.digest()) for digest in self._digests], dtype=torch.uint8)
+
+
+def ranges(data: Batches, size: int, count: int) -> tuple[Int[Tensor, " groups"], Int[Tensor, " groups"]]:
+    """Divide the micro-batches into groups of equally many, in order.
+
+    Returns:
+        The number of each group's first micro-batch, and how many examples it has.
+
+    Raises:
+        ConfigError: Data without positions, or fewer micro-batches than groups.
+    """
+    known = indexed(data)
+    if known is None:
+        raise ConfigError(
+            f"groups={count}: data without positions has no groups. Give Examples(x, y), a map-style Dataset, or a "
+            "DataLoader over one."
+        )
+    numbers = int(known.positions[-1]) // size + 1
+    if not 1 <= count <= numbers:
+        raise ConfigError(
+            f"groups={count}: there are {numbers} micro-batches of {size} positions, and a group has at least one. "
+            "Take fewer groups, or a smaller micro_batch."
+        )
+    starts = torch.tensor([numbers * group // count for group in range(count)])
+    return starts, _examples(known, starts, size)
+
+
+def in_groups(
+    through: Callable[[Iterable[tuple[int, Batch]]], Sums],
+    batches: Iterable[tuple[int, Batch]],
+    starts: Int[Tensor, " groups"],
+    examples: Int[Tensor, " groups"],
+) -> tuple[Sums, Groups]:
+    """Go through one group after the other.
+
+    Args:
+        through: Goes through micro-batches.
+        batches: Each with its number, ascending.
+        starts: Number of the first micro-batch of each group.
+        examples: How many each has.
+
+    Returns:
+        The sums over all groups, and those of each.
+    """
+    reader = Reader(starts)
+    stream = itertools.groupby(reader.passing(batches), lambda pair: _group_of(starts, pair[0]))
+    parts = {group: through(part) for group, part in stream}
+    first, *others = parts.values()
+    total = {name: tensor.clone() for name, tensor in first.total.items()}
+    magnitudes, seen = first.magnitudes, first.seen
+    for part in others:
+        for name, tensor in total.items():
+            tensor.add_(part.total[name])
+            magnitudes[name].add_(part.magnitudes[name])
+        seen = seen.joined(part.seen)
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in total.items()}
+    totals = [parts[group].total if group in parts else nothing for group in range(len(starts))]
+    sums = Sums(total, magnitudes, seen, all(part.repeats for part in parts.values()))
+    return sums, Groups(starts, examples, reader.contents(), totals)
+
+
+def _group_of(starts: Int[Tensor, " groups"], number: int) -> int:
+    return int(torch.searchsorted(starts, number, right=True)) - 1
+
+
+def _examples(known: Indexed, starts: Tensor, size: int) -> Tensor:
+    groups = torch.searchsorted(starts, known.positions // size, right=True) - 1
+    return torch.bincount(groups, minlength=len(starts))
+
+
+def _update(digest: Any, value: Batch) -> None:
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous()
+        digest.update(f"{str(raw.dtype).removeprefix('torch.')}\0{list(raw.shape)}\0".encode())
+        digest.update(raw.reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            digest.update(f"{key!r}\0".encode())
+            _update(digest, each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _update(digest, each)
+    else:
+        digest.update(f"{value!r}\0".encode())
