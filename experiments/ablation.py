@@ -41,12 +41,13 @@ def experiment(profile: str) -> Experiment:
         for option, values in OPTIONS.items()
         for value in values
     )
+    situation = task(profile, "cifar100", Scenario(kind="random", amount=0.1))
     return Experiment(
         name="ablation",
         profile=profile,
-        tasks=(task(profile, "cifar100", Scenario(kind="random", amount=0.1)),),
+        tasks=(situation,),
         contenders=(Contender(name="reload", entry="reload"), *changed, RECIPE_ALONE),
-        effort=effort(profile),
+        effort=effort(situation, profile),
         shown=REMOVAL,
     )
 

@@ -50,11 +50,12 @@ def points(most: int) -> Iterator[Contender]:
 
 def experiment(profile: str) -> Experiment:
     """The grid."""
-    spent = effort(profile)
+    situation = task(profile, "cifar100", Scenario(kind="random", amount=0.1))
+    spent = effort(situation, profile)
     return Experiment(
         name="frontier",
         profile=profile,
-        tasks=(task(profile, "cifar100", Scenario(kind="random", amount=0.1)),),
+        tasks=(situation,),
         contenders=tuple(points(spent.budget.epochs)),
         effort=spent,
         shown=REMOVAL,

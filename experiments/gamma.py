@@ -22,11 +22,12 @@ METHODS = ("reload", "cf-k", "ssd", "scrub", "bad-teacher")
 def experiment(profile: str) -> Experiment:
     """Five methods for each gamma."""
     scenarios = (Scenario(kind="cross-backdoor", classes=(0, 1), gamma=g, known_are="removed") for g in GAMMAS)
+    situations = tuple(task(profile, "cifar10", scenario) for scenario in scenarios)
     return Experiment(
         name="gamma",
         profile=profile,
-        tasks=tuple(task(profile, "cifar10", scenario) for scenario in scenarios),
+        tasks=situations,
         contenders=tuple(Contender(name=name, entry=name) for name in METHODS),
-        effort=effort(profile),
+        effort=effort(situations[0], profile),
         shown=("Acc_corr", "TA", "TA with trigger", "NSKL", "Cost", "Work"),
     )

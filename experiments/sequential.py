@@ -23,11 +23,12 @@ METHODS = ("reload", "fine-tune", "control: random reset")
 def experiment(profile: str) -> Experiment:
     """Three methods, deletion after deletion."""
     scenarios = (Scenario(kind="sequence", amount=SHARE, round=number) for number in range(1, DELETIONS + 1))
+    situations = tuple(task(profile, "cifar100", scenario) for scenario in scenarios)
     return Experiment(
         name="sequential",
         profile=profile,
-        tasks=tuple(task(profile, "cifar100", scenario) for scenario in scenarios),
+        tasks=situations,
         contenders=tuple(Contender(name=name, entry=name) for name in METHODS),
-        effort=effort(profile),
+        effort=effort(situations[0], profile),
         shown=REMOVAL,
     )

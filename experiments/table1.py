@@ -20,12 +20,13 @@ from expunge.bench.tasks import Scenario
 def experiment(profile: str) -> Experiment:
     """Everyone on a random removal."""
     scenario = Scenario(kind="random", amount=0.1)
+    situation = task(profile, "cifar100", scenario)
     return Experiment(
         name="table1",
         profile=profile,
-        tasks=(task(profile, "cifar100", scenario),),
+        tasks=(situation,),
         contenders=everyone("removal"),
-        effort=effort(profile),
+        effort=effort(situation, profile),
         shown=REMOVAL,
         printed=printed("table1", scenario.name),
     )

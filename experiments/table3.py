@@ -19,12 +19,13 @@ from expunge.bench.tasks import Scenario
 def experiment(profile: str) -> Experiment:
     """Everyone on the correction of a backdoor."""
     scenario = Scenario(kind="cross-backdoor", classes=(0, 1))
+    situation = task(profile, "cifar10", scenario)
     return Experiment(
         name="table3",
         profile=profile,
-        tasks=(task(profile, "cifar10", scenario),),
+        tasks=(situation,),
         contenders=everyone("backdoor-correction"),
-        effort=effort(profile),
+        effort=effort(situation, profile),
         shown=("TA", "TA with trigger", "Acc_corr", "NSKL", "FSKL", "Cost", "Work"),
         printed=printed("table3", scenario.name),
     )

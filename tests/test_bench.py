@@ -1,6 +1,7 @@
 """The runner of experiments: stages done once, whatever kills them, and rows that do not depend on who made them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from expunge import cache
-from expunge.bench import difference, experiments, runner, stages, steps, workers
+from expunge.bench import difference, experiments, judging, runner, stages, steps, workers
 from expunge.bench.experiments import Experiment, everyone
 from expunge.bench.printed import printed
 from expunge.bench.runner import Ended, Serial, carry_out
@@ -25,6 +28,7 @@ from expunge.bench.workers import Processes, RayCluster
 from expunge.cli import main
 from expunge.errors import ConfigError, IncompleteRun, MismatchError, MissingData, MissingExtra, NotFinite
 from expunge.files import write_text
+from expunge.metrics.outputs import Outputs
 from expunge.rows import Row, read_rows, write_rows
 from expunge.training import Recipe
 
@@ -115,13 +119,12 @@ def test_the_work_of_reload_counts_both_gradients(unbroken):
     assert work == pytest.approx((3 * (40 + 36 + steps_taken) + trace["forwarded"]) / (3 * RECIPE.epochs * 36))
 
 
-@pytest.mark.parametrize("after", [2, 9])
-def test_a_run_interrupted_between_stages_goes_on_and_gives_the_same_rows(tmp_path, unbroken, monkeypatch, after):
+def test_a_run_interrupted_between_stages_goes_on_and_gives_the_same_rows(tmp_path, unbroken, monkeypatch):
     real, calls = runner.do, []
 
     def killed(stage, store):
         calls.append(stage)
-        if len(calls) > after:
+        if len(calls) > 9:
             raise KeyboardInterrupt
         return real(stage, store)
 
@@ -129,7 +132,7 @@ def test_a_run_interrupted_between_stages_goes_on_and_gives_the_same_rows(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run(TINY, tmp_path)
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("stages/*/DONE")}
-    assert len(done) == after
+    assert len(done) == 9
     monkeypatch.setattr(runner, "do", real)
     assert values(run(TINY, tmp_path)) == values(unbroken)
     assert done == {path: path.stat().st_mtime_ns for path in done}  # not done again
@@ -336,6 +339,36 @@ def test_scenarios_give_methods_and_judges_the_right_records():
     assert len(half.forget) == round(len(faulty.forget) / 2)
 
 
+def looks(right, *, confidence=4.0, count=40):
+    """Outputs of a model of two classes that gets so many of the records right, with one margin for all."""
+    labels = np.zeros(count, dtype=np.int64)
+    margin = np.where(np.arange(count) < right, confidence, -confidence)
+    return Outputs(np.stack([margin, np.zeros(count)], axis=1), labels)
+
+
+def test_a_rehearsal_is_scored_in_units_of_what_is_close_or_of_the_noise_floor():
+    one = {"retain": looks(40), "forget": looks(20)}
+    other = {"retain": looks(40), "forget": looks(22)}
+    unit = judging.units([[one, other]], corrects=False)
+    assert unit["NA"] == 0.5  # the two do not differ
+    assert unit["FA"] == pytest.approx(5.0)  # they do, by 2 of 40
+    apart = one["forget"].losses - other["forget"].losses  # 4 nats for two of the records
+    assert unit["FE"] == pytest.approx(scipy.stats.sem(apart))
+    p = 1 / (1 + math.exp(-4))
+    assert unit["FSKL"] == pytest.approx(2 / 40 * 2 * (2 * p - 1) * 4)
+    assert judging.score([one], [[one]], unit, corrects=False) == 0
+    learned = {"retain": looks(39), "forget": looks(40)}
+    gaps = judging.gaps(learned, one, corrects=False)
+    assert gaps["NA"] == pytest.approx(2.5)
+    assert gaps["FA"] == pytest.approx(50)
+    assert gaps["FE"] == pytest.approx(2.0)
+    expected = (2.5 / 0.5 + 50 / 5 + 2 / unit["FE"] + gaps["FSKL"] / unit["FSKL"]) / 4
+    assert judging.score([learned], [[one]], unit, corrects=False) == pytest.approx(expected)
+    triggered = [{**each, "triggered": looks(right)} for each, right in ((one, 40), (other, 38))]
+    assert judging.units([triggered], corrects=True).keys() == {"NA", "FA", "TA with trigger", "FSKL"}
+    assert judging.units([triggered], corrects=True)["TA with trigger"] == pytest.approx(5.0)
+
+
 def test_originals_are_shared_and_what_differs_is_not():
     def key(step, **changes):
         return Stage(step=step, task=replace(DIGITS, **changes), seed=0).key
@@ -346,7 +379,7 @@ def test_originals_are_shared_and_what_differs_is_not():
     assert key("retrain") != key("retrain", scenario=more)
     assert key("original") != key("original", scenario=CROSS)
     assert key("original", scenario=CROSS) == key("original", scenario=replace(CROSS, gamma=0.5))
-    assert key("original") != key("original", recipe=replace(RECIPE, epochs=4))
+    assert key("original") != key("original", recipe=replace(RECIPE, epochs=5))
     assert key("original") != key("original", fingerprint="other data")
 
 

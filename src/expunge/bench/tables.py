@@ -11,12 +11,13 @@ REMOVAL = ("NA", "FA", "FE", "FMIA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "ΔAUC", "N
 def in_class(name: str, profile: str, dataset: str) -> Experiment:
     """Everyone on the removal of 100 images of a class, with the figures of the paper's Table 2."""
     scenario = Scenario(kind="in-class", amount=100)
+    situation = task(profile, dataset, scenario)
     return Experiment(
         name=name,
         profile=profile,
-        tasks=(task(profile, dataset, scenario),),
+        tasks=(situation,),
         contenders=everyone("removal"),
-        effort=effort(profile),
+        effort=effort(situation, profile),
         shown=REMOVAL,
         printed=printed("table2", scenario.name),
     )

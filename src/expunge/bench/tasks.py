@@ -158,10 +158,8 @@ def records(task: Task, seed: int, folder: Path | None) -> Records:
 
 
 def untrained(task: Task, classes: int, channels: int, seed: int) -> nn.Module:
-    """A model of the task, on its device; channels last in memory, which convolutions are faster on."""
-    model = build(task.model, seed=seed, classes=classes, channels=channels, **dict(task.settings))
-    moved: nn.Module = model.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return moved
+    """A model of the task, on its device."""
+    return build(task.model, seed=seed, classes=classes, channels=channels, **dict(task.settings)).to(task.device)
 
 
 def seed_of(stage: str, seed: int, number: int = 1) -> int:
