@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import json
 import re
 import statistics
 import sys
@@ -16,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import expunge
-from expunge.bench import compare
+from expunge.bench import compare, experiments
 from expunge.bench.entries import entries
+from expunge.bench.profiles import PROFILES
 from expunge.bench.situations import FULL
 from expunge.cli import COMMANDS
 from expunge.definitions import METRICS, Definition
@@ -137,6 +139,36 @@ def compared(scenario: str) -> str:
     return markdown([row for row in rows if row.metric in compare.SHOWN[scenario]], scenario)
 
 
+def results() -> str:
+    """What every experiment measured in each profile, from the rows that were kept of it."""
+    parts = []
+    for path in sorted((ROOT / "experiments").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "\ndef experiment(profile" not in text:
+            continue
+        title = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+        parts.append(f"## {path.stem}\n\n{title}")
+        kept = [profile for profile in PROFILES if (ROOT / "results" / f"{path.stem}-{profile}.csv").exists()]
+        parts += [_kept(path, profile) for profile in kept] or ["No rows are kept of it yet."]
+    return "\n\n".join(parts)
+
+
+def _kept(path: Path, profile: str) -> str:
+    """The tables of the rows that were kept, and where they come from."""
+    file = ROOT / "results" / f"{path.stem}-{profile}.csv"
+    rows, experiment = read_rows(file), experiments.defined(path, profile)
+    shown = experiments.table_rows(experiment, rows)
+    made = json.loads(file.with_suffix(".env.json").read_text(encoding="utf-8"))
+    tables = [markdown(shown, scenario).strip() for scenario in dict.fromkeys(row.scenario for row in rows)]
+    measured = next(row for row in rows if row.source == "measured")
+    seeds = len({row.seed for row in rows})
+    tables.append(
+        f"Profile *{profile}*: {measured.model}; data: {measured.dataset}; {seeds} seeds; {made['processor']}, torch "
+        f"{made['torch']}, {made['date']}; rows in `results/{file.name}`."
+    )
+    return "\n\n".join(tables)
+
+
 def unfit() -> str:
     """Who takes no part in a scenario of the comparison, and why."""
     lines = ["| method | scenario | why not |", "|---|---|---|"]
@@ -179,6 +211,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "compare-label-correction": lambda: compared("label-correction"),
     "compare-unfit": unfit,
     "ablation": ablation_table,
+    "results": results,
     "demo": demo_table,
     "methods-table": methods_table,
     "metrics-table": metrics_table,
