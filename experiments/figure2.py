@@ -16,6 +16,7 @@ Expected: EXPECTED
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -23,6 +24,9 @@ import tyro
 from expunge.access import Blind
 from expunge.batches import Examples
 from expunge.bench.introspection import introspect
+from expunge.data import read
+from expunge.data.digits import CLASSES, COUNT, digits
+from expunge.data.images import Images, normalisation, to_examples
 from expunge.gradient import gradient
 from expunge.losses import cross_entropy
 from expunge.methods.reload import Reload
@@ -39,6 +43,7 @@ class Options:
     dataset: str = "digits"  # or one of expunge.data.READERS
     folder: Path = Path("data")  # where datasets are
     model: str = "convnet"  # one of expunge.models.MODELS
+    widths: tuple[int, ...] = (16, 32, 32)  # of the convnet: the output channels of its convolutions
     removed: int = 8  # the class
     train: int = 1000  # training images, at most
     epochs: int = 30
@@ -60,22 +65,24 @@ def data(options: Options) -> tuple[Examples, Examples, int]:
     assert found.test is not None
     scale = normalisation(found.train)
     few = found.train.pixels[: options.train], found.train.labels[: options.train]
-    return as_inputs(Images(*few), scale), as_inputs(found.test, scale), len(found.classes)
+    return to_examples(Images(*few), scale), to_examples(found.test, scale), len(found.classes)
 
 
 def main(options: Options) -> None:
     """Train, cache, remove the class, unlearn while watching, draw."""
     torch.set_num_threads(1)
     original, test, classes = data(options)
-    settings = {"channels": original.tensors[0].shape[1]} if options.model == "convnet" else {}
-    model = build(options.model, seed=options.seed, classes=classes, **settings)
+    settings: dict[str, Any] = {"classes": classes}
+    if options.model == "convnet":
+        settings |= {"channels": original.tensors[0].shape[1], "widths": options.widths}
+    model = build(options.model, seed=options.seed, **settings)
     recipe = Recipe(epochs=options.epochs, lr=options.lr, batch_size=64)
     train(model, original, cross_entropy, recipe, seed=options.seed)
     gone = class_removal(original.tensors[1], options.removed)
     given = Blind(
         retain=original.without(gone),
         loss_terms=cross_entropy,
-        fresh=lambda seed: build(options.model, seed=seed, classes=classes, **settings),
+        fresh=lambda seed: build(options.model, seed=seed, **settings),
         full=gradient(model, cross_entropy, original),
     )
     config = Reload(

@@ -6,6 +6,7 @@ After Figure 2 of the RELOAD paper, and of its published version, which adds the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,6 +15,8 @@ from expunge.report.svg import FORGET, INK, MUTED, Axes, Figure, write
 
 _BEFORE_TRAINING = 3  # rows of the upper part: what fine-tuning makes of it is in the embeddings only
 _NAMED = 20  # classes that fit below an axis or into a legend
+# From Matplotlib's tab20, without orange, red and brown.
+_COLD = ("#1f77b4", "#2ca02c", "#9467bd", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#aec7e8", "#98df8a", "#c5b0d5")
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Step:
 
     number: int  # 1: trained, 3: after the ascent, 4: after re-initialisation, 5: after fine-tuning
     name: str
-    maps: tuple[Float[np.ndarray, "height width"], ...]  # first channel of each convolution shown, for the image
+    maps: tuple[Float[np.ndarray, "_ _"], ...]  # first channel of each convolution shown, for the image
     log_probabilities: Float[np.ndarray, " classes"]  # nats, for the image
     embedding: Float[np.ndarray, "records 2"]  # t-SNE of the penultimate features of test records
 
@@ -55,7 +58,8 @@ def write_figure(stem: Path, found: Introspection, title: str) -> list[Path]:
 
     def plot(figure: Figure) -> None:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
-        above, below = figure.subfigures(2, 1, height_ratios=(3.1, 2.3))
+        parts: Any = figure.subfigures(2, 1, height_ratios=(3.1, 2.3))
+        above, below = parts
         _inside(above, found)
         _embeddings(below, found)
 
@@ -77,17 +81,16 @@ def _inside(figure: Figure, found: Introspection) -> None:
         line[0].set_visible(row == 0)
         for ax, values, (low, high) in zip(line[1:-1], step.maps, limits, strict=True):
             _picture(ax, values, (low, high))
-        line[1 if found.layers else -1].set_ylabel(f"step {step.number}: {step.name}", color=INK)
+        line[1 if found.layers else -1].set_ylabel(f"step {step.number}\n{step.name}", color=INK)
         _bars(line[-1], step, found.label, deepest, last=row == len(shown) - 1)
-    axes[0][0].set_title(f"removed image ({found.label})")
+    axes[0][0].set_title(f"image of {found.label}")
     for ax, name in zip(axes[0][1:-1], found.layers, strict=True):
-        ax.set_title(name.rpartition(".")[2] if len(name) > 14 else name)
+        short = name.rpartition(".")[2]
+        ax.set_title(name if short.isdigit() else short)
     axes[0][-1].set_title("log-probabilities, nats")
 
 
-def _picture(
-    ax: Axes, values: Float[np.ndarray, "height width *colours"], limits: tuple[float, float] | None
-) -> None:
+def _picture(ax: Axes, values: Float[np.ndarray, "height width *colours"], limits: tuple[float, float] | None) -> None:
     low, high = limits or (0.0, 1.0)
     ax.imshow(values, cmap="gray" if limits is None else "viridis", vmin=low, vmax=high, interpolation="nearest")
     ax.set_xticks([])
@@ -114,8 +117,9 @@ def _embeddings(figure: Figure, found: Introspection) -> None:
     for ax, step in zip(axes, found.steps, strict=True):
         for colour, each in zip(palette, classes, strict=True):
             own = found.labels == each
-            style = {"marker": "x", "s": 14, "color": FORGET, "lw": 1.0, "zorder": 3} if each == found.label else {}
-            style = style or {"marker": "o", "s": 6, "color": colour, "lw": 0}
+            style: dict[str, Any] = {"marker": "o", "s": 6, "color": colour, "lw": 0}
+            if each == found.label:
+                style = {"marker": "x", "s": 14, "color": FORGET, "lw": 1.0, "zorder": 3}
             ax.scatter(*step.embedding[own].T, label=str(each), rasterized=True, **style)
         ax.set_title(f"step {step.number}: {step.name}")
         ax.set_xticks([])
@@ -127,11 +131,10 @@ def _embeddings(figure: Figure, found: Introspection) -> None:
         figure.legend(handles, names, loc="outside lower left", ncols=len(names), title="class", alignment="left")
 
 
-def _palette(classes: int) -> list[tuple[float, ...]]:
-    """Colours for the classes that stay, none like that of the removed one."""
-    import matplotlib as mpl
+def _palette(classes: int) -> list[Any]:
+    """A colour for each class; none is like that of the removed one."""
+    if classes <= len(_COLD):
+        return list(_COLD[:classes])
+    from matplotlib import colormaps
 
-    cool = mpl.colormaps["tab10" if classes <= 10 else "viridis"]
-    if classes <= 10:
-        return [cool(n) for n in range(classes)]
-    return [cool(n / (classes - 1)) for n in range(classes)]
+    return [colormaps["viridis"](n / (classes - 1)) for n in range(classes)]
