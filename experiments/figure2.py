@@ -48,12 +48,12 @@ class Options:
     train: int = 1000  # training images, at most
     epochs: int = 30
     lr: float = 0.05
-    priming_lr: float = 1.0
+    priming_lr: float = 5.0
     reset_fraction: float = 0.2
     fine_tune_epochs: int = 6
     fine_tune_lr: float = 0.05
     seed: int = 0
-    out: Path = Path("results/figure2")  # without an ending
+    out: Path = Path(__file__).parent.parent / "docs" / "figure2"  # without an ending
 
 
 def data(options: Options) -> tuple[Examples, Examples, int]:

@@ -19,7 +19,7 @@ from expunge.bench.closeness import Score, Seen
 from expunge.bench.rehearsal import Problem, draw, prepare
 from expunge.bench.tuning import Trial
 from expunge.cli import main
-from expunge.errors import ConfigError, CorruptData
+from expunge.errors import ConfigError, CorruptData, NotFinite
 from expunge.metrics.outputs import Outputs
 from expunge.space import settings_of, with_settings
 
@@ -296,7 +296,7 @@ def test_references_are_retrained_if_asked_for(folder, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["retrain"] == 2
     assert set(found["scores"]) == {"no unlearning", "settings as given", "settings chosen"}
-    assert found["scores"]["settings chosen"]["tuned on"][0] == min(each["score"] for each in found["tried"])
+    assert found["scores"]["settings chosen"]["tuned on"]["total"] == min(each["score"] for each in found["tried"])
     assert found["chosen"] == min(found["tried"], key=lambda each: each["score"])["settings"]
 
 
@@ -344,6 +344,18 @@ def test_holding_up_is_no_worse_than_the_settings_as_given_on_the_held_out_set(c
         for who, tuned, held in (("settings as given", 0.1, 0.5), ("settings chosen", 0.9, chosen_score))
     }
     assert importlib.import_module("expunge.cli.rehearse").holds_up(scores) is holds
+
+
+def test_settings_that_break_the_model_have_no_score_and_the_file_is_json(folder, monkeypatch):
+    def broken(*_):
+        raise NotFinite("the loss became nan")
+
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: [Trial(0, {"reset_fraction": 0.2}, 0.1, 0.0)])
+    monkeypatch.setattr(rehearsal, "rehearse", broken)
+    assert rehearsed("--sets", "2") == 0
+    text = Path("settings.json").read_text(encoding="utf-8")
+    stored = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert stored["about"]["scores"]["settings chosen"]["held out"]["total"] is None
 
 
 def test_the_last_set_is_not_tuned_on(folder, monkeypatch):

@@ -116,7 +116,7 @@ def rehearse(
         )
     best = with_settings(method, found[0].settings)
     scores = _confirm(stage, {GIVEN: method, CHOSEN: best})
-    after = {"trials": len(found), "scores": scores, "holds up": holds_up(scores)}
+    after = {"trials": len(found), "scores": _plain(scores), "holds up": holds_up(scores)}
     chosen.write_settings(out, best, about | after)
     command = ["expunge", "unlearn", str(setup), "--weights", str(weights), *(["--cache", str(cache)] if cache else [])]
     command += ["--settings", str(out), "--out", "unlearned.safetensors", row.name]
@@ -179,7 +179,7 @@ def _stage(
     recipe = loaded.recipe if retrain and loaded.has("recipe") else None
     prepared = rehearsal.prepare(problem, drawn, seed=seed, recipe=recipe, retrain=retrain)
     about: dict[str, Any] = {"like": like, "records": count or None, "sets": sets, "retrain": retrain, "seed": seed}
-    about |= {"left": {"terms": left.count, "loss": left.loss}}  # data that changed is another search
+    about |= {"left": {"terms": left.count, "loss": f"{left.loss:.6g}"}}  # data that changed is another search
     return _Stage(problem, prepared[:sets], prepared[sets:], about)
 
 
@@ -197,6 +197,17 @@ def _score(problem: Problem, sets: Sequence[Rehearsal], config: object) -> Score
         return rehearsal.score(sets, rehearsal.rehearse(problem, sets, config))
     except NotFinite:
         return Score(math.inf, math.inf, math.inf)
+
+
+def _plain(scores: _Confirmed) -> dict[str, dict[str, dict[str, float | None]]]:
+    """As JSON holds them, which knows no infinity."""
+    return {
+        who: {
+            sets: {k: v if math.isfinite(v) else None for k, v in found._asdict().items()}
+            for sets, found in each.items()
+        }
+        for who, each in scores.items()
+    }
 
 
 def holds_up(scores: _Confirmed) -> bool:

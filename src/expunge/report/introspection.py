@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from expunge.report.svg import FORGET, INK, MUTED, Axes, Figure, write
+from expunge.report.svg import FORGET, INK, MUTED, Axes, Figure, FigureBase, write
 
 _BEFORE_TRAINING = 3  # rows of the upper part: what fine-tuning makes of it is in the embeddings only
 _NAMED = 20  # classes that fit below an axis or into a legend
-# From Matplotlib's tab20, without orange, red and brown.
-_COLD = ("#1f77b4", "#2ca02c", "#9467bd", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#aec7e8", "#98df8a", "#c5b0d5")
+# From Matplotlib's tab20, without orange, red and brown; and black.
+_COLD = ("#1f77b4", "#2ca02c", "#9467bd", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#aec7e8", "#98df8a", "#1b1d20")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def write_figure(stem: Path, found: Introspection, title: str) -> list[Path]:
     return write(stem, (8.4, 7.2), plot)
 
 
-def _inside(figure: Figure, found: Introspection) -> None:
+def _inside(figure: FigureBase, found: Introspection) -> None:
     shown = found.steps[:_BEFORE_TRAINING]
     columns = 2 + len(found.layers)
     axes = figure.subplots(len(shown), columns, squeeze=False, width_ratios=(*[1.0] * (columns - 1), 2.4))
@@ -110,7 +110,7 @@ def _bars(ax: Axes, step: Step, label: int, deepest: float, *, last: bool) -> No
     ax.set_xticks(classes if named else [], [str(each) for each in classes] if named else [])
 
 
-def _embeddings(figure: Figure, found: Introspection) -> None:
+def _embeddings(figure: FigureBase, found: Introspection) -> None:
     axes: Sequence[Axes] = figure.subplots(1, len(found.steps), squeeze=False)[0]
     classes = np.unique(found.labels)
     palette = _palette(len(classes))

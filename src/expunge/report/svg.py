@@ -14,12 +14,25 @@ from expunge.files import replacing
 try:
     import matplotlib as mpl
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
     from matplotlib.ticker import LogLocator
 except ImportError as error:
     raise MissingExtra("the figures of a report need Matplotlib: pip install 'expunge[report]'.") from error
 
-__all__ = ["FORGET", "INK", "MUTED", "RETAIN", "RULE", "TEST", "Axes", "Figure", "LogLocator", "draw", "write"]
+__all__ = [
+    "FORGET",
+    "INK",
+    "MUTED",
+    "RETAIN",
+    "RULE",
+    "TEST",
+    "Axes",
+    "Figure",
+    "FigureBase",
+    "LogLocator",
+    "draw",
+    "write",
+]
 
 # Names of the page's custom properties, and the values Matplotlib draws with until they are put in.
 INK, MUTED, RULE, FORGET, RETAIN, TEST = "#1b1d20", "#5c6268", "#d9d8d3", "#b34a00", "#00735a", "#0067a8"
