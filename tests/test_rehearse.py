@@ -440,6 +440,10 @@ def test_settings_are_not_written_over(folder, capsys):
     Path("settings.json").write_text("{}", encoding="utf-8")
     assert rehearsed() == 2
     assert "settings.json exists" in capsys.readouterr().err
+    before = Path("w.safetensors").read_bytes()
+    assert rehearsed("--out", "w.safetensors", "--replace") == 2
+    assert "w.safetensors is read by this command" in capsys.readouterr().err
+    assert Path("w.safetensors").read_bytes() == before
 
 
 def test_any_blind_method_can_be_rehearsed(folder):

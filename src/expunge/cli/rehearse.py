@@ -16,7 +16,7 @@ from expunge.bench.rehearsal import Like, Problem, Rehearsal
 from expunge.bench.tuning import Trial
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, SetupFile
-from expunge.cli.own_model import MethodConfig, trained_model
+from expunge.cli.own_model import MethodConfig, require_new, trained_model
 from expunge.errors import ConfigError, NotFinite
 from expunge.gradient import MICRO_BATCH, gradient
 from expunge.methods import Method, method_of
@@ -81,6 +81,7 @@ def rehearse(
         replace: Write over settings that exist.
         json: Print JSON.
     """
+    require_new(out, setup, weights, *([cache] if cache else []))
     if out.exists() and not replace:
         raise ConfigError(f"{out} exists: give another name, or --replace.")
     if sets < 2:
@@ -121,7 +122,7 @@ def rehearse(
     command = ["expunge", "unlearn", str(setup), "--weights", str(weights), *(["--cache", str(cache)] if cache else [])]
     command += ["--settings", str(out), "--out", "unlearned.safetensors", row.name]
     if json:
-        tried = [asdict(trial) | {"score": None if trial.failure else trial.score} for trial in found]
+        tried = [asdict(trial) | {"score": trial.score if math.isfinite(trial.score) else None} for trial in found]
         result = about | after | {"tried": tried, "chosen": found[0].settings, "file": str(out), "command": command}
         print(printing.as_json(result))
         return
