@@ -74,7 +74,9 @@ def _inside(figure: FigureBase, found: Introspection) -> None:
         (min(step.maps[n].min() for step in shown), max(step.maps[n].max() for step in shown))
         for n in range(len(found.layers))
     ]
-    deepest = min(float(step.log_probabilities.min()) for step in shown)
+    lowest = [float(step.log_probabilities.min()) for step in shown]
+    # One scale for all, but for a row that would vanish beside an ascent of thousands of nats.
+    scales = [min(lowest) if 10 * own <= min(lowest) else own for own in lowest]
     for row, step in enumerate(shown):
         line: Sequence[Axes] = axes[row]
         _picture(line[0], found.image, None)
@@ -82,7 +84,7 @@ def _inside(figure: FigureBase, found: Introspection) -> None:
         for ax, values, (low, high) in zip(line[1:-1], step.maps, limits, strict=True):
             _picture(ax, values, (low, high))
         line[1 if found.layers else -1].set_ylabel(f"step {step.number}\n{step.name}", color=INK)
-        _bars(line[-1], step, found.label, deepest, last=row == len(shown) - 1)
+        _bars(line[-1], step, found.label, scales[row], last=row == len(shown) - 1)
     axes[0][0].set_title(f"image of {found.label}")
     for ax, name in zip(axes[0][1:-1], found.layers, strict=True):
         short = name.rpartition(".")[2]
