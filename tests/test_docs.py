@@ -43,6 +43,17 @@ def test_the_commands_for_ones_own_model_run_in_an_empty_folder(tmp_path):
     assert "NSKL" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_commands_of_a_rehearsal_run_after_a_deletion(tmp_path):
+    before = blocks("docs/own-model.md", "bash")[0].splitlines()[:3]
+    commands = "\n".join([*before, *blocks("docs/rehearse.md", "bash")[0].splitlines()])
+    commands = commands.replace(" reload --fine", " --trials 2 --sets 2 reload --fine")
+    for line in commands.replace("EXAMPLE", str(ROOT / "examples" / "digits")).splitlines():
+        done = run(*line.split(), folder=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (tmp_path / "unlearned.safetensors").exists()
+
+
 def test_the_documentation_agrees_with_the_code():
     done = run(sys.executable, "tools/check_docs.py", folder=ROOT)
     assert done.returncode == 0, done.stdout

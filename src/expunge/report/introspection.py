@@ -57,8 +57,8 @@ def write_figure(stem: Path, found: Introspection, title: str) -> list[Path]:
     """
 
     def plot(figure: Figure) -> None:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
-        parts: Any = figure.subfigures(2, 1, height_ratios=(3.1, 2.3))
+        figure.suptitle(title, x=0.02, y=0.985, ha="left", fontsize=10, fontweight="bold", color=INK)
+        parts: Any = figure.subfigures(2, 1, height_ratios=(3.9, 2.9))
         above, below = parts
         _inside(above, found)
         _embeddings(below, found)
@@ -70,6 +70,7 @@ def _inside(figure: FigureBase, found: Introspection) -> None:
     shown = found.steps[:_BEFORE_TRAINING]
     columns = 2 + len(found.layers)
     axes = figure.subplots(len(shown), columns, squeeze=False, width_ratios=(*[1.0] * (columns - 1), 2.4))
+    figure.subplots_adjust(left=0.02, right=0.95, top=0.87, bottom=0.06, wspace=0.4, hspace=0.25)
     limits = [
         (min(step.maps[n].min() for step in shown), max(step.maps[n].max() for step in shown))
         for n in range(len(found.layers))
@@ -114,6 +115,7 @@ def _bars(ax: Axes, step: Step, label: int, deepest: float, *, last: bool) -> No
 
 def _embeddings(figure: FigureBase, found: Introspection) -> None:
     axes: Sequence[Axes] = figure.subplots(1, len(found.steps), squeeze=False)[0]
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.9, bottom=0.2, wspace=0.06)
     classes = np.unique(found.labels)
     palette = _palette(len(classes))
     for ax, step in zip(axes, found.steps, strict=True):
@@ -130,7 +132,15 @@ def _embeddings(figure: FigureBase, found: Introspection) -> None:
         ax.spines[:].set_visible(True)
     if len(classes) <= _NAMED:
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower left", ncols=len(names), title="class", alignment="left")
+        figure.legend(
+            handles,
+            names,
+            loc="lower left",
+            bbox_to_anchor=(0.01, 0.0),
+            ncols=len(names),
+            title="class of test records",
+            alignment="left",
+        )
 
 
 def _palette(classes: int) -> list[Any]:

@@ -96,7 +96,7 @@ def write(stem: Path, size: tuple[float, float], plot: Callable[[Figure], None])
     Args:
         stem: Path without an ending.
         size: Width and height in inches.
-        plot: Draws into an empty figure.
+        plot: Draws into an empty figure, and says where things go.
 
     Returns:
         The paths of an SVG and of a PNG.
@@ -105,7 +105,7 @@ def write(stem: Path, size: tuple[float, float], plot: Callable[[Figure], None])
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update({**_STYLE, "svg.hashsalt": stem.name, "figure.facecolor": "white"})
-        figure = Figure(figsize=size, layout="constrained", dpi=110)
+        figure = Figure(figsize=size, dpi=110)  # the solver of a constrained layout orders by memory address
         plot(figure)
         for ending, unwanted in (("svg", ("Date", "Creator", "Format", "Type")), ("png", ("Software",))):
             paths.append(stem.with_name(f"{stem.name}.{ending}"))
