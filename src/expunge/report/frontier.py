@@ -7,7 +7,7 @@ from expunge.definitions import ARROWS, define
 from expunge.errors import ConfigError
 from expunge.report.figures import Drawing
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
-from expunge.report.svg import FORGET, INK, MUTED, RETAIN, RULE, TEST, Axes, Figure, LogLocator, draw
+from expunge.report.svg import FORGET, INK, RETAIN, RULE, TEST, Axes, Figure, LogLocator, draw
 
 COST = "Work"  # what does not depend on how busy the machine was
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
