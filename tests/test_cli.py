@@ -130,6 +130,33 @@ def test_the_hashes_of_a_trace_are_those_of_what_was_read(folder, monkeypatch):
     assert hashes["weights after"] == file_hash("u.safetensors")
 
 
+def test_a_cache_with_groups_is_made_shown_and_used_like_any_other(folder, capsys):
+    more = [
+        "--micro-batch",
+        "4",
+        "--groups",
+        "3",
+        "--accumulate-on",
+        "cpu",
+        "--checkpoint",
+        "0",
+        "3",
+        "--max-shard",
+        "1",
+    ]
+    assert cached(*more) == 0
+    assert cached(*more) == 2
+    assert "c.safetensors.index.json exists. A cache made now" in capsys.readouterr().err
+    assert main(["show", "c.safetensors", "--json"]) == 0
+    header = json.loads(capsys.readouterr().out)
+    assert (header["groups"], header["files"], header["micro_batch"]) == (3, 4, 4)
+    assert unlearned(*RELOAD) == 0
+    trace = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))
+    assert trace["provenance"]["files"]["cache"] == file_hash("c.safetensors.index.json")
+    assert trace["facts"]["removed_count"] == 6
+    assert trace["backwarded"] == 20 - 6 + 54 * len(trace["epoch_ends"])  # the first group, and the epochs
+
+
 def test_the_command_line_gives_the_bits_that_python_gives(folder):
     cached()
     assert unlearned("--seed", "3", *RELOAD) == 0

@@ -5,6 +5,7 @@ python tools/check_docs.py --write   write the generated parts anew
 """
 
 import ast
+import csv
 import dataclasses
 import functools
 import inspect
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 import expunge
 from expunge.bench import compare, experiments
 from expunge.bench.entries import entries
@@ -24,6 +27,7 @@ from expunge.bench.situations import FULL
 from expunge.cli import COMMANDS
 from expunge.definitions import METRICS, Definition
 from expunge.methods import METHODS
+from expunge.metrics.stats import t_interval
 from expunge.report import markdown
 from expunge.rows import read_rows
 from expunge.space import Choice, Range
@@ -206,6 +210,39 @@ def ablation_table() -> str:
     return "Mean ± sample standard deviation over seeds, nats.\n\n" + "\n".join(lines)
 
 
+def rehearsal_table() -> str:
+    """What settings cost that were chosen without the forget set, from the lines their experiment left."""
+    with (ROOT / "results" / "rehearsal_value.csv").open(newline="", encoding="utf-8") as file:
+        stored = list(csv.DictReader(file))
+    lines = [
+        "| removed | settings from | ΔFE | NSKL | score | more than with the true forget set |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for scenario in dict.fromkeys(line["scenario"] for line in stored):
+        mine = [line for line in stored if line["scenario"] == scenario]
+        floor = {m: statistics.mean(float(line[f"floor {m}"]) for line in mine) for m in ("ΔFE", "NSKL")}
+        scores: dict[str, dict[str, float]] = {}
+        for line in mine:
+            score = statistics.mean(float(line[m]) / floor[m] for m in floor)
+            scores.setdefault(line["way"], {})[line["seed"]] = score
+        truth = scores["true forget set"]
+        for way, found in scores.items():
+            means = [statistics.mean(float(line[m]) for line in mine if line["way"] == way) for m in floor]
+            apart = (
+                t_interval(np.array([found[seed] - truth[seed] for seed in found]))
+                if way != "true forget set"
+                else None
+            )
+            more = (
+                "" if apart is None else f"{(apart.low + apart.high) / 2:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})"
+            )
+            cells = [scenario, way, *(f"{mean:.3f}" for mean in means), f"{statistics.mean(found.values()):.2f}", more]
+            lines.append(f"| {' | '.join(cells)} |")
+        cells = [scenario, "(two retrained models)", *(f"{value:.3f}" for value in floor.values()), "1.00", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "compare-overview": lambda: compared(compare.OVERVIEW),
     "compare-removal": lambda: compared("removal"),
@@ -214,6 +251,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "compare-unfit": unfit,
     "ablation": ablation_table,
     "results": results,
+    "rehearsal-value": rehearsal_table,
     "demo": demo_table,
     "methods-table": methods_table,
     "metrics-table": metrics_table,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from expunge import params
+from expunge import params, sharding
 from expunge.batches import Batches, LossTerms, require_reiterable
 from expunge.errors import ConfigError
 from expunge.gradient import Gradient
@@ -60,7 +60,8 @@ class Blind:
             raise ConfigError(f"fresh() returned {type(untrained).__name__}: it must build an untrained model.")
         names = [params.named_parameters(model, lambda _, __: True) for model in (like, untrained)]
         params.require_same_names(dict(names[0]), dict(names[1]), "the model", "what fresh() builds")
-        if all(torch.equal(p, names[1][name].to(p)) for name, p in names[0].items()):
+        trained = ((sharding.whole(p.detach()), names[1][name]) for name, p in names[0].items())
+        if all(torch.equal(p, fresh.to(p)) for p, fresh in trained):
             raise ConfigError("fresh() returned the weights to be unlearned. It must build an untrained model.")
         return untrained
 
@@ -73,7 +74,11 @@ class Blind:
         """
         trained = params.named_parameters(model, lambda _, __: True)
         untrained = params.named_parameters(self.fresh_model(seed, model), lambda _, __: True)
-        return {name: untrained[name].detach().to(trained[name]) for name in names}
+        return {
+            name: sharding.placed_like(untrained[name].detach().to(p.device, p.dtype), p)
+            for name, p in trained.items()
+            if name in set(names)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ large part of its backward pass. `Streamed` takes the gradient of each parameter
 it, so that beside the model the device holds the gradient of one parameter at a time and none of the sums.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -53,27 +53,51 @@ class Accumulator(Protocol):
         """Let go of the parameters."""
 
 
+@runtime_checkable
+class Pool(Protocol):
+    """Several processes that each keep a part of the sums."""
+
+    parts: int  # as many as processes
+
+    def ready(self) -> None:
+        """Before gradients are exchanged."""
+
+    def rows(self, gradient: Tensor) -> Iterable[Tensor]:
+        """The own part of everyone's gradient, in the order of their micro-batches; may be written over."""
+
+    def finish(self, add_up: Callable[[], object]) -> None:
+        """Take part in the additions of others until all have finished."""
+
+    def joined(self, part: Tensor) -> Tensor:
+        """The parts of all processes."""
+
+
 class Flat:
     """The sums beside the parameters, in one buffer for each type.
 
     Args:
         parameters: Their ``.grad`` belong to this object from now on, until someone sets them anew.
         home: Where the sums are, if not beside the parameters: for devices without float64.
+        pool: The processes that share the sums, if there are several.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], home: torch.device | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], home: torch.device | None = None, pool: Pool | None = None
+    ) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], dict[str, nn.Parameter]] = {}
         for name, p in parameters.items():
             kinds.setdefault((p.dtype, p.device), {})[name] = p
         self._order = list(parameters)
         self._members = list(kinds.values())
-        sizes = [sum(map(_padded, members.values())) for members in self._members]
+        self._pool, parts = pool, pool.parts if pool else 1
+        sizes = [-(-sum(map(_padded, members.values())) // parts) for members in self._members]  # of one part
         alike = list(zip(sizes, kinds, strict=True))
-        self._gradients = [torch.zeros(size, dtype=dtype, device=device) for size, (dtype, device) in alike]
+        self._gradients = [torch.zeros(parts * size, dtype=dtype, device=device) for size, (dtype, device) in alike]
         self._totals = [torch.zeros(size, dtype=torch.float64, device=home or device) for size, (_, device) in alike]
         self._magnitudes = [
             torch.zeros(size, dtype=torch.float32, device=home or device) for size, (_, device) in alike
         ]
+        self._first: list[Tensor] = []  # to compare with, where the sums are not of one process
         for members, flat in zip(self._members, self._gradients, strict=True):
             for name, view in _views(members, flat):
                 members[name].grad = view
@@ -85,14 +109,22 @@ class Flat:
     def add_up(self) -> Tensor:
         """After it."""
         sizes: Params = {}
+        if self._pool:
+            self._pool.ready()
+            if not self._first and self._gradients[0].device.type != "cpu":
+                self._first = [flat.clone() for flat in self._gradients]
         for members, flat, total, magnitude in zip(
             self._members, self._gradients, self._totals, self._magnitudes, strict=True
         ):
-            here = flat.to(total.device)
-            total.add_(here)
-            magnitude.add_(here.abs_())
+            here = flat if self._pool else flat.to(total.device)
+            for row in self._pool.rows(here) if self._pool else (here,):
+                part = row.to(total.device)
+                total.add_(part)
+                magnitude.add_(part.abs_())
+            if self._pool:
+                here.abs_()
             sizes |= {name: view.sum(dtype=torch.float64) for name, view in _views(members, here)}
-        return _summed(sizes[name] for name in self._order)
+        return summed(sizes[name] for name in self._order)
 
     def comparing(self) -> None:
         """Before one that is compared."""
@@ -100,11 +132,15 @@ class Flat:
 
     def same(self) -> bool:
         """After it."""
-        pairs = zip(self._totals, self._gradients, strict=True)
-        return all(torch.equal(total, flat.to(total)) for total, flat in pairs)
+        before, self._first = self._first or self._totals, []
+        pairs = zip(before, self._gradients, strict=True)
+        return all(torch.equal(first, flat.to(first)) for first, flat in pairs)
 
     def totals(self) -> Params:
         """Sums of gradients."""
+        if self._pool:
+            self.start()
+            self._pool.finish(self.add_up)
         return self._by_name(self._totals)
 
     def magnitudes(self) -> Params:
@@ -118,7 +154,7 @@ class Flat:
                 p.grad = None
 
     def _by_name(self, flats: list[Tensor]) -> Params:
-        pairs = zip(self._members, flats, strict=True)
+        pairs = zip(self._members, map(self._pool.joined, flats) if self._pool else flats, strict=True)
         named = {name: view for members, flat in pairs for name, view in _views(members, flat)}
         return {name: named[name] for name in self._order}
 
@@ -151,7 +187,7 @@ class Streamed:
     def add_up(self) -> Tensor:
         """After it."""
         nothing = torch.zeros((), dtype=torch.float64)
-        return _summed(self._sizes.get(name, nothing) for name in self._totals)
+        return summed(self._sizes.get(name, nothing) for name in self._totals)
 
     def comparing(self) -> None:
         """Before one that is compared."""
@@ -194,19 +230,22 @@ class Streamed:
         self._magnitudes[name].add_(here if here is beside else here.abs_())
 
 
-def sums_of(parameters: Mapping[str, nn.Parameter], on: str | None = None) -> Accumulator:
+def sums_of(parameters: Mapping[str, nn.Parameter], on: str | None = None, pool: Pool | None = None) -> Accumulator:
     """Empty sums for the gradients of some parameters.
 
     Args:
         parameters: At least one.
         on: "device": beside the parameters, all gradients at once. "cpu": on the CPU, one gradient at a time. By
             default on the CPU if they would take more than half of the memory that a GPU has free.
+        pool: The processes that share the sums, if there are several. "cpu" then moves no more than the sums.
 
     Raises:
         ConfigError: Another place.
     """
     if on not in (None, *get_args(Place)):
         raise ConfigError(f"accumulate_on={on!r}: choose from {', '.join(get_args(Place))}, or None.")
+    if pool is not None:
+        return Flat(parameters, torch.device("cpu") if on == "cpu" else None, pool)
     device = next(iter(parameters.values())).device
     free = _free_memory(device)
     needed = sum(p.numel() * (p.element_size() + 8 + 4) for p in parameters.values())
@@ -223,7 +262,7 @@ def _free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def _summed(sizes: Iterable[Tensor]) -> Tensor:
+def summed(sizes: Iterable[Tensor]) -> Tensor:
     """One after the other, so that both ways give the same bits."""
     found = list(sizes)
     device = found[0].device
@@ -235,6 +274,7 @@ def _padded(p: Tensor) -> int:
 
 
 def _views(members: Mapping[str, nn.Parameter], flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    parts = flat.split([_padded(p) for p in members.values()])
+    sizes = [_padded(p) for p in members.values()]
+    parts = flat[: sum(sizes)].split(sizes)  # what is behind them makes the parts of several processes equal
     for (name, p), part in zip(members.items(), parts, strict=True):
         yield name, part[: p.numel()].view(p.shape)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from expunge import params, shards
+from expunge import distributed, params, sharding, shards
 from expunge.batches import LossTerms
 from expunge.errors import ConfigError, CorruptCache, MismatchError
 from expunge.files import save_tensors
@@ -61,6 +61,8 @@ def save(
 ) -> None:
     """Write a gradient to a file, or to several with an index; whole or not at all.
 
+    Of several processes all call this and the first one writes.
+
     Args:
         path: The file; one that exists is replaced once the new one is complete. Of a gradient in several files (one
             that is too large for one, or has groups) it is what their names begin with; `load` takes it all the same.
@@ -84,9 +86,9 @@ def save(
         )
     if gradient.noise is None:
         raise ConfigError("this gradient has no rounding floor. Save what gradient() returned, unchanged.")
-    tensors = {f"total/{name}": tensor.to(dtype) for name, tensor in gradient.total.items()}
+    tensors = {f"total/{name}": _to_write(tensor.to(dtype)) for name, tensor in gradient.total.items()}
     params.require_finite(tensors, f"saving the cache as {dtype}")
-    tensors |= {f"noise/{name}": tensor for name, tensor in gradient.noise.items()}
+    tensors |= {f"noise/{name}": _to_write(tensor) for name, tensor in gradient.noise.items()}
     groups = gradient.micro_batches
     if groups is not None:
         tensors |= {f"micro_batches/{name}": getattr(groups, name) for name in _GROUPED}
@@ -105,7 +107,16 @@ def save(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     header = {key: json.dumps(value) for key, value in fields.items()}
-    parts = gradient.groups
+    distributed.by_the_first(lambda: _write(path, gradient.groups, tensors, header, max_shard_bytes))
+
+
+def _write(
+    path: Path | str,
+    parts: Groups | None,
+    tensors: dict[str, Tensor],
+    header: dict[str, str],
+    max_shard_bytes: float,
+) -> None:
     if parts is None and sum(t.numel() * t.element_size() for t in tensors.values()) <= max_shard_bytes:
         save_tensors(path, tensors, {**header, "checksum": _checksum(header, tensors)})
         shards.remove(path)
@@ -138,7 +149,8 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
         loss_terms: The loss it was taken of (compared by name).
 
     Returns:
-        The gradient, on the CPU, in float64. Those of groups are read, and verified, when they are needed.
+        The gradient, on the CPU, in float64; for a model that is sharded, beside its parameters and in pieces. Those of
+        groups are read, and verified, when they are needed.
 
     Raises:
         FileNotFoundError: No such file.
@@ -177,7 +189,13 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
         micro_batches=groups,
         storage_roundoff=_ROUNDOFF[stored],
         groups=parts,
-    )
+    ).placed_like(model)
+
+
+def _to_write(tensor: Tensor) -> Tensor:
+    """Whole, on the CPU; sharded ones are put together one at a time, and kept only where they are written."""
+    whole = sharding.whole(tensor)
+    return whole.cpu() if distributed.rank() == 0 or whole is tensor else whole.new_empty(0)
 
 
 def read_header(path: Path | str) -> Header:

@@ -58,3 +58,7 @@ class MissingExtra(ExpungeError, ImportError):
 
 class IncompleteRun(ExpungeError, RuntimeError):
     """A run that did not finish, or whose folder lacks a part."""
+
+
+class ProcessFailed(ExpungeError, RuntimeError):
+    """Another process of the same job failed or died."""

@@ -45,7 +45,9 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: dict[s
     Raises:
         OSError: The disk is full, or the folder cannot be written.
     """
-    apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    apart = {name: _alone(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
+    if len({tensor.untyped_storage().data_ptr() for tensor in apart.values() if tensor.numel()}) < len(apart):
+        apart = {name: tensor.clone() for name, tensor in apart.items()}  # the format knows no shared memory
     try:
         with replacing(path) as temporary:
             save_file(apart, temporary, metadata=header)
@@ -54,6 +56,12 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: dict[s
             f"could not write {path}: {error}. Free some space or choose another folder; a file that was there "
             "before is unchanged."
         ) from error
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its memory holds more than it."""
+    storage = tensor.untyped_storage()
+    return tensor if storage.nbytes() == tensor.numel() * tensor.element_size() else tensor.clone()
 
 
 def sync(path: Path) -> None:

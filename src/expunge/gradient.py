@@ -8,19 +8,22 @@ accumulation, and a rounding floor for every entry that says what the difference
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from expunge import losses, params, progress
-from expunge.accumulator import Place, sums_of
+from expunge import distributed, losses, params, progress, sharding
+from expunge.accumulator import Accumulator, Place
 from expunge.batches import Batch, Batches, LossTerms, indexed, micro_batches, require_reiterable
+from expunge.checkpointing import recomputing, repeated_modules
 from expunge.errors import ConfigError, MismatchError, NotFinite
 from expunge.groups import Groups, in_groups, ranges
 from expunge.params import Params
 from expunge.passes import MicroBatches, Sums, exact_kernels, fitting, noticing_memory, only_gradients_of, sweep
+from expunge.pooling import dealt, own, pooled, pooled_sums
 from expunge.probe import EXAMPLES, probe
 from expunge.seeds import keeping_random_state
 
@@ -98,6 +101,14 @@ class Gradient:
         assert self.noise is not None
         return {name: self.total[name].abs() > self.noise[name] for name in self.total}
 
+    def placed_like(self, model: nn.Module) -> "Gradient":
+        """The same, in pieces where FSDP2 has sharded the model."""
+        named = params.named_parameters(model, self.total)
+        total = {name: sharding.placed_like(tensor, named[name]) for name, tensor in self.total.items()}
+        noise = self.noise and {n: sharding.placed_like(tensor, named[n]) for n, tensor in self.noise.items()}
+        kept = self.groups if not sharding.is_sharded(model) else None
+        return replace(self, total=total, noise=noise, groups=kept)
+
     def __sub__(self, part: "Gradient") -> "Gradient":
         """The gradient of what this one has and the part does not.
 
@@ -169,6 +180,7 @@ def gradient(
     micro_batch: int | None = None,
     accumulate_on: Place | None = None,
     groups: int | None = None,
+    checkpoint: bool | Iterable[str] = False,
 ) -> Gradient:
     """Sum the gradients of all loss terms over the data, once through, in eval mode.
 
@@ -188,12 +200,14 @@ def gradient(
             default on the CPU if the sums would take more than half of the memory that a GPU has free.
         groups: Keep the gradient of each of so many ranges of positions besides, 8 bytes an entry each. After a
             deletion only the ranges that lost a record are computed again; see `second_pass`.
+        checkpoint: Modules, by names or patterns, whose activations are computed again in the backward pass, which
+            takes less memory and about a third more time; True for the blocks of the longest list of modules.
 
     Returns:
         Float64 sums on the model's device (on the CPU for devices without float64).
 
     Raises:
-        ConfigError: Nothing trainable, no data, an unusable loss or micro-batch.
+        ConfigError: Nothing trainable, no data, an unusable loss or micro-batch, groups or modules that cannot be.
         OutOfMemory: A single example does not fit.
         NonDeterministicLoss: Dropout, noise, random augmentation, or a loss that depends on the batch.
         NotFinite: NaN or infinity in the weights, a loss (names the batch) or the gradient (names the tensor).
@@ -206,6 +220,7 @@ def gradient(
         micro_batch=micro_batch,
         accumulate_on=accumulate_on,
         groups=groups,
+        checkpoint=checkpoint,
     )
 
 
@@ -218,12 +233,23 @@ def take(
     micro_batch: int | None = None,
     accumulate_on: str | None = None,
     groups: int | None = None,
+    checkpoint: bool | Iterable[str] = False,
     only: Callable[[int], bool] | None = None,
 ) -> Gradient:
     """`gradient()` over some of the micro-batches, perhaps none: those whose number is wanted."""
     if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
         raise ConfigError(f"micro_batch={micro_batch}: it is a whole number of positions, at least one.")
+    sharding.settle(model)
+    sharded = sharding.is_sharded(model)
+    if groups is not None and sharded:
+        raise ConfigError(
+            f"groups={groups}: gradients of groups are not kept of a model that FSDP2 has sharded. Leave groups out; "
+            "the second pass then goes through all that is left."
+        )
     chosen = params.named_parameters(model, parameters)
+    known = indexed(data)
+    if known is not None:
+        distributed.require_alike("data", params.fingerprint({"positions": known.positions}))
     buffers = {n: b.nan_to_num(math.nan, 0, 0) for n, b in model.named_buffers()}  # a mask may hold infinity
     params.require_finite(dict(model.named_parameters()) | buffers, "before the gradient pass")
     device = next(iter(chosen.values())).device
@@ -232,27 +258,40 @@ def take(
         assert few is not None
         with noticing_memory(few):
             probe(model, loss_terms, data, device, few)
+            sharding.settle(model)
+
+    def empty() -> Accumulator:
+        with noticing_memory(1):
+            return pooled_sums(model, chosen, accumulate_on)
 
     def whole(at_once: int | None) -> Gradient:
         size = (at_once or MICRO_BATCH) if micro_batch is None else micro_batch
-        batches, stream = micro_batches(data, size, only)
+        sums = empty() if groups is None else None
+        batches, stream = dealt(data, size, sums, only) if sums else micro_batches(data, size, only)
         with progress.task("gradient", batches) as advance:
 
-            def through(stream: Iterable[tuple[int, Batch]]) -> Sums:
-                with noticing_memory(1):
-                    sums = sums_of(chosen, accumulate_on)
-                return sweep(model, loss_terms, stream, sums, size=size, at_once=at_once, advance=advance)
+            def through(own: Iterable[tuple[int, Batch]], sums: Accumulator) -> Sums:
+                work = partial(sweep, model, loss_terms, own, sums, size=size, at_once=at_once, advance=advance)
+                return pooled(work, in_step=sharded)
 
-            if groups is None:
-                found, parts = through(stream), None
+            if sums is not None:
+                found, parts = through(stream, sums), None
             else:
-                found, parts = in_groups(through, stream, *ranges(data, size, groups))
+                assert groups is not None
+                found, parts = in_groups(lambda each: through(own(each), empty()), stream, *ranges(data, size, groups))
         aligned = indexed(data) is not None and found.repeats
         return _finished(model, loss_terms, found, parts, aligned=aligned, whole=only is None)
 
-    with keeping_random_state(), exact_kernels(device), only_gradients_of(model, chosen):
+    again = recomputing(repeated_modules(model, checkpoint).values())
+    with (
+        distributed.failing_together(),
+        keeping_random_state(),
+        exact_kernels(device),
+        only_gradients_of(model, chosen),
+        again,
+    ):
         require_reiterable(data, "the data")
-        start = None if indexed(data) is None else micro_batch or MICRO_BATCH
+        start = None if indexed(data) is None or sharded else micro_batch or MICRO_BATCH
         fitting(probed, EXAMPLES, device)
         result, at_once = fitting(whole, start, device)
     if micro_batch is not None and at_once is not None and at_once < micro_batch:
@@ -276,14 +315,16 @@ def _finished(
         )
     _require_finite_losses(seen, aligned)
     params.require_finite(found.total, "after the gradient pass")
-    roundoff = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()) / 2
+    roundoff = max(torch.finfo(dtype).eps for dtype in sharding.computed_in(model)) / 2
+    origin = Origin.of(model, loss_terms)
+    distributed.require_alike("weights, buffers or loss", str(origin))
     return Gradient(
         total=found.total,
         count=int(seen.counts.sum()),
         loss=math.fsum(seen.losses.tolist()),
         noise={name: m.mul_(4 * roundoff) for name, m in found.magnitudes.items()},
         roundoff=roundoff,
-        origin=Origin.of(model, loss_terms),
+        origin=origin,
         micro_batches=seen if aligned else None,
         groups=parts if aligned else None,
     )

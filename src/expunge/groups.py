@@ -7,7 +7,7 @@ gradient, and cancels exactly without being computed. ``docs/cache-format.md`` s
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,23 +112,23 @@ def in_groups(
         examples: How many each has.
 
     Returns:
-        The sums over all groups, and those of each.
+        The sums over all groups, and those of each, on the CPU.
     """
     reader = Reader(starts)
     stream = itertools.groupby(reader.passing(batches), lambda pair: _group_of(starts, pair[0]))
-    parts = {group: through(part) for group, part in stream}
-    first, *others = parts.values()
-    total = {name: tensor.clone() for name, tensor in first.total.items()}
-    magnitudes, seen = first.magnitudes, first.seen
-    for part in others:
-        for name, tensor in total.items():
-            tensor.add_(part.total[name])
-            magnitudes[name].add_(part.magnitudes[name])
-        seen = seen.joined(part.seen)
-    nothing = {name: torch.zeros_like(tensor) for name, tensor in total.items()}
-    totals = [parts[group].total if group in parts else nothing for group in range(len(starts))]
-    sums = Sums(total, magnitudes, seen, all(part.repeats for part in parts.values()))
-    return sums, Groups(starts, examples, reader.contents(), totals)
+    totals: dict[int, Params] = {}
+    whole: Sums | None = None
+    for group, part in stream:
+        found = through(part)
+        totals[group] = {name: tensor.cpu() for name, tensor in found.total.items()}
+        if whole is None:
+            whole = replace(found, total={name: tensor.clone() for name, tensor in found.total.items()})
+        else:
+            whole = whole.plus_(found)
+    assert whole is not None
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in next(iter(totals.values())).items()}
+    each = [totals.get(group, nothing) for group in range(len(starts))]
+    return whole, Groups(starts, examples, reader.contents(), each)
 
 
 def _group_of(starts: Int[Tensor, " groups"], number: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from expunge import distributed, sharding
 from expunge.errors import ConfigError, MismatchError, NotFinite
 
 Params = dict[str, Tensor]
@@ -65,8 +66,13 @@ def named_parameters(model: nn.Module, select: Select | None = None) -> dict[str
             gradient.
 
     Raises:
-        ConfigError: A name that does not exist, or nothing left to train.
+        ConfigError: A name that does not exist, nothing left to train, or a model inside DistributedDataParallel.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ConfigError(
+            "the model is wrapped in DistributedDataParallel. Give the model itself, model.module: gradient passes and "
+            "training deal their work out by themselves."
+        )
     everything = {name.replace(_COMPILED, ""): p for name, p in model.named_parameters()}
     if select is None:
         chosen = {name: p for name, p in everything.items() if p.requires_grad}
@@ -118,7 +124,17 @@ def size(params: Mapping[str, Tensor]) -> int:
 
 def norm(params: Mapping[str, Tensor]) -> float:
     """The Euclidean norm over all entries, accumulated in float64."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in params.values()))
+    return math.sqrt(total({name: tensor.double().square() for name, tensor in params.items()}))
+
+
+def total(params: Mapping[str, Tensor]) -> float:
+    """The sum of all entries, accumulated in float64."""
+    return sum(float(sharding.whole(tensor.sum(dtype=torch.float64))) for tensor in params.values())
+
+
+def count(masks: Mapping[str, Bool[Tensor, "..."]]) -> int:
+    """How many entries are marked."""
+    return sum(int(sharding.whole(mask.count_nonzero())) for mask in masks.values())
 
 
 def subtract(a: Params, b: Params) -> Params:
@@ -154,8 +170,8 @@ def require_finite(params: Mapping[str, Tensor], what: str) -> None:
         NotFinite: Names the first tensor that holds one, and how many.
     """
     for name, tensor in params.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if tensor.is_floating_point() and not bool(sharding.whole(torch.isfinite(tensor).all())):
+            bad = count({name: ~torch.isfinite(tensor)})
             raise NotFinite(
                 f"{what}: tensor {name!r} has {bad} of {tensor.numel()} entries that are NaN or infinite. "
                 "Find the step that produced them; nothing computed from them would mean anything."
@@ -165,11 +181,12 @@ def require_finite(params: Mapping[str, Tensor], what: str) -> None:
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes; the order of the names does not matter.
 
-    ``docs/cache-format.md`` specifies it, so that another program can compute it.
+    ``docs/cache-format.md`` specifies it, so that another program can compute it. Sharded tensors are put together,
+    one at a time.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous().cpu()
+        tensor = sharding.whole(tensors[name].detach()).contiguous().cpu()
         digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -210,27 +227,51 @@ def smallest(scores: Params, k: int) -> dict[str, Bool[Tensor, "..."]]:
     """
     if k < 0:
         raise ConfigError(f"k={k}: the number of entries to choose cannot be negative.")
-    scores = {name: score.contiguous() for name, score in scores.items()}
-    masks = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
-    if len({score.dtype for score in scores.values()}) > 1:
-        scores = {name: score.double() for name, score in scores.items()}
+    masks = {
+        name: torch.zeros_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
+        for name, score in scores.items()
+    }
     k = min(k, size(scores))
     if k == 0:
         return masks
-    threshold = _kth_smallest(scores, k)
+    if len({score.dtype for score in scores.values()}) > 1:
+        scores = {name: score.double() for name, score in scores.items()}
+    shared = any(map(sharding.is_piece, scores.values()))
+    here = {name: sharding.here(score).contiguous() for name, score in scores.items()}
+    marked = {name: sharding.here(mask) for name, mask in masks.items()}
+    threshold = _kth_smallest(scores, here, k, shared)
     below_or_tied = 0
-    for score, mask in zip(_pieces(scores), _pieces(masks), strict=True):
+    for score, mask in zip(_pieces(here), _pieces(marked), strict=True):
         torch.le(score, threshold, out=mask) if threshold < math.inf else torch.lt(score, threshold, out=mask)
         below_or_tied += int(mask.count_nonzero())
-    # Of the entries equal to the threshold, the last ones do not fit in: take them out again, from the end.
-    surplus = below_or_tied - k
-    for score, mask in zip(reversed([*_pieces(scores)]), reversed([*_pieces(masks)]), strict=True):
+    _unmark_ties(here, marked, threshold, _of_all(below_or_tied, shared) - k, shared)
+    return masks
+
+
+def _unmark_ties(here: Params, marked: Params, threshold: float, surplus: int, shared: bool) -> None:
+    """Of the entries equal to the threshold, the last ones do not fit in: take them out again, from the end."""
+    ties: dict[str, list[int]] = {}  # by process, whose pieces of a tensor follow each other
+    if shared and surplus > 0:
+        own = [int((score == threshold).count_nonzero()) for score in here.values()]
+        ties = dict(zip(here, map(list, zip(*distributed.counts(own), strict=True)), strict=True))
+    for name in reversed(here):
         if surplus <= 0:
             break
-        tied = (score == threshold).nonzero().squeeze(1)[-surplus:]
-        mask[tied] = False
-        surplus -= len(tied)
-    return masks
+        elsewhere = ties[name][distributed.rank() + 1 :] if shared else []
+        left = surplus - sum(elsewhere)
+        for score, mask in zip(reversed([*_pieces({name: here[name]})]), reversed([*_pieces({name: marked[name]})]),
+                               strict=True):  # fmt: skip
+            if left <= 0:
+                break
+            tied = (score == threshold).nonzero().squeeze(1)[-left:]
+            mask[tied] = False
+            left -= len(tied)
+        surplus = surplus - sum(ties[name]) if shared else left
+
+
+def _of_all(number: int, shared: bool) -> int:
+    """The sum over processes, of what each counted in its pieces."""
+    return sum(each for (each,) in distributed.counts([number])) if shared else number
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
@@ -239,46 +280,54 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
             yield from tensor.view(-1).split(_PIECE)
 
 
-def _kth_smallest(scores: Params, k: int) -> float:
-    total = size(scores)
-    sample = _sample(scores, min(total, _SAMPLE)).sort().values
+def _kth_smallest(scores: Params, here: Params, k: int, shared: bool) -> float:
+    entries = size(scores)
+    sample = _sample(scores, here, min(entries, _SAMPLE), shared).sort().values
     # A sampled rank is off by at most sqrt(sample) / 2 in standard deviation: eight of those on either side.
-    middle, margin = k / total * len(sample), 4 * math.sqrt(len(sample))
+    middle, margin = k / entries * len(sample), 4 * math.sqrt(len(sample))
+
+    def how_many(compare: Callable[[Tensor, float], Tensor], bound: float) -> int:
+        return _of_all(sum(int(compare(piece, bound).count_nonzero()) for piece in _pieces(here)), shared)
+
     while True:
         low_rank, high_rank = math.floor(middle - margin), math.ceil(middle + margin)
         low = float(sample[low_rank]) if low_rank >= 0 else -math.inf
         high = float(sample[high_rank]) if high_rank < len(sample) else math.inf
-        upto_low, inside = 0, []
-        for piece in _pieces(scores):
-            if bool(piece.max().isnan()):
-                name = next(name for name, score in scores.items() if bool(score.isnan().any()))
-                raise NotFinite(f"a score of {name!r} is NaN, so it has no rank. Check the selector.")
+        unranked, upto_low, inside = 0, 0, []
+        for piece in _pieces(here):
+            unranked += bool(piece.max().isnan())
             at_most_low = piece <= low
             upto_low += int(at_most_low.count_nonzero())
             if low < high:
                 inside.append(piece[at_most_low ^ (piece < high)].to(sample.device))
+        if _of_all(unranked, shared):
+            name = next(n for n, score in scores.items() if bool(sharding.whole(score.isnan().any())))
+            raise NotFinite(f"a score of {name!r} is NaN, so it has no rank. Check the selector.")
         kept = torch.cat(inside) if inside else sample[:0]
+        kept, upto_low = distributed.joined(kept) if shared else kept, _of_all(upto_low, shared)
         if k > upto_low + len(kept):
-            if high == math.inf or k <= sum(int((piece <= high).count_nonzero()) for piece in _pieces(scores)):
+            if high == math.inf or k <= how_many(torch.le, high):
                 return high
         elif k > upto_low:
             return float(kept.kthvalue(k - upto_low).values)
-        elif low == -math.inf or k > sum(int((piece < low).count_nonzero()) for piece in _pieces(scores)):
+        elif low == -math.inf or k > how_many(torch.lt, low):
             return low
         margin *= 8  # the bracket missed
 
 
-def _sample(scores: Params, count: int) -> Tensor:
-    """Scores at random positions, with repetition; the same ones for the same shapes."""
+def _sample(scores: Params, here: Params, count: int, shared: bool) -> Tensor:
+    """Scores at random positions, with repetition; the same ones for the same shapes, on every process."""
     ends = torch.tensor([score.numel() for score in scores.values()]).cumsum(0)
     generator = torch.Generator().manual_seed(0)
     positions = torch.randint(int(ends[-1]), (count,), generator=generator).sort().values
     parts, start = [], 0
-    for score, end in zip(scores.values(), ends.tolist(), strict=True):
-        mine = positions[(positions >= start) & (positions < end)] - start
-        parts.append(score.view(-1)[mine.to(score.device)].cpu())
+    for (name, score), end in zip(scores.items(), ends.tolist(), strict=True):
+        first = start + sharding.first_entry(score)
+        piece = here[name].view(-1)
+        own = positions[(positions >= first) & (positions < first + len(piece))] - first
+        parts.append(piece[own.to(piece.device)].cpu())
         start = end
-    return torch.cat(parts)
+    return distributed.joined(torch.cat(parts)) if shared else torch.cat(parts)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -83,6 +83,13 @@ class Sums:
     seen: MicroBatches
     repeats: bool  # whether a second backward pass gave the same bits
 
+    def plus_(self, other: "Sums") -> "Sums":
+        """Both together; what is here is changed."""
+        for mine, theirs in ((self.total, other.total), (self.magnitudes, other.magnitudes)):
+            for name, tensor in mine.items():
+                tensor.add_(theirs[name])
+        return Sums(self.total, self.magnitudes, self.seen.joined(other.seen), self.repeats and other.repeats)
+
 
 class TooLarge(Exception):
     """So many examples do not fit in memory at once; None if they cannot be told apart."""

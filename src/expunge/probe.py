@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from expunge import sharding
 from expunge.batches import Batch, Batches, LossTerms, indexed, length_of, plain, rows_of, tensors_of, to_device
 from expunge.errors import ConfigError, NonDeterministicLoss
 
@@ -49,7 +50,7 @@ def probe(
             "reading the data twice gave two different first batches. Switch off random augmentation and "
             "shuffling for unlearning: every example once, always with the same preprocessing."
         )
-    precision = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    precision = max(torch.finfo(dtype).eps for dtype in sharding.computed_in(model))
     for number, batch in enumerate(to_device(firsts, device)):
         with torch.no_grad():
             terms, repeated = checked_terms(loss_terms(model, batch)), checked_terms(loss_terms(model, batch))

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from expunge import params
+from expunge import params, sharding
 from expunge.curvature import Curvature
 from expunge.errors import ConfigError
 from expunge.params import Params
@@ -121,10 +121,11 @@ def ekfac(evidence: Evidence) -> Params:
 
 def random(evidence: Evidence) -> Params:
     """Uniformly random: the control without which no selector means anything."""
-    return {
-        name: torch.rand(like.shape, dtype=torch.float64, generator=stream(evidence.seed, "selector", name)).to(like)
-        for name, like in evidence.removed.items()
-    }
+    scores = {}
+    for name, like in evidence.removed.items():
+        drawn = torch.rand(like.shape, dtype=torch.float64, generator=stream(evidence.seed, "selector", name))
+        scores[name] = sharding.placed_like(drawn.to(like.device, like.dtype), like)
+    return scores
 
 
 def _kind(curvature: Curvature | None) -> str:

@@ -4,19 +4,20 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from expunge import params, progress
+from expunge import distributed, params, progress, sharding
 from expunge.augmentation import augmentation
-from expunge.batches import Batches, LossTerms, micro_batches, positioned, to_device
+from expunge.batches import Batch, Batches, LossTerms, micro_batches, positioned, to_device
 from expunge.errors import ConfigError, NotFinite
-from expunge.execution import Autocast, Compiled, Precision, channels_last
+from expunge.execution import Autocast, Compiled, Precision, ahead, channels_last
 from expunge.probe import checked_terms
-from expunge.seeds import keeping_random_state, seeded, stream
+from expunge.seeds import derive, keeping_random_state, seeded, stream
 from expunge.trace import Trace
 
 Optimizer = Literal["sgd", "adamw"]
@@ -120,38 +121,45 @@ def train(
         NotFinite: A loss became NaN or infinite; names the epoch and the step.
     """
     trace = trace or Trace("train", seed)
+    sharding.settle(model)
     trainable = params.named_parameters(model)
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
     autocast = Autocast(recipe.precision, device, trace)
     compiled = Compiled(model, recipe.batch_size, trace) if recipe.compile else None
     trace.stopped = f"all {recipe.epochs} epochs done"
-    with params.restoring_modes(model), progress.task(trace.method, recipe.epochs) as advance:
+    replica = sharding.replicated(model)
+    with (
+        distributed.failing_together(),
+        params.restoring_modes(model),
+        progress.task(trace.method, recipe.epochs) as advance,
+    ):
         _train_mode(model, freeze_statistics)
         for epoch in range(recipe.epochs):
             losses: list[Tensor] = []
+            own = derive(seed, *distributed.names()) if distributed.names() else seed
             augmented = augmentation(
-                crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout, seed=seed, epoch=epoch, device=device
+                crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout, seed=own, epoch=epoch, device=device
             )
-            with seeded(seed, "train", epoch):
-                count, batches = positioned(data, recipe.batch_size, stream(seed, "shuffle", epoch))
-                for step, (positions, batch) in enumerate(batches):
+            with seeded(seed, "train", epoch, *distributed.names()):
+                order = stream(seed, "shuffle", epoch)
+                count, batches = positioned(data, recipe.batch_size, order, distributed.mine)
+                for step, (positions, batch) in enumerate(ahead(distributed.reading(batches), device)):
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * recipe.factor(epoch + (step / count if count else 0.0))
-                    ready = to_device(batch, device)
-                    ready = augmented(ready) if augmented else ready
+                    ready = augmented(batch) if augmented else batch
                     ready = channels_last(ready) if recipe.channels_last else ready
+                    forward = partial(_terms, replica, loss_terms, ready, autocast, compiled)
                     with autocast.step():
-                        with autocast.forward(), compiled.active() if compiled else nullcontext():
-                            terms = checked_terms(loss_terms(model, ready))
-                        loss = terms.mean()
+                        loss, mean_of_batch, terms = distributed.mean_of_all(forward, replica is model)
                         optimizer.zero_grad()
                         loss.backward()
                         optimizer.step()
                     if after_step:
                         after_step(Step(positions, optimizer))
-                    losses.append(loss.detach())
-                    trace.backwarded += len(terms)
+                    losses.append(mean_of_batch)
+                    trace.backwarded += terms
+            distributed.same_buffers(model)
             mean = _record(trace, losses, epoch)
             advance()
             trace.show(f"epoch {epoch + 1}", model)
@@ -165,13 +173,23 @@ def train(
 def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Trace | None = None) -> float:
     """The mean loss a term in eval mode, without gradients."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    with params.restoring_modes(model), keeping_random_state(), torch.no_grad():
-        model.eval()
-        for _, batch in micro_batches(data, 512)[1]:
+    sharded = sharding.is_sharded(model)
+
+    def seen() -> dict[int, tuple[float, int]]:
+        sums: dict[int, Tensor] = {}
+        counts: list[int] = []
+        for number, batch in micro_batches(data, 512, None if sharded else distributed.is_mine)[1]:
             terms = checked_terms(loss_terms(model, to_device(batch, device)))
-            total += float(terms.sum())
-            count += len(terms)
+            sums[number] = terms.sum()
+            counts.append(len(terms))
+        losses = torch.stack(list(sums.values())).double().tolist() if sums else []
+        return dict(zip(sums, zip(losses, counts, strict=True), strict=True))
+
+    with distributed.failing_together(), params.restoring_modes(model), keeping_random_state(), torch.no_grad():
+        model.eval()
+        found = seen() if sharded else distributed.merged(distributed.agreed(seen, lambda _: ())[0])
+    sharding.settle(model)
+    total, count = sum(loss for loss, _ in found.values()), round(sum(terms for _, terms in found.values()))
     if trace is not None:
         trace.forwarded += count
     return total / max(count, 1)
@@ -209,6 +227,13 @@ def until_converged(
     return stop
 
 
+def _terms(
+    model: nn.Module, loss_terms: LossTerms, batch: Batch, autocast: Autocast, compiled: Compiled | None
+) -> Tensor:
+    with autocast.forward(), compiled.active() if compiled else nullcontext():
+        return checked_terms(loss_terms(model, batch))
+
+
 def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
@@ -218,7 +243,7 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.momentum > 0,
-        fused=True,
+        fused=not sharding.is_piece(parameters[0]),  # torch has no fused SGD for sharded parameters
     )
 
 

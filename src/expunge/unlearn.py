@@ -3,17 +3,19 @@
 import copy
 import importlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
 
-from expunge import params
-from expunge.access import Blind, Sighted
-from expunge.errors import ForgetSetAccessed
+from expunge import distributed, params, sharding
+from expunge.access import Blind
+from expunge.errors import ForgetSetAccessed, UnsupportedModule
 from expunge.gradient import Origin
 from expunge.methods import method_of
 from expunge.methods.guard import note_if_destroyed
 from expunge.trace import Trace, Watch
+
+SHARDED = ("reload", "fine-tune")  # methods for models that FSDP2 has sharded
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     """Remove the influence of deleted records, or of faults that were corrected in the retain data.
 
     Args:
-        model: The trained model; it is copied, not changed. A compiled model comes back uncompiled.
+        model: The trained model; it is copied, not changed. A compiled model comes back uncompiled. One that FSDP2 has
+            sharded cannot be copied: it is changed, and what comes back is the same object.
         given: What the method may see. A method that is blind gets no more than a `Blind`, whatever is given.
         config: A method's settings, for example ``Reload(reset_fraction=0.2)``; its type names the method.
         seed: Names the streams of randomness; the same seed gives the same bits on a CPU.
@@ -40,8 +43,10 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
 
     Raises:
         ForgetSetAccessed: The method needs the removed records and was given none.
-        MismatchError: The cached gradient, or the kept importance, was not taken at this model's weights and buffers.
+        MismatchError: The cached gradient was not taken at this model's weights and buffers.
         NotFinite: NaN or infinity in the model, or in what came out.
+        UnsupportedModule: A sharded model, and a method that is not for them.
+        ProcessFailed: Another process of the same job failed or died.
         ConfigError: Settings that belong to no method, and whatever the method refuses.
     """
     method = method_of(config)
@@ -53,20 +58,30 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     if method.blind and type(given) is not Blind:
         given = Blind(**{field.name: getattr(given, field.name) for field in fields(Blind)})
     inner = params.plain(model)
+    sharding.settle(inner)
+    sharded = sharding.is_sharded(inner)
+    if sharded and method.name not in SHARDED:
+        raise UnsupportedModule(
+            f"{method.name} does not work on a model that FSDP2 has sharded; {', '.join(SHARDED)} do. Give every "
+            "process the whole model: its gradient passes and fine-tuning are dealt out all the same."
+        )
     infinite = {name for name, buffer in inner.named_buffers() if bool(buffer.isinf().any())}  # masks, on purpose
     params.require_finite(_tensors(inner, infinite), "the model to unlearn from")
-    importance = given.importance if isinstance(given, Sighted) else None
-    for what, kept in (("the cached gradient", given.full), ("the importance of all data", importance)):
-        if kept is not None:
-            kept.origin.require(Origin.of(inner, given.loss_terms), what)
+    if given.full is not None:
+        given.full.origin.require(Origin.of(inner, given.loss_terms), "the cached gradient")
+        if sharded:
+            given = replace(given, full=given.full.placed_like(inner))
     # torch imports its compiler at the first optimiser step, a second that belongs to no method: do it off the clock.
     importlib.import_module("torch._dynamo")
     trace = Trace(method.name, seed, watch=watch)
-    with trace.measuring_memory(next(inner.parameters()).device):
-        unlearned = method.run(copy.deepcopy(inner), given, config, seed=seed, trace=trace)
+    with distributed.failing_together(), trace.measuring_memory(next(inner.parameters()).device):
+        own = inner if sharded else copy.deepcopy(inner)  # torch cannot copy what it has sharded
+        unlearned = method.run(own, given, config, seed=seed, trace=trace)
+    sharding.settle(unlearned)
     unlearned.zero_grad(set_to_none=True)
     params.require_finite(_tensors(unlearned, infinite), f"the result of {method.name}")
-    note_if_destroyed(inner, unlearned, given, trace)
+    if not sharded:
+        note_if_destroyed(inner, unlearned, given, trace)
     return Unlearned(unlearned, trace)
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from expunge import params
+from expunge import distributed, params, sharding
 from expunge.errors import ConfigError
 from expunge.files import save_tensors
 
@@ -15,10 +15,14 @@ from expunge.files import save_tensors
 def save_weights(path: Path | str, model: nn.Module, header: dict[str, str] | None = None) -> None:
     """Write all parameters and buffers of a model as safetensors, whole or not at all.
 
+    Of several processes all call this and the first one writes; what FSDP2 has sharded is put together.
+
     Raises:
         OSError: The disk is full, or the folder cannot be written.
     """
-    save_tensors(path, params.plain(model).state_dict(), header)
+    sharding.settle(model)
+    tensors = {name: sharding.whole(tensor) for name, tensor in params.plain(model).state_dict().items()}
+    distributed.by_the_first(lambda: save_tensors(path, tensors, header))
 
 
 def load_weights(model: nn.Module, path: Path | str) -> nn.Module:

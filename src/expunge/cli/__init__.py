@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from expunge import losses
+from expunge.cli import processes
 from expunge.cli.audits import audit
 from expunge.cli.bench import bench
 from expunge.cli.data import data
@@ -26,6 +27,7 @@ from expunge.cli.reports import evidence, report
 from expunge.errors import ExpungeError
 from expunge.setup import SETUP
 
+ABOUT = "Remove deleted or corrected training data from a trained PyTorch model, without that data."
 COMMANDS: dict[str, Callable[..., Any]] = {
     "cache": cache,
     "rehearse": rehearse,
@@ -47,13 +49,15 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     warnings.showwarning = _warn
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="expunge",
-            description="Remove deleted or corrected training data from a trained PyTorch model, without that data.",
-            args=arguments,
-        )
+        with processes.joined(arguments):
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="expunge",
+                description=ABOUT,
+                args=arguments,
+            )
     except (ExpungeError, OSError) as error:
         print(f"expunge: {error}", file=sys.stderr)
         return 2

@@ -11,14 +11,15 @@ import tyro
 from torch import nn
 
 from expunge import cache as cache_file
-from expunge import params, provenance
+from expunge import distributed, params, provenance
 from expunge.access import Blind, Sighted
+from expunge.accumulator import Place
 from expunge.bench import chosen, evaluation, inputs
-from expunge.cli import printing
+from expunge.cli import printing, processes
 from expunge.cli.arguments import Flag, SetupFile
 from expunge.errors import ConfigError
 from expunge.files import write_text
-from expunge.gradient import MICRO_BATCH, gradient
+from expunge.gradient import gradient
 from expunge.methods import METHODS, Method, method_of
 from expunge.seeds import keeping_random_state
 from expunge.setup import Setup, load_setup
@@ -37,7 +38,11 @@ def cache(
     *,
     weights: Path,
     out: Path,
-    micro_batch: int = MICRO_BATCH,
+    micro_batch: int | None = None,
+    groups: int | None = None,
+    accumulate_on: Place | None = None,
+    checkpoint: tuple[str, ...] = (),
+    max_shard: float = 5.0,
     dtype: Literal["float64", "float32", "bfloat16"] = "float64",
     leave_out: tuple[str, ...] = (),
     device: str = "auto",
@@ -50,7 +55,12 @@ def cache(
         setup: Python file with model(seed), original() and loss_terms.
         weights: The trained weights (safetensors; .pt with tensors only).
         out: Where the cache goes. It is personal data: encrypt it, and destroy it after use.
-        micro_batch: Positions a micro-batch.
+        micro_batch: Positions a micro-batch. By default 128, halved until it fits in memory.
+        groups: Keep the gradient of each of so many ranges of positions besides: a deletion then needs a pass over the
+            ranges that lost a record only. 8 bytes an entry each, in float64.
+        accumulate_on: Where the sums are. cpu needs the least memory on the device; by default cpu if a GPU is short.
+        checkpoint: Names or patterns (*, ?) of modules whose activations are computed again instead of kept.
+        max_shard: Gigabytes a file, where the cache is too large for one.
         dtype: float64; float32 for half the size and a coarser difference; bfloat16 for a quarter, of little use for
             few removed records. No protection: what a lower precision hides, it hides by accident.
         leave_out: Names or patterns (*, ?) of parameters to leave out: without the first layer or the embeddings,
@@ -59,17 +69,26 @@ def cache(
         replace: Write over a cache that exists.
         json: Print the header as JSON.
     """
-    _require_new(out, setup, weights)
-    if out.exists() and not replace:
+    require_new(out, setup, weights)
+    if cache_file.exists(out) and not replace:
         raise ConfigError(
-            f"{out} exists. A cache made now would hold only the records that are left, and the old one cannot be "
-            "made again: give another name, or --replace if you are sure."
+            f"{cache_file.file_of(out)} exists. A cache made now would hold only the records that are left, and the "
+            "old one cannot be made again: give another name, or --replace if you are sure."
         )
     loaded = load_setup(setup)
     model = trained_model(loaded, weights, device)
     kept = params.named_without(model, leave_out)
-    full = gradient(model, loaded.loss_terms, loaded.data("original"), parameters=kept, micro_batch=micro_batch)
-    cache_file.save(out, full, dtype=getattr(torch, dtype))
+    full = gradient(
+        model,
+        loaded.loss_terms,
+        loaded.data("original"),
+        parameters=kept,
+        micro_batch=micro_batch,
+        accumulate_on=accumulate_on,
+        groups=groups,
+        checkpoint=checkpoint or False,
+    )
+    cache_file.save(out, full, dtype=getattr(torch, dtype), max_shard_bytes=max_shard * 1e9)
     _show_header(out, json)
 
 
@@ -114,11 +133,12 @@ def unlearn(
         replace: Write over weights that exist.
         json: Print the trace as JSON.
     """
-    _require_new(out, setup, weights, *(path for path in (cache, settings) if path))
+    require_new(out, setup, weights, *(path for path in (cache, settings) if path))
     if out.exists() and not replace:
         raise ConfigError(f"{out} exists, and evidence of it may too: give another name, or --replace.")
     story = evaluation.trace_path(out)
-    read = {"setup file": setup, "weights before": weights} | ({"cache": cache} if cache else {})
+    read = {"setup file": setup, "weights before": weights}
+    read |= {"cache": cache_file.file_of(cache)} if cache else {}
     read |= {"settings": settings} if settings else {}
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
     method = chosen.read_settings(settings, method) if settings else method
@@ -150,7 +170,7 @@ def unlearn(
         "files": {role: hashes[path] for role, path in read.items()} | {"weights after": provenance.file_hash(out)},
     }
     trace = {**result.trace.as_dict(), **done_with, "provenance": origin}
-    write_text(story, printing.as_json(trace) + "\n")
+    distributed.by_the_first(lambda: write_text(story, printing.as_json(trace) + "\n"))
     if json:
         print(printing.as_json(trace))
         return
@@ -164,7 +184,7 @@ def unlearn(
         print("The cache is personal data: destroy it now, and cache again if more deletions may come.")
 
 
-def _require_new(out: Path, *inputs: Path) -> None:
+def require_new(out: Path, *inputs: Path) -> None:
     """Refuse to write over what a command reads, before anything is computed."""
     if out.is_dir():
         raise ConfigError(f"{out} is a folder: name the file to write.")
@@ -181,7 +201,7 @@ def trained_model(setup: Setup, weights: Path, device: str) -> nn.Module:
     Raises:
         ConfigError: There is no such device.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    name = processes.device() if device == "auto" else device
     with keeping_random_state():
         model = load_weights(setup.model(0), weights)
     try:

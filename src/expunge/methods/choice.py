@@ -50,10 +50,10 @@ def at_most(scores: Params, threshold: float) -> tuple[Masks, int]:
         NotFinite: A score is NaN.
     """
     for name, score in scores.items():
-        if bool(score.isnan().any()):
+        if params.count({name: score.isnan()}):
             raise NotFinite(f"a score of {name!r} is NaN, so it is on no side of a threshold. Check the selector.")
     chosen = {name: score <= threshold for name, score in scores.items()}
-    return chosen, _count(chosen)
+    return chosen, params.count(chosen)
 
 
 def decimal(fraction: float) -> Fraction:
@@ -87,10 +87,10 @@ def choose(
     chosen = to_the_letter
     if not reset_untouched:
         for name, score in eligible.items():
-            score[~touched[name].to(score.device)] = math.inf
+            score.masked_fill_(~touched[name].to(score.device), math.inf)
         chosen, _ = pick(eligible)
     chosen = {n: chosen.get(n, torch.zeros_like(score, dtype=torch.bool)) for n, score in scores.items()}
-    count = _count(chosen)
+    count = params.count(chosen)
     if count < wanted:
         message = (
             f"only {count} of the {wanted} entries that {asked} asks for stand above the rounding floor; the others "
@@ -98,20 +98,16 @@ def choose(
         )
         warnings.warn(message, stacklevel=3)
         trace.warnings.append(message)
-    both = _count({name: chosen[name] & mask for name, mask in to_the_letter.items()})
-    untouched = _count({name: mask & ~touched[name].to(mask.device) for name, mask in to_the_letter.items()})
+    both = params.count({name: chosen[name] & mask for name, mask in to_the_letter.items()})
+    untouched = params.count({name: mask & ~touched[name].to(mask.device) for name, mask in to_the_letter.items()})
     trace.facts |= {
         "reset_count": count,
         "requested_count": wanted,
         "untouched_in_paper_choice": untouched / max(wanted, 1),
         "overlap_with_paper_choice": both / max(count + wanted - both, 1),
     }
-    trace.reset = {name: float(mask.double().mean()) if mask.numel() else 0.0 for name, mask in chosen.items()}
+    trace.reset = {name: params.count({name: mask}) / max(mask.numel(), 1) for name, mask in chosen.items()}
     return chosen
-
-
-def _count(masks: Masks) -> int:
-    return sum(int(mask.count_nonzero()) for mask in masks.values())
 
 
 def _layers(scores: Params) -> list[Params]:

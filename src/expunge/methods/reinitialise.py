@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import init
 
-from expunge import params
+from expunge import params, sharding
 from expunge.access import Blind
 from expunge.batches import positioned, to_device
 from expunge.params import Params
@@ -62,20 +62,22 @@ def new_values(
     values = given.fresh_values(seed, model, without_fan) if without_fan else {}
     for name, p in theta.items():
         if p.ndim > 1:
-            values[name] = _BY_FAN[reset_to](_empty(p), stream(seed, "re-initialise", name)).to(p)
+            drawn = _BY_FAN[reset_to](_empty(p), stream(seed, "re-initialise", name))
+            values[name] = sharding.placed_like(drawn.to(p.device, p.dtype), p)
     return {name: values[name] for name in theta}
 
 
 def normal(like: Tensor, std: float, seed: int, name: str, purpose: str = "re-initialise") -> Tensor:
     """Independent N(0, std²)."""
-    return _empty(like).normal_(0, std, generator=stream(seed, purpose, name)).to(like)
+    drawn = _empty(like).normal_(0, std, generator=stream(seed, purpose, name))
+    return sharding.placed_like(drawn.to(like.device, like.dtype), like)
 
 
 @torch.no_grad()
 def reinitialise_(theta: dict[str, nn.Parameter], values: Params, chosen: dict[str, Tensor]) -> None:
     """Put the given values into the chosen entries."""
     for name, p in theta.items():
-        p.copy_(torch.where(chosen[name].to(p.device), values[name], p))
+        p.copy_(torch.where(chosen[name].to(p.device), sharding.placed_like(values[name], p), p))
 
 
 @torch.no_grad()

@@ -22,10 +22,10 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from expunge import params
+from expunge import params, sharding
 from expunge.access import Blind
 from expunge.curvature import Curvature
-from expunge.errors import ConfigError, NotInformative
+from expunge.errors import ConfigError, NotInformative, UnsupportedModule
 from expunge.gradient import Gradient
 from expunge.methods.choice import Masks, Scope, at_most, choose, decimal, smallest_share
 from expunge.methods.kronecker import diagonal_fisher, kronecker_fisher
@@ -139,6 +139,11 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
         UnsupportedModule: A selector of second order, and a model that cannot be taken apart into examples.
     """
     full = given.cached()
+    if config.selector in SECOND_ORDER and sharding.is_sharded(model):
+        raise UnsupportedModule(
+            f"selector={config.selector!r} takes a model apart into examples, which cannot be done with one that FSDP2 "
+            "has sharded. Take small-kv, or give every process the whole model."
+        )
     theta = params.named_parameters(model, full.total)
 
     with trace.stage("difference", model):
@@ -209,7 +214,7 @@ def ascend_(theta: dict[str, nn.Parameter], removed: Params, config: Reload, ter
 
 def _require_informative(removed: Gradient, trace: Trace) -> None:
     marked = removed.informative()
-    share = sum(int(mask.sum()) for mask in marked.values()) / params.size(marked)
+    share = params.count(marked) / params.size(marked)
     trace.facts |= {"informative_share": share, "relative_noise": removed.relative_noise()}
     if share == 0:
         raise NotInformative(
@@ -228,7 +233,7 @@ def _eps(removed: Gradient, config: Reload) -> float:
 def automatic_eps(removed: Gradient) -> float:
     """The ε of ``eps="auto"``: the mean rounding floor of a gradient, in its unit."""
     assert removed.noise is not None
-    mean = sum(float(floor.double().sum()) for floor in removed.noise.values()) / params.size(removed.noise)
+    mean = params.total(removed.noise) / params.size(removed.noise)
     return max(mean, torch.finfo(torch.float64).tiny)
 
 
