@@ -30,4 +30,5 @@ def experiment(profile: str) -> Experiment:
         contenders=tuple(Contender(name=name, entry=name) for name in METHODS),
         effort=effort(situations[0], profile),
         shown=("Acc_corr", "TA", "TA with trigger", "NSKL", "Cost", "Work"),
+        leading="Acc_corr",
     )

@@ -31,4 +31,5 @@ def experiment(profile: str) -> Experiment:
         contenders=tuple(Contender(name=name, entry=name) for name in METHODS),
         effort=effort(situations[0], profile),
         shown=REMOVAL,
+        leading="ΔFE",
     )

@@ -574,6 +574,25 @@ def test_ray_gives_the_same_rows_and_a_killed_worker_costs_nothing(tmp_path, unb
     assert sum(line.startswith("begun again: tune") for line in said) == 1
 
 
+def test_of_several_tasks_the_leading_metric_is_put_into_one_table(tmp_path, capsys, monkeypatch):
+    more = replace(DIGITS, scenario=Scenario(kind="random", amount=0.2))
+    experiment = replace(tiny(DIGITS, more, contenders=()), leading="ΔFE")
+    folder = run(experiment, tmp_path)
+    together = experiments.across(experiment, read_rows(folder / "rows.csv"))
+    assert {(each.scenario, each.metric) for each in together} == {
+        ("all scenarios", "ΔFE, random 10 %"),
+        ("all scenarios", "ΔFE, random 20 %"),
+    }
+    assert experiments.across(TINY, read_rows(folder / "rows.csv")) == []
+
+
+def test_before_anything_is_done_the_table_says_so(tmp_path, capsys):
+    file = tmp_path / "tiny.py"
+    file.write_text(FILE, encoding="utf-8")
+    assert main(["bench", "table", str(file), "--out", str(tmp_path)]) == 0
+    assert "Nothing of tiny is done yet" in capsys.readouterr().out
+
+
 def test_a_repetition_is_planned_seed_by_seed():
     seeds = [stage.seed for stage in TINY.evaluations([0, 1])]
     assert seeds == sorted(seeds)

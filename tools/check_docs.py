@@ -164,6 +164,8 @@ def _kept(path: Path, profile: str) -> str:
     shown = experiments.table_rows(experiment, rows)
     made = json.loads(file.with_suffix(".env.json").read_text(encoding="utf-8"))
     tables = [markdown(shown, scenario).strip() for scenario in dict.fromkeys(row.scenario for row in rows)]
+    if together := experiments.across(experiment, rows):
+        tables.insert(0, markdown(together, experiments.ACROSS).strip())
     measured = next(row for row in rows if row.source == "measured")
     seeds = len({row.seed for row in rows})
     tables.append(

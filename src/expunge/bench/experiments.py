@@ -38,6 +38,7 @@ class Experiment:
     contenders: tuple[Contender, ...]
     effort: Effort
     shown: tuple[str, ...]  # metrics of its table
+    leading: str = ""  # of several tasks: the metric that is put together over all of them
     printed: tuple[Row, ...] = ()  # what a paper prints for it
 
     def __post_init__(self) -> None:
@@ -190,7 +191,18 @@ def table_rows(experiment: Experiment, rows: Iterable[Row]) -> list[Row]:
     return [row for row in (*rows, *experiment.printed) if row.metric in experiment.shown]
 
 
+ACROSS = "all scenarios"
+
+
+def across(experiment: Experiment, rows: Iterable[Row]) -> list[Row]:
+    """The leading metric of every task, as the rows of one table; none for a single task."""
+    if not experiment.leading:
+        return []
+    chosen = [row for row in rows if row.metric == experiment.leading]
+    return [replace(row, scenario=ACROSS, metric=f"{row.metric}, {row.scenario}") for row in chosen]
+
+
 def _plain(experiment: Experiment) -> dict[str, Any]:
     whole = asdict(experiment)
-    del whole["printed"], whole["shown"]  # what is shown of the rows does not change them
+    del whole["printed"], whole["shown"], whole["leading"]  # what is shown of the rows does not change them
     return dict(json.loads(json.dumps(whole)))

@@ -13,9 +13,12 @@ from expunge.cli import printing
 from expunge.cli.arguments import Flag
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from expunge.bench.experiments import Experiment
     from expunge.bench.runner import Hands
     from expunge.bench.store import Store
+    from expunge.rows import Row
 
 File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT")]
 RunPath = Annotated[Path, tyro.conf.Positional]
@@ -157,29 +160,34 @@ def _status(command: Status) -> None:
 def _table(command: Table) -> None:
     from expunge.bench import experiments
     from expunge.report import markdown
-    from expunge.rows import read_rows
 
     experiment, store = _planned(command)
     folder = experiments.gather(experiment, range(command.seeds), store)
+    if not any(True for _ in _shown(experiment, folder)):
+        print(f"Nothing of {experiment.name} is done yet in {command.out}: carry it out with `expunge bench run`.")
     if command.format == "terminal":
         printing.show(*_tables(experiment, folder))
         return
-    shown = experiments.table_rows(experiment, read_rows(folder / "rows.csv"))
-    for scenario in _scenarios(experiment):
+    for shown, scenario in _shown(experiment, folder):
         print(markdown(shown, scenario))
 
 
 def _tables(experiment: "Experiment", folder: Path) -> list[object]:
-    from expunge.bench.experiments import table_rows
     from expunge.report import rich_tables
+
+    return [table for shown, scenario in _shown(experiment, folder) for table in rich_tables(shown, scenario)]
+
+
+def _shown(experiment: "Experiment", folder: Path) -> "Iterator[tuple[list[Row], str]]":
+    """What tables are made of, with the name of each scenario that there are rows of."""
+    from expunge.bench.experiments import ACROSS, across, table_rows
     from expunge.rows import read_rows
 
-    shown = table_rows(experiment, read_rows(folder / "rows.csv"))
-    return [table for scenario in _scenarios(experiment) for table in rich_tables(shown, scenario)]
-
-
-def _scenarios(experiment: "Experiment") -> list[str]:
-    return list(dict.fromkeys(task.scenario.name for task in experiment.tasks))
+    rows = read_rows(folder / "rows.csv")
+    for scenario in dict.fromkeys(row.scenario for row in rows):
+        yield table_rows(experiment, rows), scenario
+    if together := across(experiment, rows):
+        yield together, ACROSS
 
 
 def _diff(command: Diff) -> None:

@@ -7,7 +7,7 @@ from expunge.definitions import ARROWS, define
 from expunge.errors import ConfigError
 from expunge.report.figures import Drawing
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
-from expunge.report.svg import FORGET, INK, MUTED, RETAIN, RULE, TEST, Axes, Figure, draw
+from expunge.report.svg import FORGET, INK, RETAIN, RULE, TEST, Axes, Figure, LogLocator, draw
 
 COST = "Work"  # what does not depend on how busy the machine was
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
@@ -103,6 +103,7 @@ def _panel(
             marker="o", ms=3.5, mew=0, label=label(kind),
         )  # fmt: skip
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.minorticks_off()
     ax.grid(color=RULE, lw=0.5)
-    ax.tick_params(which="both", color=MUTED)
