@@ -171,6 +171,31 @@ def test_a_weight_used_outside_its_layer_is_what_the_batched_pass_cannot_see():
     assert not torch.allclose(found[0]["layer.weight"], truth, rtol=0.1)
 
 
+class Cut(nn.Module):
+    """A layer whose weights could be trained, behind which no gradient comes back."""
+
+    def __init__(self, first: nn.Linear, last: nn.Linear) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self.first(inputs).relu_()
+        return self.last(hidden)
+
+
+def test_a_layer_without_a_gradient_has_squares_of_zero():
+    data = tensors(12)
+    width = data[0].shape[1]
+    model = Cut(nn.Linear(width, 5), nn.Linear(5, CLASSES)).double()
+    found = squared_gradients(model, cross_entropy, Examples(*data))
+    assert not found["first.weight"].any()
+    with torch.no_grad():
+        hidden = model.first(data[0]).relu()
+    alone = one_by_one(model.last, cross_entropy, Examples(hidden, data[1]))
+    close({name: found[f"last.{name}"] for name in alone}, alone)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_any_form_of_data_gives_the_same(form):
     positions = torch.tensor([0, 2, 3, 7, 8, 11])
