@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
-from expunge import SSD, Examples, Sighted, cross_entropy, squared_error, unlearn
-from expunge.errors import ConfigError, NotFinite
-from expunge.methods.ssd import dampen_, importance
+from expunge import SSD, Examples, Sighted, cross_entropy, importance, squared_error, unlearn
+from expunge.errors import ConfigError, MismatchError, NotFinite
+from expunge.methods.ssd import dampen_
 from expunge.trace import Trace
-from tests.contract import same, state, without_type_checks, world
+from tests.contract import FORGET, same, state, without_type_checks, world
 
-Importance = dict[str, Tensor]
+Means = dict[str, Tensor]  # by parameter
 
 
 def in_float64(kind: str, **changes: Any) -> tuple[nn.Module, Sighted]:
@@ -28,7 +29,7 @@ def in_float64(kind: str, **changes: Any) -> tuple[nn.Module, Sighted]:
     return copy.deepcopy(here.model).double().eval(), given
 
 
-def one_by_one(model: nn.Module, data: Examples) -> Importance:
+def one_by_one(model: nn.Module, data: Examples) -> Means:
     """The mean over records of the squared gradient of each."""
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for x, y in zip(*data.tensors, strict=True):
@@ -38,7 +39,7 @@ def one_by_one(model: nn.Module, data: Examples) -> Importance:
     return total
 
 
-def batch_by_batch(model: nn.Module, data: Examples, size: int) -> Importance:
+def batch_by_batch(model: nn.Module, data: Examples, size: int) -> Means:
     """The mean over batches of the squared gradient of the mean loss of each."""
     batches = list(zip(*(tensor.split(size) for tensor in data.tensors), strict=True))
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -49,7 +50,7 @@ def batch_by_batch(model: nn.Module, data: Examples, size: int) -> Importance:
     return total
 
 
-def dampened(model: nn.Module, removed: Importance, full: Importance, alpha: float, lam: float) -> Importance:
+def dampened(model: nn.Module, removed: Means, full: Means, alpha: float, lam: float) -> Means:
     """Entry by entry, as the definition reads."""
     result = {}
     for name, p in model.named_parameters():
@@ -62,7 +63,7 @@ def dampened(model: nn.Module, removed: Importance, full: Importance, alpha: flo
     return result
 
 
-def assert_equals(model: nn.Module, expected: Importance) -> None:
+def assert_equals(model: nn.Module, expected: Means) -> None:
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name], rtol=1e-9, atol=1e-14)
 
@@ -124,15 +125,76 @@ def line(inputs: list[list[float]]) -> Examples:
 
 def test_a_worked_example_and_that_batch_means_are_not_records():
     data, trace = line([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), Trace("test", 0)
+
+    def found(data: Any, **settings: Any) -> tuple[list[list[float]], int, int]:
+        each = importance(Line(), squared_error, data, trace=trace, **settings)
+        return each.total["weight"].tolist(), each.count, trace.backwarded
+
     # single gradients: (2, 0), (0, 8), (4, 4); squares: (4, 0), (0, 64), (16, 16)
-    squares, count = importance(Line(), squared_error, data, SSD(), trace)
-    assert (squares["weight"].tolist(), count, trace.backwarded) == ([[20.0, 80.0]], 3, 3)
+    assert found(data) == ([[20.0, 80.0]], 3, 3)
     # batches of two: mean gradients (1, 4) and (4, 4); squares (1, 16), (16, 16)
-    squares, count = importance(Line(), squared_error, data, SSD(squares="batch-means", batch_size=2), trace)
-    assert (squares["weight"].tolist(), count, trace.backwarded) == ([[17.0, 32.0]], 2, 6)
+    assert found(data, squares="batch-means", batch_size=2) == ([[17.0, 32.0]], 2, 6)
     lists = [data.tensors]  # its own batch: the mean (2, 4), squared
-    squares, count = importance(Line(), squared_error, lists, SSD(squares="batch-means"), trace)
-    assert (squares["weight"].tolist(), count) == ([[4.0, 16.0]], 1)
+    assert found(lists, squares="batch-means") == ([[4.0, 16.0]], 1, 9)
+
+
+@pytest.mark.parametrize("squares", ["records", "batch-means"])
+@pytest.mark.parametrize("kind", ["plain", "batch-norm"])
+def test_a_kept_importance_gives_the_same_bits_from_one_pass_over_the_removed_records(kind, squares):
+    here, config = world(kind), SSD(selection=1.2, squares=squares, batch_size=7, loss_bound=1e9)
+    kept = importance(here.model, cross_entropy, here.original, squares=squares, batch_size=7)
+    result = unlearn(here.model, here.sighted(importance=kept, original=None), config)
+    assert same(state(result.model), state(unlearn(here.model, here.sighted(), config).model))
+    assert not same(state(result.model), state(here.model))
+    assert result.trace.backwarded == len(here.forget)
+
+
+def test_taking_an_importance_leaves_model_and_global_randomness_as_they_were():
+    here = world("batch-norm")
+    model = copy.deepcopy(here.model).train()
+    before, flags, generator = state(model), [m.training for m in model.modules()], torch.get_rng_state()
+    loader = DataLoader(TensorDataset(*here.original.tensors), batch_size=7)
+    with torch.no_grad():
+        for squares in ("records", "batch-means"):
+            importance(model, cross_entropy, loader, squares=squares)
+    assert same(before, state(model))
+    assert [m.training for m in model.modules()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_a_kept_importance_of_something_else_is_refused_with_the_reason():
+    here = world("batch-norm")
+    kept = importance(here.model, cross_entropy, here.original)
+
+    def refused(message: str, model: nn.Module = here.model, config: SSD | None = None, **changes: Any) -> None:
+        with pytest.raises(MismatchError, match=message):
+            unlearn(model, here.sighted(**({"full": None, "importance": kept} | changes)), config or SSD())
+
+    moved, drifted, frozen = (copy.deepcopy(here.model) for _ in range(3))
+    with torch.no_grad():
+        moved[0].weight[0, 0] += 1e-3
+    drifted[1].running_mean += 1e-3
+    frozen[0].weight.requires_grad_(False)
+    refused(r"the importance of all data was taken at weights .{12}…, the model has .* Load the weights", moved)
+    refused(r"the importance of all data was taken with buffers .* Load the buffers", drifted)
+    half = {"loss_terms": lambda m, b: cross_entropy(m, b) / 2}
+    refused(r"the importance of all data is of the loss 'cross_entropy'", **half)
+    refused(r"only the importance of all data has '0.weight'", frozen)
+    means = SSD(squares="batch-means", batch_size=16)
+    refused(r"is of squares='records', and squares='batch-means', batch_size=16 are asked for. Take it", config=means)
+    other = importance(here.model, cross_entropy, here.original, squares="batch-means", batch_size=8)
+    refused(r"batch_size=8, and squares='batch-means', batch_size=16 are", config=means, importance=other)
+    part = importance(here.model, cross_entropy, here.forget.only(FORGET[:5]))
+    refused(r"the removed records have 12 squared gradients, and all data had 5. A part cannot", importance=part)
+
+
+def test_an_importance_of_nothing_or_of_data_read_once_is_refused():
+    for data, message in (([], "empty"), (iter([line([[1.0, 0.0]]).tensors]), "read only once")):
+        with pytest.raises(ConfigError, match=message):
+            importance(Line(), squared_error, data)
+    with pytest.raises(ConfigError, match="batch_size=0: must be at least 1"):
+        importance(Line(), squared_error, line([[1.0, 0.0]]), batch_size=0)
 
 
 def test_dampening_by_hand():
@@ -152,7 +214,8 @@ def test_works_with_any_loss_and_leaves_unselected_weights_alone_bit_for_bit():
     result = unlearn(Line(), given, SSD(selection=3.0)).model
     # F_f = (0, 4), F_D = (3, 1): only the second weight, times 1 / 4
     assert result.weight.tolist() == [[1.0, 0.25]]
-    with pytest.warns(UserWarning, match=r"no entry is 4 times as important .*Lower selection"):
+    # F_f / F_D is at most 4 records of all for a removed one
+    with pytest.warns(UserWarning, match=r"no entry is 4 times as important .* can be, from 4 on: .*Lower selection"):
         untouched = unlearn(Line(), given, SSD(selection=4.0))
     assert untouched.model.weight.tolist() == [[1.0, 1.0]]
     assert untouched.trace.facts["dampened_count"] == 0

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from expunge import Examples, cross_entropy
+from expunge import Examples, Recipe, cross_entropy
 
 RECORDS = Path("records.safetensors")
+TRAINED = 500  # of the 1,797 digits
 
 
 class Network(nn.Module):
@@ -37,6 +39,9 @@ def model(seed: int) -> nn.Module:
 
 
 loss_terms = cross_entropy  # one loss an example, never a mean
+recipe = Recipe(
+    epochs=40, lr=1e-3, batch_size=50, optimizer="adamw", weight_decay=0.01, schedule="constant"
+)  # train.py
 
 
 def original() -> Examples:
@@ -48,3 +53,10 @@ def retain() -> Examples:
     """What is on disk now. Every record keeps the position it had in the original data."""
     stored = load_file(RECORDS)
     return Examples(stored["images"], stored["labels"], positions=stored["positions"])
+
+
+def test() -> Examples:
+    """Records that nothing was trained on: the digits behind the first 500."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images[TRAINED:]).float() / 16
+    return Examples(images, torch.from_numpy(digits.target[TRAINED:]).long())

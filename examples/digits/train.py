@@ -2,29 +2,29 @@
 
 import torch
 from safetensors.torch import save_file
-from setup import RECORDS, model
+from setup import RECORDS, TRAINED, model
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-COUNT, EPOCHS = 500, 40
+EPOCHS = 40
 
 
 def main() -> None:
     """Write records.safetensors and model.safetensors into the current folder."""
     torch.set_num_threads(1)
     digits = load_digits()
-    images = torch.from_numpy(digits.images[:COUNT]).float() / 16
-    labels = torch.from_numpy(digits.target[:COUNT]).long()
+    images = torch.from_numpy(digits.images[:TRAINED]).float() / 16
+    labels = torch.from_numpy(digits.target[:TRAINED]).long()
     network = model(seed=0).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     for _ in range(EPOCHS):
-        for rows in torch.randperm(COUNT).split(50):
+        for rows in torch.randperm(TRAINED).split(50):
             optimizer.zero_grad()
             functional.cross_entropy(network(images[rows]), labels[rows]).backward()
             optimizer.step()
     network.eval()
     print(f"training accuracy {(network(images).argmax(1) == labels).float().mean():.1%}")
-    save_file({"images": images, "labels": labels, "positions": torch.arange(COUNT)}, RECORDS)
+    save_file({"images": images, "labels": labels, "positions": torch.arange(TRAINED)}, RECORDS)
     save_file(network.state_dict(), "model.safetensors")
 
 

@@ -4,6 +4,7 @@ from expunge import cache, exact, selectors
 from expunge.access import Blind, Sighted
 from expunge.batches import Batches, Examples, LossTerms
 from expunge.gradient import Gradient, gradient
+from expunge.importance import Importance
 from expunge.losses import causal_lm, cross_entropy, squared_error
 from expunge.methods import METHODS
 from expunge.methods.amnesiac import Amnesiac
@@ -23,7 +24,7 @@ from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
 from expunge.methods.salun import SalUn
 from expunge.methods.scrub import Scrub
-from expunge.methods.ssd import SSD
+from expunge.methods.ssd import SSD, importance
 from expunge.methods.unsir import Unsir
 from expunge.methods.update_log import UpdateLog
 from expunge.params import Params
@@ -51,6 +52,7 @@ __all__ = [
     "FisherForgetting",
     "Gradient",
     "GradientAscent",
+    "Importance",
     "L1Sparse",
     "LossTerms",
     "Params",
@@ -69,6 +71,7 @@ __all__ = [
     "cross_entropy",
     "exact",
     "gradient",
+    "importance",
     "seeded",
     "selectors",
     "squared_error",

@@ -10,6 +10,7 @@ from expunge import params, sharding
 from expunge.batches import Batches, LossTerms, require_reiterable
 from expunge.errors import ConfigError
 from expunge.gradient import Gradient
+from expunge.importance import Importance
 from expunge.params import Params
 from expunge.seeds import derive, seeded
 
@@ -87,6 +88,7 @@ class Sighted(Blind):
     forget: Batches
     original: Batches | None = None  # all of the original data, for the few that need it
     validation: Batches | None = None  # records that nothing was trained on, for SCRUB's rewind
+    importance: Importance | None = None  # of all data, for SSD: kept since the end of training, at the model's weights
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -170,6 +170,28 @@ def indexed(data: Batches) -> Indexed | None:
     return _FromDataset(data, _ascending(positions), order, options)
 
 
+def only_rows(data: Batches, rows: Int[Tensor, " _"]) -> Batches:
+    """Some of the examples, at the positions they have.
+
+    Args:
+        data: With positions.
+        rows: Which, counted from 0 in the order of their positions, ascending.
+
+    Raises:
+        ConfigError: Data without positions.
+    """
+    known = indexed(data)
+    if isinstance(known, Examples):
+        return known.only(known.positions[rows])
+    if not isinstance(known, _FromDataset):
+        raise ConfigError(
+            f"a {type(data).__name__} without positions cannot be divided: nobody knows which example is where. Give "
+            "Examples(x, y), a Dataset, or a DataLoader over one."
+        )
+    subset = Subset(known.dataset, known.indices[rows].tolist())
+    return DataLoader(subset, data.batch_size or 1, **known.options) if isinstance(data, DataLoader) else subset
+
+
 def require_reiterable(data: Batches, what: str) -> None:
     """Refuse data that is used up by one pass, or that is empty.
 

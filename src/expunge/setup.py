@@ -2,8 +2,8 @@
 
 It defines ``model(seed)`` and ``loss_terms``, and of the following what a command needs: ``original()`` to cache,
 ``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``validation()`` for SCRUB's
-rewind, ``test()`` for evaluation, ``candidates()`` and ``triggered()`` for audits, ``logits(model, batch)`` where a
-batch is not (inputs, labels). Only what is needed is called.
+rewind, ``test()`` for evaluation, ``candidates()`` and ``triggered()`` for audits, ``recipe`` for rehearsals that
+retrain, ``logits(model, batch)`` where a batch is not (inputs, labels). Only what is needed is called.
 """
 
 import importlib.util
@@ -19,6 +19,7 @@ from torch import nn
 from expunge.batches import Batches, LossTerms, require_reiterable
 from expunge.errors import ConfigError, ExpungeError
 from expunge.metrics.outputs import Logits, images_and_labels
+from expunge.training import Recipe
 
 SETUP = "expunge_setup_"  # what the names of setup modules begin with
 
@@ -48,6 +49,20 @@ class Setup:
         """Where logits and labels are in a batch."""
         logits: Logits = getattr(self.module, "logits", images_and_labels)
         return logits
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the model was trained.
+
+        Raises:
+            ConfigError: It is no `Recipe`.
+        """
+        recipe = self._get("recipe", "recipe = expunge.Recipe(epochs=…, lr=…)")
+        if not isinstance(recipe, Recipe):
+            raise ConfigError(
+                f"{self.path}: recipe is a {type(recipe).__name__}. Write expunge.Recipe(epochs=…, lr=…)."
+            )
+        return recipe
 
     def has(self, split: str) -> bool:
         """Whether the file defines a split: original, retain, forget, validation or test."""

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from expunge.errors import ConfigError
@@ -24,11 +24,12 @@ class Range:
         if self.log:
             value = math.exp(source.uniform(math.log(self.low), math.log(self.high)))
         else:
-            value = source.uniform(self.low, self.high + (1 if self._whole else 0))
-        return min(int(value), int(self.high)) if self._whole else value
+            value = source.uniform(self.low, self.high + (1 if self.whole else 0))
+        return min(int(value), int(self.high)) if self.whole else value
 
     @property
-    def _whole(self) -> bool:
+    def whole(self) -> bool:
+        """Whether these are whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
 
@@ -63,6 +64,16 @@ def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
         new = with_settings(getattr(config, name), {inner: value}) if inner else value
         config = replace(config, **{name: new})  # type: ignore[type-var]
     return config
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """All settings of a configuration, those inside another as "recipe.lr": what `with_settings` takes."""
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        inner = settings_of(value) if is_dataclass(value) else None
+        found |= {field.name: value} if inner is None else {f"{field.name}.{name}": v for name, v in inner.items()}
+    return found
 
 
 def random_settings(space: Space, source: random.Random) -> dict[str, Any]:

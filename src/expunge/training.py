@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -11,10 +12,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from expunge import distributed, params, progress, sharding
+from expunge.augmentation import augmentation
 from expunge.batches import Batch, Batches, LossTerms, micro_batches, positioned, to_device
 from expunge.errors import ConfigError, NotFinite
+from expunge.execution import Autocast, Compiled, Precision, channels_last
 from expunge.probe import checked_terms
-from expunge.seeds import keeping_random_state, seeded, stream
+from expunge.seeds import derive, keeping_random_state, seeded, stream
 from expunge.trace import Trace
 
 Optimizer = Literal["sgd", "adamw"]
@@ -35,7 +38,9 @@ AfterStep = Callable[[Step], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train: SGD with momentum or AdamW, a learning rate and its schedule.
+    """How to train: SGD with momentum or AdamW, a learning rate and its schedule; augmentation; what makes it fast.
+
+    The defaults of the last six change nothing: images as they are, float32, no compilation.
 
     Raises:
         ConfigError: A value that cannot work.
@@ -49,6 +54,12 @@ class Recipe:
     weight_decay: float = 5e-4
     schedule: Schedule = "cosine"
     milestones: tuple[int, ...] = ()  # epochs at which "step" multiplies the learning rate by 0.1
+    crop: int = 0  # pixels of zeros around every image, of which a random window is kept
+    flip: bool = False  # mirror every other image at random
+    cutout: int = 0  # pixels, height and width of a square of zeros at a random place
+    channels_last: bool = False  # images laid out pixel by pixel, which convolutions are faster on
+    precision: Precision = "float32"  # of matrix products; "fastest" measures, so that machines may differ
+    compile: bool = False  # with torch.compile, if it can
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
@@ -58,6 +69,9 @@ class Recipe:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
+        _require(self.crop >= 0, "crop", self.crop, "0 or more")
+        _require(self.cutout >= 0, "cutout", self.cutout, "0 or more")
+        _require(self.precision in get_args(Precision), "precision", self.precision, f"one of {get_args(Precision)}")
 
     def factor(self, position: float) -> float:
         """What multiplies the learning rate after ``position`` epochs, a fraction inside an epoch."""
@@ -111,6 +125,8 @@ def train(
     trainable = params.named_parameters(model)
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
+    autocast = Autocast(recipe.precision, device, trace)
+    compiled = Compiled(model, recipe.batch_size, trace) if recipe.compile else None
     trace.stopped = f"all {recipe.epochs} epochs done"
     replica = sharding.replicated(model)
     with (
@@ -121,17 +137,25 @@ def train(
         _train_mode(model, freeze_statistics)
         for epoch in range(recipe.epochs):
             losses: list[Tensor] = []
+            own_seed = derive(seed, *distributed.names()) if distributed.names() else seed
+            augmented = augmentation(
+                crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout, seed=own_seed, epoch=epoch, device=device
+            )
             with seeded(seed, "train", epoch, *distributed.names()):
                 order = stream(seed, "shuffle", epoch)
                 count, batches = positioned(data, recipe.batch_size, order, distributed.mine)
                 for step, (positions, batch) in enumerate(distributed.reading(batches)):
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * recipe.factor(epoch + (step / count if count else 0.0))
-                    forward = partial(_terms, replica, loss_terms, to_device(batch, device))
-                    loss, mean_of_batch, terms = distributed.mean_of_all(forward, replica is model)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+                    ready = to_device(batch, device)
+                    ready = augmented(ready) if augmented else ready
+                    ready = channels_last(ready) if recipe.channels_last else ready
+                    with autocast.step():
+                        forward = partial(_terms, replica, loss_terms, ready, autocast, compiled)
+                        loss, mean_of_batch, terms = distributed.mean_of_all(forward, replica is model)
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
                     if after_step:
                         after_step(Step(positions, optimizer))
                     losses.append(mean_of_batch)
@@ -201,8 +225,11 @@ def until_converged(
     return stop
 
 
-def _terms(model: nn.Module, loss_terms: LossTerms, batch: Batch) -> Tensor:
-    return checked_terms(loss_terms(model, batch))
+def _terms(
+    model: nn.Module, loss_terms: LossTerms, batch: Batch, autocast: Autocast, compiled: Compiled | None
+) -> Tensor:
+    with autocast.forward(), compiled.active() if compiled else nullcontext():
+        return checked_terms(loss_terms(model, batch))
 
 
 def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:

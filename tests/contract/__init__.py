@@ -117,7 +117,7 @@ class World:
         return Blind(**(given | changes))
 
     def sighted(self, **changes: Any) -> Sighted:
-        mine = ("forget", "original", "validation")
+        mine = ("forget", "original", "validation", "importance")
         blind = vars(self.blind(**{name: value for name, value in changes.items() if name not in mine}))
         return Sighted(**({"forget": self.forget, "original": self.original} | blind | changes))
 

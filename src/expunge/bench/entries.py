@@ -22,10 +22,12 @@ from expunge.training import Recipe
 
 FILE = "digits_settings.json"
 LAYERS = 3  # weight layers of the network on the digits
+SHORT = Recipe(epochs=10, lr=0.1)  # where any budget will do
 
 _WHOLE_CLASSES = {
     "removal": "removes whole classes: it would forget what is left of them, too",
     "label-correction": "removes whole classes, and a correction removes none",
+    "backdoor-correction": "removes whole classes, and a correction removes none",
 }
 _OTHER_LABELS = {"label-correction": "teaches the corrected records something else than their corrected labels"}
 _UNFIT: dict[str, dict[str, str]] = {
@@ -60,13 +62,14 @@ class Entry:
         return config
 
 
-def entries(budget: Recipe) -> dict[str, Entry]:
+def entries(budget: Recipe, layers: int = LAYERS) -> dict[str, Entry]:
     """Everyone who takes part, by name: blind methods, controls, then those that see what was removed.
 
     Args:
         budget: Epochs that each may train, all its phases together, and the batch size.
+        layers: Weight layers of the network.
     """
-    methods = [_entry(method, budget) for method in METHODS.values() if method.name != "retrain"]
+    methods = [_entry(method, budget, layers) for method in METHODS.values() if method.name != "retrain"]
     ordered = [*(e for e in methods if e.blind), *controls(budget), *(e for e in methods if not e.blind)]
     return {entry.name: entry for entry in ordered}
 
@@ -108,9 +111,9 @@ def chosen(scenario: str, name: str) -> dict[str, Any]:
     return settings[name]
 
 
-def _entry(method: Method, budget: Recipe) -> Entry:
+def _entry(method: Method, budget: Recipe, layers: int) -> Entry:
     start = _within(method.config(), budget)
-    space = {path: _fitted(path, values, start) for path, values in method.space.items()}
+    space = {path: _fitted(path, values, start, layers) for path, values in method.space.items()}
     return Entry(method.name, start, space, method.blind, _UNFIT.get(method.name, {}))
 
 
@@ -127,7 +130,7 @@ def _within(config: Any, budget: Recipe) -> Any:
     return replace(config, **changed)
 
 
-def _fitted(path: str, values: Any, start: object) -> Any:
+def _fitted(path: str, values: Any, start: object, layers: int) -> Any:
     """Values that the budget and the network allow."""
     last = path.rpartition(".")[2]
     if last == "epochs":
@@ -136,5 +139,5 @@ def _fitted(path: str, values: Any, start: object) -> Any:
             most = getattr(most, name)
         return Range(min(values.low, most), min(values.high, most), values.log)
     if last == "k":  # a layer must stay as it is, or it is no longer the method
-        return Range(values.low, min(values.high, LAYERS - 1))
+        return Range(values.low, min(values.high, layers - 1))
     return values

@@ -16,11 +16,13 @@ import tyro
 from expunge import losses
 from expunge.cli import processes
 from expunge.cli.audits import audit
+from expunge.cli.bench import bench
 from expunge.cli.data import data
 from expunge.cli.evaluation import evaluate
 from expunge.cli.experiments import compare, demo
 from expunge.cli.own_model import cache, show, unlearn
 from expunge.cli.reference import explain, methods
+from expunge.cli.rehearse import rehearse
 from expunge.cli.reports import evidence, report
 from expunge.errors import ExpungeError
 from expunge.setup import SETUP
@@ -28,6 +30,7 @@ from expunge.setup import SETUP
 ABOUT = "Remove deleted or corrected training data from a trained PyTorch model, without that data."
 COMMANDS: dict[str, Callable[..., Any]] = {
     "cache": cache,
+    "rehearse": rehearse,
     "unlearn": unlearn,
     "evaluate": evaluate,
     "report": report,
@@ -39,6 +42,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "explain": explain,
     "demo": demo,
     "compare": compare,
+    "bench": bench,
 }
 
 

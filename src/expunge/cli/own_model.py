@@ -14,7 +14,7 @@ from expunge import cache as cache_file
 from expunge import distributed, params, provenance
 from expunge.access import Blind, Sighted
 from expunge.accumulator import Place
-from expunge.bench import evaluation, inputs
+from expunge.bench import chosen, evaluation, inputs
 from expunge.cli import printing, processes
 from expunge.cli.arguments import Flag, SetupFile
 from expunge.errors import ConfigError
@@ -109,6 +109,7 @@ def unlearn(
     weights: Path,
     out: Path,
     cache: Path | None = None,
+    settings: Path | None = None,
     seed: int = 0,
     snapshots: Path | None = None,
     device: str = "auto",
@@ -125,19 +126,22 @@ def unlearn(
         weights: The trained weights that the cache was made at.
         out: Where the unlearned weights go.
         cache: The gradient cache, for methods that need it.
+        settings: A file with the settings of the method, as `expunge rehearse` writes it.
         seed: Names the streams of randomness.
         snapshots: A folder for the weights after every stage and epoch, to look into what happened.
         device: auto, cpu, cuda, cuda:1, …
         replace: Write over weights that exist.
         json: Print the trace as JSON.
     """
-    _require_new(out, setup, weights, *([cache] if cache else []))
+    _require_new(out, setup, weights, *(path for path in (cache, settings) if path))
     if out.exists() and not replace:
         raise ConfigError(f"{out} exists, and evidence of it may too: give another name, or --replace.")
     story = evaluation.trace_path(out)
     read = {"setup file": setup, "weights before": weights}
     read |= {"cache": cache_file.file_of(cache)} if cache else {}
+    read |= {"settings": settings} if settings else {}
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
+    method = chosen.read_settings(settings, method) if settings else method
     loaded, row = load_setup(setup), method_of(method)
     model = trained_model(loaded, weights, device)
     full = cache_file.load(cache, model, loaded.loss_terms) if cache is not None else None
@@ -158,14 +162,14 @@ def unlearn(
         taken += 1
 
     result = unlearn_model(model, given, method, seed=seed, watch=snapshot if snapshots else None)
-    settings = {"method": row.name, "seed": seed, "config": asdict(method)}  # type: ignore[call-overload]
-    save_weights(out, result.model, {"unlearned": printing.as_json(settings)})
+    done_with = {"method": row.name, "seed": seed, "config": asdict(method)}  # type: ignore[call-overload]
+    save_weights(out, result.model, {"unlearned": printing.as_json(done_with)})
     origin = {
         "sources": provenance.sources(),
         "environment": provenance.environment(),
         "files": {role: hashes[path] for role, path in read.items()} | {"weights after": provenance.file_hash(out)},
     }
-    trace = {**result.trace.as_dict(), **settings, "provenance": origin}
+    trace = {**result.trace.as_dict(), **done_with, "provenance": origin}
     distributed.by_the_first(lambda: write_text(story, printing.as_json(trace) + "\n"))
     if json:
         print(printing.as_json(trace))

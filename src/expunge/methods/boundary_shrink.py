@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from expunge.access import Sighted
 from expunge.batches import Examples, LossTerms
 from expunge.errors import ConfigError, UnsupportedModule
-from expunge.methods.classifier import in_eval_mode, labelled, logits, require_whole_classes
+from expunge.methods.classifier import floating, in_eval_mode, labelled, logits, require_whole_classes
 from expunge.methods.guard import a_few, taking_back
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -71,7 +71,7 @@ def boundary_shrink(model: nn.Module, given: Sighted, config: BoundaryShrink, *,
         inputs, labels, crossed = [], [], 0
         with in_eval_mode(model):
             for x, y in labelled(given.forget, device, "boundary-shrink"):
-                near = neighbours(model, x, y, given.loss_terms, config.bound)
+                near = neighbours(model, floating(model, x), y, given.loss_terms, config.bound)
                 wrong, across = nearest_wrong(model, near, y)
                 inputs.append(x.cpu())
                 labels.append(wrong.cpu())

@@ -49,6 +49,16 @@ def logits(model: nn.Module, inputs: Tensor, method: str) -> Tensor:
     return found
 
 
+def floating(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Bytes as the model's own normalisation turns them into numbers, if it has one; other inputs as they are.
+
+    For methods that move inputs or mix them with their own: ``models.from_bytes.FromBytes`` takes either.
+    """
+    normalised = getattr(params.plain(model), "normalised", None)
+    found: Tensor = normalised(inputs) if callable(normalised) else inputs
+    return found
+
+
 def labelled(data: Batches, device: torch.device, method: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and class numbers of all the data, in order, on a device.
 

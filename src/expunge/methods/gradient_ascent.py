@@ -2,7 +2,8 @@
 
 Source: Thudi et al., "Unrolling SGD" (2022); Graves et al., "Amnesiac Machine Learning" (2021). Deviations:
 ascent has no minimum to converge to, so it ends before the epoch that passes a bound on the loss; BatchNorm statistics
-stay as they are, since the removed records must not enter them.
+stay as they are, since the removed records must not enter them. The bound is half as much again as models retrained
+without a class have on it (8 to 10 nats on the digits), and far below a wreck, at hundreds.
 
 Needs: any loss.
 """
@@ -30,7 +31,7 @@ class GradientAscent:
     """
 
     recipe: Recipe = Recipe(epochs=5, lr=1e-3, momentum=0.9, weight_decay=0.0, schedule="constant")
-    loss_bound: float = 5.0  # mean loss on the removed records, nats a term, at which to end
+    loss_bound: float = 15.0  # mean loss on the removed records, nats a term, at which to end: see above
 
     def __post_init__(self) -> None:
         if not 0 < self.loss_bound < math.inf:

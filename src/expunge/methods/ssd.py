@@ -6,8 +6,9 @@ Fisher information): F_f over the removed records, F_D over all data. Where F_f 
 θ min(λ F_D / F_f, 1).
 
 Deviations: importances are taken in eval mode. ``squares="batch-means"`` is the published code, which squares the mean
-gradient of each batch instead; it is faster, and smaller by a factor that depends on the batch. Without the original
-data at hand, all data is what is left together with the removed records.
+gradient of each batch instead; it is faster, and smaller by a factor that depends on the batch. F_D may be kept from
+the end of training (`importance`). Without it, and without the original data at hand, all data is what is left together
+with the removed records, which are read once.
 
 Needs: any loss.
 """
@@ -15,7 +16,7 @@ Needs: any loss.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Bool
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 
 from expunge import params
 from expunge.access import Sighted
-from expunge.batches import Batch, Batches, LossTerms, indexed, plain, to_device
+from expunge.batches import Batch, Batches, LossTerms, indexed, plain, require_reiterable, to_device
 from expunge.errors import ConfigError
+from expunge.gradient import Origin
+from expunge.importance import Importance, Squares
 from expunge.methods.classifier import in_eval_mode
 from expunge.methods.guard import taking_back
 from expunge.methods.per_example import squared_gradients
@@ -32,8 +35,6 @@ from expunge.params import Params
 from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import mean_loss
-
-Squares = Literal["records", "batch-means"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,9 @@ class SSD:
             raise ConfigError(f"batch_size={self.batch_size}: must be at least 1.")
 
 
-SPACE: Space = {"selection": Range(1.0, 100.0, log=True), "dampening": Range(0.1, 5.0, log=True)}
+# The removed records are part of all data, so that F_f / F_D is at most n / n_f: 10 if a tenth was removed. From there
+# on nothing is selected.
+SPACE: Space = {"selection": Range(1.0, 10.0, log=True), "dampening": Range(0.1, 5.0, log=True)}
 
 
 def ssd(model: nn.Module, given: Sighted, config: SSD, *, seed: int, trace: Trace) -> nn.Module:  # noqa: ARG001
@@ -68,6 +71,9 @@ def ssd(model: nn.Module, given: Sighted, config: SSD, *, seed: int, trace: Trac
 
     ``trace.facts``: dampened_count (entries), dampened_norm (Euclidean norm of what was taken off), retain_loss
     (mean, nats a term, after the dampening).
+
+    Raises:
+        MismatchError: The kept importance is not of the same kind, or not of all data.
     """
     theta = params.named_parameters(model)
 
@@ -78,27 +84,36 @@ def ssd(model: nn.Module, given: Sighted, config: SSD, *, seed: int, trace: Trac
     cure = "Raise selection or dampening."
     check = taking_back(model, config.loss_bound, loss_of, trace=trace, what="the dampening", cure=cure)
 
+    def of(data: Batches) -> Importance:
+        return importance(
+            model, given.loss_terms, data, squares=config.squares, batch_size=config.batch_size, trace=trace
+        )
+
     with trace.stage("importance", model):
-        removed, n_removed = importance(model, given.loss_terms, given.forget, config, trace)
-        everything = given.retain if given.original is None else given.original
-        full, n_full = importance(model, given.loss_terms, everything, config, trace)
-        if given.original is None:
-            full = {name: full[name] + removed[name] for name in full}
-            n_full += n_removed
-        removed = {name: total / n_removed for name, total in removed.items()}
-        full = {name: total / n_full for name, total in full.items()}
+        removed = of(given.forget)
+        if given.importance is not None:
+            full = given.importance
+            full.require_like(removed)
+        elif given.original is not None:
+            full = of(given.original)
+        else:
+            full = of(given.retain) + removed
 
     with trace.stage("dampen", model):
         before = params.snapshot(theta)
-        chosen = dampen_(theta, removed, full, config.selection, config.dampening)
+        part = removed.mean()
+        whole = {name: each.to(part[name]) for name, each in full.mean().items()}
+        chosen = dampen_(theta, part, whole, config.selection, config.dampening)
         count = sum(int(mask.count_nonzero()) for mask in chosen.values())
         change = params.subtract(before, params.snapshot(theta))
         trace.facts |= {"dampened_count": count, "dampened_norm": params.norm(change)}
         trace.stopped = f"{count} of {params.size(chosen)} entries dampened"
         if not count:
+            most = full.count / removed.count
+            hint = f"No weight can be, from {most:.3g} on: that is how many of all data there are for a removed one. "
             trace.warn(
                 f"no entry is {config.selection:g} times as important to the removed records as to all data, so "
-                "nothing was changed. Lower selection."
+                f"nothing was changed. {hint if config.selection >= most else ''}Lower selection."
             )
 
     with trace.stage("check", model):
@@ -106,16 +121,48 @@ def ssd(model: nn.Module, given: Sighted, config: SSD, *, seed: int, trace: Trac
     return model
 
 
-def importance(model: nn.Module, loss_terms: LossTerms, data: Batches, config: SSD, trace: Trace) -> tuple[Params, int]:
-    """Squared gradients, summed over records (or batches), and how many of those there are."""
-    if config.squares == "records":
-        counter = Trace("importance", 0)
-        squares, count = squared_gradients(model, loss_terms, data, trace=counter), counter.backwarded
-        trace.backwarded += count
+def importance(
+    model: nn.Module,
+    loss_terms: LossTerms,
+    data: Batches,
+    *,
+    squares: Squares = "records",
+    batch_size: int = 128,
+    trace: Trace | None = None,
+) -> Importance:
+    """How much the loss on some data depends on each weight, in eval mode; the model is left as it was found.
+
+    Taken of all data when training ends, and kept, it spares SSD all passes but one over the removed records.
+
+    Args:
+        model: Any module; the parameters that require a gradient take part.
+        loss_terms: Unreduced losses of a batch; for "records" as many for every example.
+        data: Any; for "records" batches whose tensors all have an example a row.
+        squares: The gradient of every record is squared, or only the mean gradient of every batch.
+        batch_size: Examples a batch-mean, for data with positions; other data keeps its own batches.
+        trace: Where to count the terms, as ``backwarded``.
+
+    Returns:
+        Sums in float64 (float32 on devices without it), with the fingerprints of the model.
+
+    Raises:
+        UnsupportedModule: For "records": the model, the loss or the batches cannot be taken apart into examples.
+        NonDeterministicLoss: For "records": dropout, noise, or a loss that depends on the batch.
+        NotFinite: A loss or a gradient is NaN or infinite.
+        ConfigError: Data that is empty or can be read only once, or settings that `SSD` refuses, too.
+    """
+    SSD(squares=squares, batch_size=batch_size)
+    require_reiterable(data, "the data")
+    counter = Trace("importance", 0)
+    if squares == "records":
+        total = squared_gradients(model, loss_terms, data, trace=counter)
+        count = counter.backwarded
     else:
-        squares, count = squared_batch_means(model, loss_terms, data, config.batch_size, trace)
-    params.require_finite(squares, "squared gradients of the loss")
-    return squares, count
+        total, count = squared_batch_means(model, loss_terms, data, batch_size, counter)
+    if trace is not None:
+        trace.backwarded += counter.backwarded
+    params.require_finite(total, "squared gradients of the loss")
+    return Importance(total, count, squares, batch_size, Origin.of(model, loss_terms))
 
 
 def squared_batch_means(
@@ -127,7 +174,7 @@ def squared_batch_means(
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = {name: torch.zeros_like(p, dtype=wide) for name, p in theta.items()}
     count = 0
-    with in_eval_mode(model):
+    with in_eval_mode(model), torch.enable_grad():
         for batch in _in_order(data, size):
             terms = loss_terms(model, to_device(batch, device))
             grads = torch.autograd.grad(terms.mean(), list(theta.values()), allow_unused=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from expunge.access import Sighted
 from expunge.batches import Batch, LossTerms
 from expunge.errors import ConfigError, UnsupportedModule
-from expunge.methods.classifier import in_eval_mode, inputs_and_labels, labelled, require_whole_classes
+from expunge.methods.classifier import floating, in_eval_mode, inputs_and_labels, labelled, require_whole_classes
 from expunge.methods.guard import taking_back
 from expunge.seeds import derive, stream
 from expunge.space import Range, Space
@@ -78,7 +78,7 @@ def unsir(model: nn.Module, given: Sighted, config: Unsir, *, seed: int, trace: 
     with trace.stage("noise", model):
         classes = require_whole_classes(given, "unsir", config.any_forget_set)
         with in_eval_mode(model):
-            like = next(labelled(given.retain, device, "unsir"))[0]
+            like = floating(model, next(labelled(given.retain, device, "unsir"))[0])
             learned, losses = [], {}
             for each in classes:
                 start = _normal(config.noise_examples, like, stream(seed, "noise", each))
@@ -96,7 +96,7 @@ def unsir(model: nn.Module, given: Sighted, config: Unsir, *, seed: int, trace: 
     def with_noise(model: nn.Module, batch: Batch) -> Tensor:
         inputs, labels = inputs_and_labels(batch, "unsir")
         rows = torch.randint(len(noises), (math.ceil(config.noise_share * len(labels)),), generator=draw).to(device)
-        mixed = torch.cat([inputs, noises[rows]]), torch.cat([labels, owners[rows].to(labels)])
+        mixed = torch.cat([floating(model, inputs), noises[rows]]), torch.cat([labels, owners[rows].to(labels)])
         return given.loss_terms(model, mixed)
 
     original = taking_back(

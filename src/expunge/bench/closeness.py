@@ -1,0 +1,113 @@
+"""How close an unlearned model came to never having seen a set of records that is at hand: the score of a rehearsal."""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from expunge.errors import ConfigError
+from expunge.metrics.classification import cross_entropy, symmetric_kl
+from expunge.metrics.outputs import Outputs
+
+
+class Seen(NamedTuple):
+    """What a model says of the parts of a rehearsal."""
+
+    left: Outputs
+    forget: Outputs  # the pseudo-forget set
+    unseen: Outputs | None
+
+
+class Score(NamedTuple):
+    """How far from what was wanted; low is good, and 0 is perfect.
+
+    Against unseen records: nats, and the total is the sum. Against retrained models: noise floors, and the total is the
+    mean, so that 1 is as close as another retrained model.
+    """
+
+    total: float
+    forgetting: float  # of the pseudo-forget sets: from never having been seen
+    usefulness: float  # of the rest: from what it should be
+
+
+def against_unseen(before: Sequence[Seen], after: Sequence[Seen]) -> Score:
+    """How close the sets come to never having been seen, and what that costs.
+
+    Formula: forgetting = |mean over all records of all sets of (loss - mean loss of the unseen records of its class)|:
+    the sign is kept until the sets are averaged, since a set may be easier or harder by chance. usefulness = mean over
+    sets of the rise of the mean loss on what is left, plus that on the unseen records, over the trained model's (a fall
+    counts as 0). Unit: nats.
+
+    Misses: a class that was removed whole, whose unseen records are known as well as the removed ones.
+
+    Raises:
+        ConfigError: A class of which there are no unseen records.
+    """
+    apart = np.concatenate([excess(each) for each in after])
+    rises = [
+        max(0.0, cross_entropy(one) - cross_entropy(other))
+        for own, trained in zip(after, before, strict=True)
+        for one, other in ((own.left, trained.left), (own.unseen, trained.unseen))
+        if one is not None and other is not None
+    ]
+    forgetting, usefulness = abs(float(apart.mean())), sum(rises) / len(after)
+    return Score(forgetting + usefulness, forgetting, usefulness)
+
+
+def excess(seen: Seen) -> Float[np.ndarray, " forget"]:
+    """The loss of each record of a set above the mean loss of the unseen records of its class, nats."""
+    assert seen.unseen is not None
+    losses, labels = seen.unseen.losses, seen.unseen.labels
+    means = np.full(seen.forget.logits.shape[1], math.nan)
+    for label in np.unique(seen.forget.labels):
+        own = losses[labels == label]
+        if not len(own):
+            raise ConfigError(
+                f"test() has no record of class {label}, and pseudo-forget sets have: what one looks like that "
+                "was never seen is unknown. Add some to test(), or retrain models to compare with (--retrain 2)."
+            )
+        means[label] = own.mean()
+    result: Float[np.ndarray, " forget"] = seen.forget.losses - means[seen.forget.labels]
+    return result
+
+
+def chance(before: Sequence[Seen]) -> float:
+    """By how much the forgetting of perfect settings would miss 0 by chance, nats: a standard error.
+
+    From how much losses of unseen records differ within a class, under the trained model, and the number of records.
+    """
+    deviations, records = [], sum(len(each.forget.labels) for each in before)
+    assert before[0].unseen is not None
+    losses, labels = before[0].unseen.losses, before[0].unseen.labels
+    for label in np.unique(labels):
+        own = losses[labels == label]
+        deviations.append(own - own.mean())
+    return float(np.concatenate(deviations).std() / math.sqrt(records))
+
+
+def against_retrained(references: Sequence[Sequence[Seen]], after: Sequence[Seen]) -> Score:
+    """How far from retrained models, in distances of two of them from each other.
+
+    Formula: forgetting = ΔFE on the sets, usefulness = NSKL on what is left, both means over sets and retrained models,
+    divided by the same between two retrained models.
+
+    Args:
+        references: For each set the retrained models, two or more.
+        after: For each set the unlearned model.
+    """
+    own = [_distances(s, truth) for truths, s in zip(references, after, strict=True) for truth in truths]
+    floor = [_distances(*pair) for truths in references for pair in combinations(truths, 2)]
+    ratios = [fmean(each[n] for each in own) / fmean(each[n] for each in floor) for n in range(2)]
+    return Score(fmean(ratios), *ratios)
+
+
+def _distances(one: Seen, other: Seen) -> tuple[float, float]:
+    """ΔFE and NSKL, nats."""
+    return (
+        abs(cross_entropy(one.forget) - cross_entropy(other.forget)),
+        symmetric_kl(one.left, other.left),
+    )

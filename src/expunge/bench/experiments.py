@@ -1,0 +1,180 @@
+"""Experiments: a Python file that says what is compared, the stages that follow from it, and the rows they leave.
+
+An experiment file defines ``experiment(profile)``, which returns an `Experiment`. The file's docstring says what it
+claims, what it costs and what score is expected.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from expunge.bench.entries import SHORT, entries
+from expunge.bench.judging import TABLES
+from expunge.bench.stages import STANDARDS, Contender, Effort, Stage, tuning_of
+from expunge.bench.steps import TRIALS
+from expunge.bench.store import Store, read_json, write_json
+from expunge.bench.tasks import Task, located, note_of
+from expunge.errors import ConfigError
+from expunge.provenance import environment
+from expunge.rows import Row, read_rows, write_csv, write_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is compared, in which situations, and with what everyone may spend.
+
+    Raises:
+        ConfigError: Two contenders of the same name, or one who has no entry.
+    """
+
+    name: str
+    profile: str
+    tasks: tuple[Task, ...]
+    contenders: tuple[Contender, ...]
+    effort: Effort
+    shown: tuple[str, ...]  # metrics of its table
+    printed: tuple[Row, ...] = ()  # what a paper prints for it
+
+    def __post_init__(self) -> None:
+        names = [*STANDARDS, *(each.name for each in self.contenders)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(
+                f"contenders: {', '.join(twice)} would be there twice. Give everyone a name of their own."
+            )
+        unknown = sorted({each.entry for each in self.contenders} - set(entries(SHORT)))
+        if unknown:
+            raise ConfigError(f"contenders: no entry {', '.join(unknown)}. There are {', '.join(entries(SHORT))}.")
+
+    def evaluations(self, seeds: Iterable[int]) -> list[Stage]:
+        """The stages that leave rows: everyone, for every task and seed; seed by seed."""
+        everyone = [*(Contender(name=name, entry=name) for name in STANDARDS), *self.contenders]
+        return [
+            Stage(
+                step="evaluate",
+                task=task,
+                seed=seed,
+                contender=contender,
+                effort=None if contender.entry in STANDARDS else self.effort,
+            )
+            for seed in seeds
+            for task in self.tasks
+            for contender in everyone
+        ]
+
+
+RECIPE_ALONE = Contender(
+    name="control: recipe alone", entry="reload", settings=(("priming_lr", None), ("reset_fraction", 0.0))
+)
+
+
+def everyone(kind: str) -> tuple[Contender, ...]:
+    """All methods and controls that fit a kind of scenario: "removal" or "backdoor-correction".
+
+    To the controls of `entries` it adds RELOAD's own fine-tuning without its ascent and its reset.
+    """
+    found = [Contender(name=name, entry=name) for name, entry in entries(SHORT).items() if kind not in entry.unfit]
+    last = max(number for number, each in enumerate(found) if each.name.startswith("control: "))
+    return (*found[: last + 1], RECIPE_ALONE, *found[last + 1 :])
+
+
+def load(path: Path, profile: str, data: Path | None) -> Experiment:
+    """The experiment of a file, with the fingerprints of its data.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ConfigError: It defines no experiment, or not this profile.
+        MissingData: The data is not there.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such experiment.")
+    spec = importlib.util.spec_from_file_location(f"expunge_experiment_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: an experiment is a Python file, and its name ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    define = getattr(module, "experiment", None)
+    if define is None:
+        raise ConfigError(f"{path} defines no experiment(profile). docs/experiments.md shows one.")
+    found = define(profile)
+    if not isinstance(found, Experiment):
+        raise ConfigError(f"{path}: experiment({profile!r}) returned {type(found).__name__}, and not an Experiment.")
+    return replace(found, tasks=tuple(located(task, data) for task in found.tasks))
+
+
+def folder_of(experiment: Experiment, store: Store) -> Path:
+    """The run folder of an experiment: its rows, for reports."""
+    plain = json.dumps(_plain(experiment), sort_keys=True, ensure_ascii=False)
+    return store.root / f"{experiment.name}-{experiment.profile}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+
+
+def gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str = "") -> Path:
+    """Put the rows of all evaluations that are done together into the run folder, with what a report needs.
+
+    Args:
+        experiment: Which.
+        seeds: Those asked for.
+        store: Where the results of stages are.
+        note: What must be said of the data; by default what the file NOTE beside it says.
+
+    Returns:
+        The run folder.
+    """
+    folder, note = folder_of(experiment, store), note or note_of(store.data)
+    done = [stage for stage in experiment.evaluations(seeds) if store.done(stage)]
+    rows: list[Row] = []
+    lines: dict[str, list[list[str]]] = {name: [] for name in TABLES}
+    for stage in done:
+        for row in read_rows(store.folder(stage) / "rows.csv"):
+            dataset = f"{row.dataset} ({note})" if note else row.dataset
+            rows.append(replace(row, experiment=experiment.name, dataset=dataset))
+        for name in TABLES:
+            with (store.folder(stage) / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+                lines[name] += list(csv.reader(file))[1:]
+    write_rows(folder / "rows.csv", rows)
+    for name, columns in TABLES.items():
+        write_csv(folder / f"{name}.csv", columns, lines[name])
+    write_json(folder / "config.json", {**_plain(experiment), "seeds": list(seeds), "data note": note})
+    write_json(folder / "settings.json", settings(experiment, store))
+    write_json(folder / "env.json", {**environment(), **made_by(done, store)})
+    return folder
+
+
+def settings(experiment: Experiment, store: Store) -> dict[str, Any]:
+    """What the rehearsal chose, by scenario and entry, with where it comes from; of the searches that are done."""
+    found: dict[str, Any] = {"provenance": asdict(experiment.effort), "settings": {}}
+    for stage in experiment.evaluations([0]):
+        if stage.effort is None or stage.contender is None or not stage.contender.tuned:
+            continue
+        search = tuning_of(stage)
+        if store.done(search):
+            tried = read_json(store.folder(search) / TRIALS)
+            best = {"settings": tried["best"], "score": tried["trials"][0]["score"]}
+            found["settings"].setdefault(stage.task.scenario.name, {})[stage.contender.entry] = best
+    return found
+
+
+def made_by(stages: Iterable[Stage], store: Store) -> dict[str, Any]:
+    """By which code, on which processors and with which versions of torch stages were done."""
+    found: dict[str, set[str]] = {"sources": set(), "processor": set(), "torch": set()}
+    for stage in stages:
+        environment = read_json(store.folder(stage) / "env.json")
+        for name, values in found.items():
+            values.add(str(environment[name]))
+    return {name: next(iter(values)) if len(values) == 1 else sorted(values) for name, values in found.items()}
+
+
+def table_rows(experiment: Experiment, rows: Iterable[Row]) -> list[Row]:
+    """The rows of the metrics that an experiment shows, with what the paper prints."""
+    return [row for row in (*rows, *experiment.printed) if row.metric in experiment.shown]
+
+
+def _plain(experiment: Experiment) -> dict[str, Any]:
+    whole = asdict(experiment)
+    del whole["printed"], whole["shown"]  # what is shown of the rows does not change them
+    return dict(json.loads(json.dumps(whole)))

@@ -1,0 +1,166 @@
+"""How models of an experiment are judged: outputs, the score of a rehearsal, and rows with costs."""
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+
+from expunge.batches import Examples
+from expunge.bench.entries import SHORT, entries
+from expunge.bench.stages import Stage
+from expunge.bench.tasks import Records
+from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
+from expunge.metrics.compare import Measured, Profile, distances, profile
+from expunge.metrics.outputs import Outputs, outputs
+from expunge.report.summaries import ORIGINAL, REFERENCE
+from expunge.rows import Row, write_csv, write_rows
+
+PIECE = 512  # positions of a forward pass
+SCORED = ("retain", "forget")  # splits that a rehearsal looks at
+UNSEEN = "unseen"
+DRAWN = (ORIGINAL, REFERENCE, "reload")  # whose single losses are kept, for the figures
+Splits = dict[str, Outputs]
+TABLES = {
+    "facts": ("scenario", "method", "seed", "fact", "value"),
+    "reset": ("scenario", "method", "seed", "parameter", "share", "entries"),
+    "losses": ("scenario", "method", "seed", "split", "loss"),
+}
+
+
+def judged(records: Records) -> dict[str, Examples]:
+    """What models are judged on: the splits, and unseen records where they are not the test records."""
+    if records.unseen is records.parts["test"]:
+        return records.parts
+    return {**records.parts, UNSEEN: records.unseen}
+
+
+def looked_at(model: nn.Module, records: Records, *, batch_size: int, only: Collection[str] = ()) -> Splits:
+    """Outputs by split."""
+    return {
+        split: outputs(model, data, batch_size=batch_size)
+        for split, data in judged(records).items()
+        if not only or split in only
+    }
+
+
+def gaps(own: Mapping[str, Outputs], truth: Mapping[str, Outputs], corrects: bool) -> dict[str, float]:
+    """The distances that a rehearsal scores, by name: FSKL and NSKL, and of a removal ΔFE."""
+    found = {name: symmetric_kl(own[split], truth[split]) for split, name in (("forget", "FSKL"), ("retain", "NSKL"))}
+    if not corrects:
+        found["ΔFE"] = abs(cross_entropy(own["forget"]) - cross_entropy(truth["forget"]))
+    return found
+
+
+def floor(truths: Sequence[Sequence[Splits]], corrects: bool) -> dict[str, float]:
+    """The same between two retrained models, mean over pairs and rehearsals: the noise floor."""
+    found = [gaps(*pair, corrects) for models in truths for pair in combinations(models, 2)]
+    return {name: fmean(each[name] for each in found) for name in found[0]}
+
+
+def score(
+    found: Sequence[Splits], truths: Sequence[Sequence[Splits]], floor: Mapping[str, float], corrects: bool
+) -> float:
+    """How many noise floors models are from retraining, mean over distances, rehearsals and retrained models."""
+    apart = [gaps(own, truth, corrects) for own, models in zip(found, truths, strict=True) for truth in models]
+    return fmean(fmean(each[name] for each in apart) / floor[name] for name in floor)
+
+
+def write(
+    folder: Path,
+    stage: Stage,
+    own: Splits | None,
+    truth: Splits,
+    done: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    caching: Mapping[str, Any] | None,
+) -> None:
+    """Write rows.csv and what else a report reads into a stage's folder.
+
+    Args:
+        folder: Where to.
+        stage: Whom the rows are about.
+        own: Outputs of the model; None if the method failed.
+        truth: Outputs of the retrained model.
+        done: The trace of the model.
+        reference: That of the retrained model.
+        caching: That of the cached gradient, if its cost is one of the method's.
+    """
+    assert stage.contender is not None
+    name, key = stage.contender.name, (stage.task.scenario.name, stage.contender.name, stage.seed)
+    rows: list[Row] = []
+    if own is not None:
+        parts = [done] if caching is None else [done, caching]
+        seconds = sum(sum(part["seconds"].values()) for part in parts) if name != ORIGINAL else 0.0
+        measured = list(_measured(own, truth, stage))
+        if name != ORIGINAL:
+            taken = sum(reference["seconds"].values())
+            work = sum(map(passes, parts)) / passes(reference)
+            measured += [Measured("Cost", seconds / taken, "ratio", "", 1), Measured("Work", work, "ratio", "", 1)]
+        rows = [_row(stage, each, seconds) for each in measured]
+    write_rows(folder / "rows.csv", rows)
+    facts = [("failed", done["failed"])] if "failed" in done else _facts(done)
+    write_csv(folder / "facts.csv", TABLES["facts"], [(*key, *each) for each in facts] if stage.effort else [])
+    resets = [(*key, part, share, done["sizes"][part]) for part, share in done.get("reset", {}).items()]
+    write_csv(folder / "reset.csv", TABLES["reset"], resets)
+    kept = {s: own[s].losses.tolist() for s in ("forget", "test")} if own is not None and name in DRAWN else {}
+    lines = [(*key, split, loss) for split, losses in kept.items() for loss in losses]
+    write_csv(folder / "losses.csv", TABLES["losses"], lines)
+
+
+def passes(trace: Mapping[str, Any]) -> float:
+    """The work of a trace in forward passes of an example; a backward pass counts as two."""
+    return float(3 * trace["backwarded"] + trace["forwarded"])
+
+
+def _measured(own: Splits, truth: Splits, stage: Stage) -> list[Measured]:
+    corrects = stage.task.scenario.corrects
+    models = [_profile(each, corrects, stage.seed) for each in (own, truth)]
+    assert stage.contender is not None
+    return models[0].values + ([] if stage.contender.entry == REFERENCE else distances(*models))
+
+
+def _profile(found: Splits, corrects: bool, seed: int) -> Profile:
+    """All that is to be said of a model by itself.
+
+    After a correction retrained models fit the corrected records, so that neither loss nor attack say anything of them.
+    Where removed records are of one class, the attack tells them from test records of that class.
+    """
+    if corrects:
+        rest = profile({split: each for split, each in found.items() if split != "forget"}, seed=seed)
+        right = found["forget"]
+        own = Measured("Accuracy on corrected", accuracy(right), "%", "forget", len(right.labels))
+        return Profile(found, [*rest.values, own])
+    test = found["test"]
+    whole = profile({**found, "test": found.get(UNSEEN, test)}, seed=seed)
+    seen = Measured("TA", accuracy(test), "%", "test", len(test.labels))
+    return Profile(whole.splits, [seen if each.metric == "TA" else each for each in whole.values])
+
+
+def _row(stage: Stage, each: Measured, seconds: float) -> Row:
+    assert stage.contender is not None
+    task, contender = stage.task, stage.contender
+    known = entries(SHORT).get(contender.entry)
+    return Row(
+        run=f"{task.scenario.name}/{stage.seed}",
+        experiment="",
+        dataset=task.dataset,
+        model=task.about,
+        scenario=task.scenario.name,
+        method=contender.name,
+        blind=known is None or known.blind,
+        seed=stage.seed,
+        split=each.split,
+        metric=each.metric,
+        value=each.value,
+        unit=each.unit,
+        n=each.n,
+        seconds=seconds,
+    )
+
+
+def _facts(trace: Mapping[str, Any]) -> list[tuple[str, object]]:
+    single = {n: v for n, v in trace["facts"].items() if isinstance(v, bool | int | float | str)}
+    return [*single.items(), ("stopped", trace["stopped"]), *(("warning", text) for text in trace["warnings"])]

@@ -1,0 +1,196 @@
+"""Rehearsal: choose settings for an unlearning whose removed records are gone.
+
+Pseudo-forget sets are drawn from what is left and unlearned blind, by the code that will unlearn the real ones: what is
+"cached" is the gradient of all that is left, and what is "left" lacks the set. Since the set is at hand, the outcome
+can be judged, by `closeness`: against records that were never seen, or against models retrained without it.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from expunge import progress
+from expunge.access import Blind
+from expunge.batches import Batches, indexed, only_rows
+from expunge.bench.closeness import Score, Seen, against_retrained, against_unseen
+from expunge.errors import ConfigError
+from expunge.gradient import Gradient
+from expunge.methods.retrain import Retrain
+from expunge.metrics.outputs import Logits, images_and_labels, outputs
+from expunge.seeds import derive, stream
+from expunge.training import Recipe
+from expunge.unlearn import unlearn
+
+Like = Literal["random", "in-class", "class"]
+Rows = Int[Tensor, " _"]
+LEAST_REFERENCES = 2  # the noise floor is the distance between two
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A trained model on the day after a deletion, and what is left of its data."""
+
+    model: nn.Module
+    given: Blind  # `full` is the gradient of what is left: the rehearsal's stand-in for a cache
+    unseen: Batches | None = None  # records like the training data that nothing was trained on
+    logits: Logits = images_and_labels
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A pseudo-forget set, what a method is given when it is removed, and what it is judged by."""
+
+    given: Blind
+    forget: Batches
+    seed: int  # of the unlearning
+    before: Seen  # by the trained model
+    references: tuple[Seen, ...]  # by models retrained without it
+
+
+def draw(labels: Int[np.ndarray, " left"], like: Like, count: int, sets: int, seed: int) -> list[Rows]:
+    """Rows of pseudo-forget sets that share no record.
+
+    Args:
+        labels: Of the records that are left.
+        like: "random": over all of them; "in-class": within a class, another one for each set; "class": all of a class,
+            another one for each set.
+        count: Records a set, unless like="class".
+        sets: How many.
+        seed: Which.
+
+    Returns:
+        Ascending rows for each set.
+
+    Raises:
+        ConfigError: Too few records, or too few classes that are large enough.
+    """
+    if like not in get_args(Like):
+        raise ConfigError(f"like={like!r}: choose from {', '.join(get_args(Like))}.")
+    if count < 1:
+        raise ConfigError(f"records={count}: a pseudo-forget set has at least one.")
+    order = torch.randperm(len(labels), generator=stream(seed, "pseudo-forget sets"))
+    if like == "random":
+        if count * sets >= len(labels):
+            raise ConfigError(
+                f"{sets} pseudo-forget sets of {count} records leave nothing of the {len(labels)} records in retain(). "
+                "Take smaller sets (--records) or fewer (--sets)."
+            )
+        return [each.sort().values for each in order[: count * sets].split(count)]
+    shuffled = torch.from_numpy(labels)[order]
+    least = 1 if like == "class" else count + 1  # a class of which some stays
+    classes = [label for label in dict.fromkeys(shuffled.tolist()) if int((shuffled == label).sum()) >= least]
+    if len(classes) < sets or (like == "class" and len(set(labels.tolist())) < 2):
+        raise ConfigError(
+            f"like={like!r}: {len(classes)} classes have {least} records or more in retain(), and {sets} pseudo-forget "
+            "sets need one each. Take smaller sets (--records) or fewer (--sets)."
+        )
+    found = [order[shuffled == label] for label in classes[:sets]]
+    return [(rows if like == "class" else rows[:count]).sort().values for rows in found]
+
+
+def prepare(
+    problem: Problem, sets: Iterable[Rows], *, seed: int, recipe: Recipe | None = None, retrain: int = 0
+) -> list[Rehearsal]:
+    """Set up a rehearsal for each pseudo-forget set.
+
+    Args:
+        problem: What it is about.
+        sets: Rows of `problem.given.retain`.
+        seed: Of unlearning and of retraining.
+        recipe: How the model was trained; needed to retrain.
+        retrain: How many models to retrain for each set; 0: judge against unseen records.
+
+    Raises:
+        ConfigError: Nothing to judge by: neither unseen records nor retrained models, or a single one.
+    """
+    sets = list(sets)
+    if retrain == 0 and problem.unseen is None:
+        raise ConfigError(
+            "there is nothing to judge a rehearsal by: the setup file defines no test(), records that nothing was "
+            "trained on. Add it, or retrain models to compare with (--retrain 2)."
+        )
+    if retrain and retrain < LEAST_REFERENCES:
+        raise ConfigError(
+            f"retrain={retrain}: nobody knows how far two retrained models are apart. Take {LEAST_REFERENCES} or "
+            "more, or 0 to judge against test()."
+        )
+    if retrain and recipe is None:
+        raise ConfigError(
+            f"retrain={retrain}: the setup file defines no recipe, so that nothing can be retrained. Add recipe = "
+            "expunge.Recipe(epochs=…, lr=…), with what the model was trained with."
+        )
+    found = []
+    with progress.task("rehearsals", len(sets) * max(retrain, 1)) as advance:
+        for number, rows in enumerate(sets):
+            own = derive(seed, "rehearsal", number) % 2**31
+            given, forget = _without(problem.given, rows)
+            bare = Rehearsal(given, forget, own, see(problem, problem.model, given.retain, forget), ())
+            references = []
+            for k in range(retrain):
+                assert recipe is not None
+                done = unlearn(problem.model, given, Retrain(recipe=recipe), seed=derive(own, "retrain", k) % 2**31)
+                references.append(see(problem, done.model, given.retain, forget))
+                advance()
+            found.append(replace(bare, references=tuple(references)))
+            if not retrain:
+                advance()
+    return found
+
+
+def _without(given: Blind, rows: Rows) -> tuple[Blind, Batches]:
+    forget, known = only_rows(given.retain, rows), indexed(given.retain)
+    assert known is not None  # or only_rows had refused
+    kept = torch.ones(len(known.positions), dtype=torch.bool)
+    kept[rows] = False
+    return replace(given, retain=only_rows(given.retain, kept.nonzero()[:, 0])), forget
+
+
+def see(problem: Problem, model: nn.Module, left: Batches, forget: Batches) -> Seen:
+    """The outputs of a model on the parts of a rehearsal."""
+    unseen = None if problem.unseen is None else outputs(model, problem.unseen, problem.logits)
+    return Seen(outputs(model, left, problem.logits), outputs(model, forget, problem.logits), unseen)
+
+
+def rehearse(problem: Problem, rehearsals: Sequence[Rehearsal], config: object) -> list[Seen]:
+    """Unlearn every pseudo-forget set with some settings.
+
+    Raises:
+        NotFinite: NaN or infinity in what came out.
+        ConfigError: Settings that the method or the model refuses.
+    """
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that settings do nothing, or too much, is what their score says
+        for each in rehearsals:
+            model = unlearn(problem.model, each.given, config, seed=each.seed).model
+            found.append(see(problem, model, each.given.retain, each.forget))
+    return found
+
+
+def score(rehearsals: Sequence[Rehearsal], after: Sequence[Seen]) -> Score:
+    """Judge what was unlearned, against retrained models if there are any, else against unseen records."""
+    if rehearsals[0].references:
+        return against_retrained([each.references for each in rehearsals], after)
+    return against_unseen([each.before for each in rehearsals], after)
+
+
+def removed_count(cached: Gradient, left: Gradient) -> int:
+    """How many loss terms a real deletion took, the size of a pseudo-forget set.
+
+    Raises:
+        MismatchError: A cache of other weights or data.
+        ConfigError: Nothing was removed.
+    """
+    removed = (cached - left).count
+    if not removed:
+        raise ConfigError(
+            "the cache and retain() have the same number of records: nothing was removed. Say how many records a "
+            "pseudo-forget set has (--records)."
+        )
+    return removed

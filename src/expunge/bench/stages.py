@@ -1,0 +1,212 @@
+"""The stages of an experiment: what each depends on, and the name that follows from that.
+
+A stage is plain values; its result is a folder whose name is a hash of those that matter to it, of the keys of the
+stages it needs, and of a version. Stages with the same key are the same work and are done once, whoever needs them.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
+from typing import Any, Literal, get_args
+
+from expunge.bench.entries import SHORT, entries
+from expunge.bench.tasks import Scenario, Task
+from expunge.methods import method_of
+from expunge.training import Recipe
+
+Step = Literal["original", "cache", "retrain", "outputs", "tune", "unlearn", "evaluate"]
+STEPS: tuple[Step, ...] = get_args(Step)
+# Raise one when the code of a step, or what it calls, gives other results than before: its stages are then done anew.
+# Only the file of a method counts by itself. A hash of the whole library would throw away days of training after a
+# change of a comment; env.json of every stage has that hash, and `bench status` says when results mix.
+VERSIONS: dict[Step, int] = dict.fromkeys(STEPS, 1)
+STANDARDS = ("original", "retrain", "retrain again")  # models that are evaluated beside those that unlearned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Who takes part: a method or a control, with settings of its own on top of those that were tuned."""
+
+    name: str  # in tables
+    entry: str  # one of `entries`: whose start and search space; of the standards their own name
+    settings: tuple[tuple[str, Any], ...] = ()
+    tuned: bool = True  # or with the start's settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What everyone may spend."""
+
+    budget: Recipe  # the most that an unlearning may train, all its phases together
+    trials: int  # of settings, a method
+    rehearsals: tuple[int, ...] = (1001,)  # seeds of their own, on which settings are tried
+    references: int = 2  # retrained models of a rehearsal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A piece of work of an experiment."""
+
+    step: Step
+    task: Task
+    seed: int
+    number: int = 1  # of a retrained model
+    contender: Contender | None = None
+    effort: Effort | None = None
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        who = self.contender.name if self.contender else str(self.number) if self.step in ("retrain", "outputs") else ""
+        return " ".join(each for each in (self.step, who, f"({self.task.scenario.name}, seed {self.seed})") if each)
+
+    @property
+    def needs(self) -> "dict[str, Stage]":
+        """The stages whose results this one reads, by role."""
+        return _NEEDS[self.step](self)
+
+    @property
+    def key(self) -> str:
+        """Names the result."""
+        return _key(self)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    def of(self, step: Step, **changes: Any) -> "Stage":
+        """Another stage of the same task and seed, unless changed."""
+        return replace(Stage(step=step, task=self.task, seed=self.seed), **changes)
+
+
+def from_plain(plain: dict[str, Any]) -> Stage:
+    """The stage that `Stage.plain` wrote."""
+    values: dict[str, Any] = {name: _tuples(value) for name, value in plain.items()}
+    task = values["task"]
+    values["task"] = Task(**{**task, "recipe": Recipe(**task["recipe"]), "scenario": Scenario(**task["scenario"])})
+    if values["contender"] is not None:
+        values["contender"] = Contender(**values["contender"])
+    if values["effort"] is not None:
+        values["effort"] = Effort(**{**values["effort"], "budget": Recipe(**values["effort"]["budget"])})
+    return Stage(**values)
+
+
+def closure(wanted: Iterable[Stage]) -> dict[str, Stage]:
+    """These stages and all that they need, by key; what is needed comes first."""
+    found: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        if stage.key not in found:
+            for need in stage.needs.values():
+                visit(need)
+            found[stage.key] = stage
+
+    for stage in wanted:
+        visit(stage)
+    return found
+
+
+def _trained(stage: Stage) -> dict[str, Stage]:
+    return {"original": stage.of("original"), "cache": stage.of("cache")}
+
+
+def _tune(stage: Stage) -> dict[str, Stage]:
+    assert stage.effort is not None
+    found = {}
+    for seed in stage.effort.rehearsals:
+        found |= {f"{role} {seed}": need for role, need in _trained(replace(stage, seed=seed)).items()}
+        for number in range(1, stage.effort.references + 1):
+            found[f"outputs {number} {seed}"] = stage.of("outputs", seed=seed, number=number)
+    return found
+
+
+def _unlearn(stage: Stage) -> dict[str, Stage]:
+    assert stage.contender is not None
+    if not stage.contender.tuned:
+        return _trained(stage)
+    return {**_trained(stage), "tune": tuning_of(stage)}
+
+
+def tuning_of(stage: Stage) -> Stage:
+    """The search whose best settings an unlearning takes."""
+    assert stage.contender is not None
+    entry = Contender(name=stage.contender.entry, entry=stage.contender.entry)
+    return stage.of("tune", seed=0, contender=entry, effort=stage.effort)
+
+
+def _evaluate(stage: Stage) -> dict[str, Stage]:
+    assert stage.contender is not None
+    models = {
+        "original": stage.of("original"),
+        "retrain": stage.of("retrain"),
+        "retrain again": stage.of("retrain", number=2),
+    }
+    model = models.get(stage.contender.entry) or replace(stage, step="unlearn")
+    found = {"model": model, "truth": stage.of("outputs"), "reference": stage.of("retrain")}
+    return found if stage.contender.entry in STANDARDS else {**found, "cache": stage.of("cache")}
+
+
+_NEEDS = {
+    "original": lambda _: {},
+    "cache": lambda stage: {"original": stage.of("original")},
+    "retrain": lambda _: {},
+    "outputs": lambda stage: {"model": stage.of("retrain", number=stage.number)},
+    "tune": _tune,
+    "unlearn": _unlearn,
+    "evaluate": _evaluate,
+}
+
+
+@cache
+def _key(stage: Stage) -> str:
+    own: dict[str, Any] = {"step": stage.step, "version": VERSIONS[stage.step], **_matters(stage)}
+    own["needs"] = {role: need.key for role, need in stage.needs.items()}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return f"{stage.step}-{digest[:16]}"
+
+
+def _matters(stage: Stage) -> dict[str, Any]:
+    """What a stage depends on beside its needs."""
+    if stage.step == "cache":
+        return {}  # all of it follows from the original
+    task = _chosen(stage.task)
+    if stage.step == "original":
+        return {**task, "scenario": stage.task.scenario.before, "seed": stage.seed}
+    found: dict[str, Any] = {"task": task, "seed": stage.seed}
+    if stage.step in ("retrain", "outputs"):
+        return {**found, "number": stage.number}
+    assert stage.contender is not None
+    if stage.step == "evaluate":
+        return {**found, "contender": stage.contender.name}
+    assert stage.effort is not None
+    code = {"method": _source(stage.contender.entry)}
+    if stage.step == "tune":
+        return {**found, **code, "entry": stage.contender.entry, "effort": _chosen(stage.effort)}
+    choice = {name: value for name, value in _chosen(stage.contender).items() if name != "name"}
+    return {**found, **code, "contender": choice, "budget": _chosen(stage.effort.budget)}
+
+
+def _chosen(config: Any) -> Any:
+    """A configuration as plain values, without those that are defaults: a new setting leaves old keys as they are."""
+    if not is_dataclass(config):
+        return config
+    values = {each.name: (getattr(config, each.name), each.default) for each in fields(config)}
+    return {name: _chosen(value) for name, (value, default) in values.items() if value != default}
+
+
+@cache
+def _source(entry: str) -> str:
+    """A hash of the file of a method."""
+    module = inspect.getmodule(method_of(entries(SHORT)[entry].start).run)
+    assert module is not None
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, for dataclasses that are hashed."""
+    if isinstance(value, list):
+        return tuple(_tuples(each) for each in value)
+    return {name: _tuples(each) for name, each in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,279 @@
+"""What each stage does: results of the stages it needs in, files in its folder out."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge import cache
+from expunge.access import Blind, Sighted
+from expunge.batches import Examples
+from expunge.bench import judging, tasks
+from expunge.bench.entries import Entry, entries
+from expunge.bench.stages import Stage, Step, tuning_of
+from expunge.bench.store import Store, read_json, write_json
+from expunge.bench.tasks import Records
+from expunge.bench.tuning import Trial, tune
+from expunge.errors import NotFinite, NotInformative
+from expunge.files import save_tensors
+from expunge.gradient import Gradient, gradient
+from expunge.losses import cross_entropy
+from expunge.methods.fisher import FisherForgetting
+from expunge.methods.reload import Reload
+from expunge.methods.retrain import Retrain
+from expunge.metrics.outputs import Outputs
+from expunge.space import with_settings
+from expunge.trace import Trace
+from expunge.training import train
+from expunge.unlearn import unlearn
+from expunge.weights import load_weights, save_weights
+
+WEIGHTS, TRACE, CACHE, LOGITS, TRIALS = (
+    "model.safetensors", "trace.json", "cache.safetensors", "logits.safetensors", "trials.json",
+)  # fmt: skip
+FAILURES = (NotFinite, NotInformative)  # of a method: results, not mistakes
+
+
+def do(stage: Stage, store: Store) -> bool:
+    """Do a stage unless it is done; whether it had to be."""
+    with _threads(stage.task.threads):
+        return store.make(stage, lambda folder: _STEPS[stage.step](stage, store, folder))
+
+
+def _original(stage: Stage, store: Store, folder: Path) -> None:
+    records = _records(stage, store)
+    model = _untrained(stage, records, tasks.seed_of("original", stage.seed))
+    trace = Trace("train", stage.seed)
+    with trace.stage("train", model):
+        train(model, records.before, cross_entropy, stage.task.recipe, seed=stage.seed, trace=trace)
+    _keep(folder, model, trace)
+
+
+def _retrain(stage: Stage, store: Store, folder: Path) -> None:
+    records = _records(stage, store)
+    seed = tasks.seed_of("retrain", stage.seed, stage.number)
+    like = _untrained(stage, records, tasks.seed_of("original", stage.seed))
+    done = unlearn(like, _given(stage, records, None), Retrain(recipe=stage.task.recipe), seed=seed)
+    _keep(folder, done.model, done.trace)
+
+
+def _cache(stage: Stage, store: Store, folder: Path) -> None:
+    records = _records(stage, store)
+    model = _stored(stage, records, store.result(stage.of("original")))
+    start = time.perf_counter()
+    full = gradient(model, cross_entropy, records.before)
+    cache.save(folder / CACHE, full)
+    spent = time.perf_counter() - start
+    write_json(folder / TRACE, {"seconds": {"cache": spent}, "backwarded": full.count, "forwarded": 0})
+
+
+def _outputs(stage: Stage, store: Store, folder: Path) -> None:
+    records = _records(stage, store)
+    model = _stored(stage, records, store.result(stage.needs["model"]))
+    found = judging.looked_at(model, records, batch_size=judging.PIECE)
+    save_tensors(folder / LOGITS, {split: torch.from_numpy(each.logits) for split, each in found.items()})
+
+
+def _tune(stage: Stage, store: Store, folder: Path) -> None:
+    """Every setting is tried on every rehearsal; the score is in noise floors."""
+    assert stage.effort is not None
+    assert stage.contender is not None
+    rehearsals = [_Situation(replace(stage, seed=seed), store) for seed in stage.effort.rehearsals]
+    truths = [
+        [
+            read_outputs(each.records, store.result(each.stage.of("outputs", number=number)))
+            for number in range(1, stage.effort.references + 1)
+        ]
+        for each in rehearsals
+    ]
+    corrects = stage.task.scenario.corrects
+    floor = judging.floor(truths, corrects)
+    entry = entry_of(stage, rehearsals[0].records)
+
+    def objective(settings: dict[str, Any]) -> float:
+        found = []
+        for each in rehearsals:
+            model = each.unlearned(entry, settings, each.stage.seed)[0]
+            found.append(judging.looked_at(model, each.records, batch_size=judging.PIECE, only=judging.SCORED))
+        return judging.score(found, truths, floor, corrects)
+
+    trials = tune(
+        entry.space,
+        _forgiving(objective),
+        trials=stage.effort.trials,
+        seed=stage.seed,
+        journal=store.journal(stage),
+        about={"stage": stage.key},
+    )
+    write_json(folder / TRIALS, {"floor": floor, "best": _best(trials), "trials": [vars(each) for each in trials]})
+
+
+def _unlearn(stage: Stage, store: Store, folder: Path) -> None:
+    situation = _Situation(stage, store)
+    entry = entry_of(stage, situation.records)
+    try:
+        model, trace = situation.unlearned(entry, settings_of(stage, store), stage.seed)
+    except FAILURES as error:
+        write_json(folder / TRACE, {"failed": str(error)})
+        return
+    _keep(folder, model, trace)
+
+
+def _evaluate(stage: Stage, store: Store, folder: Path) -> None:
+    assert stage.contender is not None
+    needs = stage.needs
+    done = read_json(store.result(needs["model"]) / TRACE)
+    reference = read_json(store.result(needs["reference"]) / TRACE)
+    caching = read_json(store.result(needs["cache"]) / TRACE) if "cache" in needs else None
+    records = _records(stage, store)
+    own = None
+    if "failed" not in done:
+        model = _stored(stage, records, store.result(needs["model"]))
+        own = judging.looked_at(model, records, batch_size=judging.PIECE)
+    truth = read_outputs(records, store.result(needs["truth"]))
+    judging.write(folder, stage, own, truth, done, reference, caching if _cached(stage, records) else None)
+
+
+_STEPS: Mapping[Step, Callable[[Stage, Store, Path], None]] = {
+    "original": _original,
+    "cache": _cache,
+    "retrain": _retrain,
+    "outputs": _outputs,
+    "tune": _tune,
+    "unlearn": _unlearn,
+    "evaluate": _evaluate,
+}
+
+
+class _Situation:
+    """A trained model with its cached gradient, on the day that data is deleted or corrected."""
+
+    def __init__(self, stage: Stage, store: Store) -> None:
+        self.stage, self.records = stage, _records(stage, store)
+        self.original = _stored(stage, self.records, store.result(stage.of("original")))
+        path = store.result(stage.of("cache")) / CACHE
+        self.given = _given(stage, self.records, cache.load(path, self.original, cross_entropy))
+
+    def unlearned(self, entry: Entry, settings: Mapping[str, Any], seed: int) -> tuple[nn.Module, Trace]:
+        """What a method makes of the model; its warnings are in the trace."""
+        config = with_settings(entry.start, settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            done = unlearn(self.original, self.given, config, seed=seed)
+        return done.model, done.trace
+
+
+def entry_of(stage: Stage, records: Records) -> Entry:
+    """The entry of a contender, with the budget of the experiment.
+
+    Fisher forgetting passes back once for every class of a record, so that it gets as many records as make up the
+    budget.
+    """
+    assert stage.contender is not None
+    assert stage.effort is not None
+    model = _untrained(stage, records, 0)
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+    entry = entries(stage.effort.budget, layers)[stage.contender.entry]
+    if isinstance(entry.start, FisherForgetting):
+        limit = max(stage.effort.budget.epochs * len(records.retain) // records.classes, 1)
+        return replace(entry, start=replace(entry.start, limit=limit))
+    return entry
+
+
+def settings_of(stage: Stage, store: Store) -> dict[str, Any]:
+    """Those that were tuned, with a contender's own on top."""
+    assert stage.contender is not None
+    best: dict[str, Any] = {}
+    if stage.contender.tuned:
+        best = read_json(store.result(tuning_of(stage)) / TRIALS)["best"]
+    return {**best, **dict(stage.contender.settings)}
+
+
+def read_outputs(records: Records, folder: Path) -> dict[str, Outputs]:
+    """What the step outputs wrote, with the labels of the records."""
+    from safetensors.torch import load_file
+
+    logits = load_file(folder / LOGITS)
+    labels = {split: data.tensors[1].cpu().numpy() for split, data in judging.judged(records).items()}
+    return {split: Outputs(logits[split].numpy(), labels[split]) for split in labels}
+
+
+def _best(trials: list[Trial]) -> dict[str, Any]:
+    return trials[0].settings
+
+
+def _forgiving(objective: Callable[[dict[str, Any]], float]) -> Callable[[dict[str, Any]], float]:
+    """Settings with which the method finds nothing to do are as bad as those with which it breaks down."""
+
+    def tried(settings: dict[str, Any]) -> float:
+        try:
+            return objective(settings)
+        except NotInformative as error:
+            raise NotFinite(str(error)) from error
+
+    return tried
+
+
+def _cached(stage: Stage, records: Records) -> bool:
+    """Whether the cost of the cached gradient is one of this contender's."""
+    assert stage.contender is not None
+    return stage.effort is not None and isinstance(entry_of(stage, records).start, Reload)
+
+
+def _records(stage: Stage, store: Store) -> Records:
+    found = tasks.records(stage.task, stage.seed, store.data)
+    if stage.task.device == "cpu":
+        return found
+    there: dict[str, Examples] = {split: data.to(stage.task.device) for split, data in found.parts.items()}
+    moved = {n: getattr(found, n).to(stage.task.device) for n in ("before", "retain", "forget", "unseen")}
+    return replace(found, parts=there, **moved)
+
+
+def _untrained(stage: Stage, records: Records, seed: int) -> nn.Module:
+    return tasks.untrained(stage.task, records.classes, records.before.tensors[0].shape[1], seed)
+
+
+def _stored(stage: Stage, records: Records, folder: Path) -> nn.Module:
+    return load_weights(_untrained(stage, records, 0), folder / WEIGHTS)
+
+
+def _given(stage: Stage, records: Records, full: Gradient | None) -> Blind:
+    return Sighted(
+        retain=records.retain,
+        forget=records.forget,
+        original=records.before,
+        loss_terms=cross_entropy,
+        fresh=lambda seed: _untrained(stage, records, seed),
+        full=full,
+    )
+
+
+def _keep(folder: Path, model: nn.Module, trace: Trace) -> None:
+    save_weights(folder / WEIGHTS, model)
+    write_json(folder / TRACE, {**trace.as_dict(), "sizes": {n: p.numel() for n, p in model.named_parameters()}})
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """That many threads for torch, and for the libraries of scikit-learn, if it is there."""
+    before = torch.get_num_threads()
+    try:
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+        limits: AbstractContextManager[Any] = threadpool_limits(count)
+    except ImportError:
+        limits = nullcontext()
+    with limits, warnings.catch_warnings():
+        # Gradients are added up in a flat buffer, in another memory layout than weights with channels last.
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

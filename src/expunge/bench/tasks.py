@@ -1,0 +1,217 @@
+"""What an experiment is about: a dataset, a model, how it is trained, and what is removed or corrected."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from expunge.batches import Examples
+from expunge.data import read
+from expunge.data.digits import CLASSES, digits
+from expunge.data.images import ImageData, Images, Normalisation, normalisation, to_examples
+from expunge.errors import ConfigError, MismatchError
+from expunge.models import build
+from expunge.scenarios.backdoors import cross_backdoor
+from expunge.scenarios.corruption import corrected, identified
+from expunge.scenarios.removal import in_class_removal, members, random_removal
+from expunge.seeds import derive, stream
+from expunge.training import Recipe
+
+Kind = Literal["random", "in-class", "cross-backdoor"]
+NOTE = "NOTE"  # a text file beside the data that says in what it differs from the official files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What is removed or corrected."""
+
+    kind: Kind
+    amount: float = 0.0  # random: share of the training images; in-class: how many
+    classes: tuple[int, ...] = ()  # cross-backdoor: whose images get the cross
+    gamma: float = 1.0  # cross-backdoor: share of the faults that are known
+    known_are: Literal["corrected", "removed"] = "corrected"  # cross-backdoor: what becomes of known faults
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        if self.kind == "random":
+            return f"random {100 * self.amount:g} %"
+        if self.kind == "in-class":
+            return f"in-class {self.amount:g}"
+        known = "" if self.gamma == 1 else f", {100 * self.gamma:g} % known"
+        return f"cross backdoor {self.known_are}{known}"
+
+    @property
+    def corrects(self) -> bool:
+        """Whether what is judged is a correction; else records are removed."""
+        return self.kind == "cross-backdoor"
+
+    @property
+    def before(self) -> tuple[object, ...]:
+        """What the original model depends on: faults in its data, if there are any, but not what is removed later."""
+        return (self.kind, self.classes) if self.corrects else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Data, model, training and scenario; with a seed it is a situation that methods can be compared in."""
+
+    dataset: str  # one of `data.READERS`, or digits
+    model: str  # one of `models.MODELS`
+    settings: tuple[tuple[str, Any], ...] = ()  # of the model, beside the number of classes and channels
+    recipe: Recipe  # of the original and of retraining
+    scenario: Scenario
+    train: int = 0  # training images, drawn anew for each seed; 0: all
+    test: int = 0  # test images, the same for all seeds; 0: all
+    threads: int = 1  # of torch: results depend on them
+    device: str = "cpu"
+    fingerprint: str = ""  # of the data: `located` fills it in
+
+    @property
+    def about(self) -> str:
+        """Data and model in words."""
+        sizes = f"{self.train or 'all'} training images"
+        settings = "".join(f", {name} {value}" for name, value in self.settings)
+        return f"{self.dataset}, {sizes}, {self.model}{settings}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """The data of a task and a seed."""
+
+    classes: int
+    before: Examples  # what the original is trained on
+    retain: Examples  # what is left, or its corrected form: what retraining is trained on
+    forget: Examples  # what methods that are not blind see: removed records, or faulty ones
+    parts: dict[str, Examples]  # what models are judged on, by split
+    unseen: Examples  # test records like the removed ones: what an attacker has to tell them from
+
+
+def located(task: Task, folder: Path | None) -> Task:
+    """The task with the fingerprint of its data, so that other data makes another run.
+
+    Raises:
+        MissingData: Files of the dataset are not in the folder.
+        ConfigError: No folder was given.
+    """
+    if task.dataset == "digits":
+        return task
+    images(task, folder)
+    assert folder is not None
+    return replace(task, fingerprint=_read(task.dataset, folder)[1])
+
+
+def note_of(folder: Path | None) -> str:
+    """What the file NOTE beside the data says of it, on one line; "" without one."""
+    path = folder / NOTE if folder is not None else None
+    return " ".join(path.read_text(encoding="utf-8").split()) if path is not None and path.exists() else ""
+
+
+def images(task: Task, folder: Path | None) -> ImageData:
+    """The whole dataset of a task.
+
+    Raises:
+        ConfigError: No folder was given.
+        MissingData: Files of the dataset are not in it.
+        MismatchError: They are not those that the task was planned with.
+    """
+    if folder is None:
+        raise ConfigError(
+            f"{task.dataset} is read from files. Say where they are with --data DIR or in the environment variable "
+            f"EXPUNGE_DATA, or get them: expunge data get {task.dataset}."
+        )
+    found, fingerprint = _read(task.dataset, folder)
+    if task.fingerprint not in ("", fingerprint):
+        raise MismatchError(
+            f"{task.dataset} in {folder} is not the data that this run was planned with: its images or labels differ. "
+            "Restore it, or run `expunge bench run` again to plan with the new data."
+        )
+    return found
+
+
+def records(task: Task, seed: int, folder: Path | None) -> Records:
+    """What a scenario makes of the data of a task; the same for the same task and seed."""
+    if task.dataset == "digits":
+        split = digits(task.train, seed=seed)
+        clean, test, classes, white = split.train, split.test, CLASSES, torch.ones(1, 1, 1)
+    else:
+        found = images(task, folder)
+        if found.test is None:
+            raise ConfigError(f"{task.dataset} has no test images, and models are judged on some.")
+        chosen, scale = _drawn(task, found, seed)
+        clean = to_examples(chosen, scale)
+        test = to_examples(_some(found.test, task.test, stream(0, "test images")), scale)
+        classes, white = len(found.classes), scale.white
+    return (
+        _removed(task, seed, clean, test, classes)
+        if not task.scenario.corrects
+        else _planted(task, seed, clean, test, classes, white)
+    )
+
+
+def untrained(task: Task, classes: int, channels: int, seed: int) -> nn.Module:
+    """A model of the task, on its device; channels last in memory, which convolutions are faster on."""
+    model = build(task.model, seed=seed, classes=classes, channels=channels, **dict(task.settings))
+    return model.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def seed_of(stage: str, seed: int, number: int = 1) -> int:
+    """The seed of a model: the original, or a retrained model by its number."""
+    return derive(seed, stage, number) % 2**31
+
+
+def _removed(task: Task, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
+    labels = clean.tensors[1]
+    if task.scenario.kind == "random":
+        gone, unseen = random_removal(len(clean), task.scenario.amount, seed), test
+    else:
+        label = seed % classes
+        gone = in_class_removal(labels, label, count=int(task.scenario.amount), seed=seed)
+        unseen = test.only(members(test.tensors[1], label))
+    retain, forget = clean.without(gone), clean.only(gone)
+    parts = {"retain": retain, "forget": forget, "test": test}
+    return Records(classes=classes, before=clean, retain=retain, forget=forget, parts=parts, unseen=unseen)
+
+
+def _planted(task: Task, seed: int, clean: Examples, test: Examples, classes: int, white: Tensor) -> Records:
+    scenario = task.scenario
+    faulty = cross_backdoor(clean, scenario.classes, value=white)
+    known = identified(faulty.corrupted, scenario.gamma, seed)
+    assert faulty.on_test is not None
+    inputs, labels = test.tensors
+    triggered = Examples(faulty.on_test(inputs), labels)
+    domain = test.only(torch.isin(labels, torch.tensor(scenario.classes)).nonzero()[:, 0])
+    retain = corrected(faulty, clean, known) if scenario.known_are == "corrected" else faulty.data.without(known)
+    parts = {"retain": retain, "forget": clean.only(known), "test": test, "triggered": triggered, "domain": domain}
+    return Records(
+        classes=classes, before=faulty.data, retain=retain, forget=faulty.data.only(known), parts=parts, unseen=test
+    )
+
+
+def _drawn(task: Task, found: ImageData, seed: int) -> tuple[Images, Normalisation]:
+    chosen = _some(found.train, task.train, stream(seed, "training images"))
+    return chosen, normalisation(chosen)
+
+
+def _some(found: Images, count: int, generator: torch.Generator) -> Images:
+    """That many of the images, in the order of the files."""
+    if not count or count == len(found):
+        return found
+    if count > len(found):
+        raise ConfigError(f"{count} images are asked for, and there are {len(found)}.")
+    rows = torch.randperm(len(found), generator=generator)[:count].sort().values
+    return Images(found.pixels[rows], found.labels[rows])
+
+
+@lru_cache(maxsize=2)
+def _read(dataset: str, folder: Path) -> tuple[ImageData, str]:
+    """The dataset and a SHA-256 of its pixels and labels."""
+    found, digest = read(dataset, folder), hashlib.sha256()
+    for part in (found.train, found.test):
+        if part is not None:
+            digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
+    return found, digest.hexdigest()

@@ -1,0 +1,214 @@
+"""The commands for the paper's experiments: bench run, status, table, diff."""
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from expunge.cli import printing
+from expunge.cli.arguments import Flag
+
+if TYPE_CHECKING:
+    from expunge.bench.experiments import Experiment
+    from expunge.bench.runner import Hands
+    from expunge.bench.store import Store
+
+File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT")]
+RunPath = Annotated[Path, tyro.conf.Positional]
+DATA = "EXPUNGE_DATA"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    """An experiment, and where it is run."""
+
+    file: File
+    """Python file that defines the experiment, such as experiments/table1.py."""
+    profile: Literal["cpu", "paper"] = "cpu"
+    """How large: cpu for two cores and about an hour, paper for a GPU and the paper's own sizes."""
+    seeds: int = 3
+    """How many repetitions: seeds 0, 1, …"""
+    out: Path = Path("runs/bench")
+    """Folder for the results of stages, which experiments share, and for the run."""
+    data: Path | None = None
+    """Folder of the datasets; by default what the environment variable EXPUNGE_DATA says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(_Named):
+    """Carry out an experiment; what is done already, by this or another experiment, is not done again."""
+
+    jobs: int = 1
+    """Processes that work at the same time."""
+    ray: Flag = False
+    """Work on a Ray cluster: one that is started on this machine, or the one at --ray-address."""
+    ray_address: str = ""
+    """Of a running cluster, whose machines must see the folders of --out and --data under the same paths."""
+    gpus: float = 0
+    """GPUs that a stage takes, with --ray."""
+    data_note: str = ""
+    """What must be said of the data in every row; by default the text of the file NOTE in its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status(_Named):
+    """Say what of an experiment is done, what is being done, and what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(_Named):
+    """Print the tables of what is done so far, the paper's figures beside the measured ones."""
+
+    format: Literal["terminal", "markdown"] = "terminal"
+    """For a terminal, or as Markdown."""
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Compare the rows of two runs: what is identical, what changed, and what changed beyond noise."""
+
+    before: RunPath
+    """Run folder, or a CSV file of rows."""
+    after: RunPath
+    """The other."""
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Table, tyro.conf.subcommand("table")]
+    | Annotated[Diff, tyro.conf.subcommand("diff")]
+)
+
+
+def bench(command: Annotated[Command, tyro.conf.arg(name="")]) -> None:
+    """Run the paper's experiments, and look at what they gave.
+
+    Args:
+        command: What to do.
+    """
+    if isinstance(command, Run):
+        _run(command)
+    elif isinstance(command, Status):
+        _status(command)
+    elif isinstance(command, Table):
+        _table(command)
+    else:
+        _diff(command)
+
+
+def _run(command: Run) -> None:
+    from expunge.bench import experiments
+    from expunge.bench.runner import carry_out
+    from expunge.errors import ConfigError, IncompleteRun
+
+    if command.seeds < 1:
+        raise ConfigError(f"seeds={command.seeds}: at least one must be run, and an interval needs three.")
+    experiment, store = _planned(command)
+    seeds = range(command.seeds)
+    try:
+        carry_out(experiment.evaluations(seeds), store, _hands(command, experiment, store), _say)
+    except IncompleteRun:
+        experiments.gather(experiment, seeds, store, command.data_note)
+        raise
+    folder = experiments.gather(experiment, seeds, store, command.data_note)
+    printing.show(*_tables(experiment, folder))
+    print(f"\nRows, settings and the environment: {folder.resolve()}. A page with figures: expunge report {folder}")
+
+
+def _hands(command: Run, experiment: "Experiment", store: "Store") -> "Hands":
+    from expunge.bench.runner import Serial
+    from expunge.bench.workers import Processes, RayCluster
+
+    if command.ray or command.ray_address:
+        threads = max(task.threads for task in experiment.tasks)
+        jobs = command.jobs if command.jobs > 1 else 0
+        return RayCluster(store, address=command.ray_address, jobs=jobs, threads=threads, gpus=command.gpus)
+    return Serial(store) if command.jobs == 1 else Processes(store, command.jobs)
+
+
+def _status(command: Status) -> None:
+    from rich.table import Table as RichTable
+
+    from expunge.bench.experiments import made_by
+    from expunge.bench.stages import STEPS, closure
+
+    experiment, store = _planned(command)
+    stages = closure(experiment.evaluations(range(command.seeds))).values()
+    done = [stage for stage in stages if store.done(stage)]
+    working = {stage.label: holder for stage in stages if stage not in done and (holder := store.holder(stage))}
+    total, over = (Counter(stage.step for stage in each) for each in (stages, done))
+    table = RichTable("stage", "done", "of", title=f"{experiment.name}, profile {experiment.profile}")
+    for step in STEPS:
+        table.add_row(step, str(over[step]), str(total[step]))
+    table.add_row("all", str(len(done)), str(len(stages)))
+    printing.show(table)
+    for label, holder in working.items():
+        print(f"being done: {label}, by {holder}")
+    for name, values in made_by(done, store).items():
+        if isinstance(values, list) and len(values) > 1:
+            print(f"results mix {len(values)} of {name}: {', '.join(value[:40] for value in values)}")
+
+
+def _table(command: Table) -> None:
+    from expunge.bench import experiments
+    from expunge.report import markdown
+    from expunge.rows import read_rows
+
+    experiment, store = _planned(command)
+    folder = experiments.gather(experiment, range(command.seeds), store)
+    if command.format == "terminal":
+        printing.show(*_tables(experiment, folder))
+        return
+    shown = experiments.table_rows(experiment, read_rows(folder / "rows.csv"))
+    for scenario in _scenarios(experiment):
+        print(markdown(shown, scenario))
+
+
+def _tables(experiment: "Experiment", folder: Path) -> list[object]:
+    from expunge.bench.experiments import table_rows
+    from expunge.report import rich_tables
+    from expunge.rows import read_rows
+
+    shown = table_rows(experiment, read_rows(folder / "rows.csv"))
+    return [table for scenario in _scenarios(experiment) for table in rich_tables(shown, scenario)]
+
+
+def _scenarios(experiment: "Experiment") -> list[str]:
+    return list(dict.fromkeys(task.scenario.name for task in experiment.tasks))
+
+
+def _diff(command: Diff) -> None:
+    from rich.table import Table as RichTable
+
+    from expunge.bench.difference import compare, rows_of
+
+    cells = compare(rows_of(command.before), rows_of(command.after))
+    table = RichTable("scenario", "method", "metric", "A", "B", "seeds", "p", "state")
+    for cell in cells:
+        if cell.state != "identical":
+            sides = ["" if value is None else f"{value:.6g}" for value in (cell.before, cell.after)]
+            p = "" if cell.p is None else f"{cell.p:.2g}"
+            table.add_row(
+                cell.scenario, cell.method, f"{cell.metric} ({cell.unit})", *sides, str(cell.seeds), p, cell.state
+            )
+    if table.row_count:
+        printing.show(table)
+    counts = Counter(cell.state for cell in cells)
+    print(", ".join(f"{counts[state]} {state}" for state in counts) + f" of {len(cells)} cells.")
+
+
+def _planned(command: _Named) -> "tuple[Experiment, Store]":
+    from expunge.bench import experiments
+    from expunge.bench.store import Store
+
+    data = command.data or (Path(os.environ[DATA]) if os.environ.get(DATA) else None)
+    return experiments.load(command.file, command.profile, data), Store(command.out, data)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,232 @@
+"""The command that chooses settings on records that are still there: rehearse."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge import cache as cache_file
+from expunge import provenance
+from expunge.access import Blind
+from expunge.bench import chosen, closeness, inputs, rehearsal, tuning
+from expunge.bench.closeness import Score
+from expunge.bench.rehearsal import Like, Problem, Rehearsal
+from expunge.bench.tuning import Trial
+from expunge.cli import printing
+from expunge.cli.arguments import Flag, SetupFile
+from expunge.cli.own_model import MethodConfig, trained_model
+from expunge.errors import ConfigError, NotFinite
+from expunge.gradient import MICRO_BATCH, Gradient, gradient
+from expunge.methods import Method, method_of
+from expunge.metrics.outputs import outputs
+from expunge.setup import Setup, load_setup
+from expunge.space import settings_of, with_settings
+
+NOTHING, GIVEN, CHOSEN = "no unlearning", "settings as given", "settings chosen"
+_SHOWN = 10  # trials in the table
+_Confirmed = dict[str, dict[str, Score]]  # by settings: on the tuned sets, on the one that was held out
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """All that a rehearsal works with."""
+
+    problem: Problem
+    tuned: list[Rehearsal]
+    held: list[Rehearsal]  # the one that settings are confirmed on
+    about: dict[str, Any]  # what the scores depend on
+
+
+def rehearse(
+    setup: SetupFile,
+    method: MethodConfig,
+    *,
+    weights: Path,
+    cache: Path | None = None,
+    out: Path = Path("settings.json"),
+    like: Like = "random",
+    records: int | None = None,
+    sets: int = 3,
+    retrain: int = 0,
+    trials: int = 25,
+    minutes: float = math.inf,
+    journal: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    replace: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Choose the settings of a blind method, without the removed records.
+
+    Draws pseudo-forget sets from what is left, unlearns them blind with many settings, and takes those that come
+    closest to never having seen them; one more set says whether they hold up. Goes on where it was interrupted.
+
+    Args:
+        setup: Python file with model(seed), retain(), loss_terms, and test() or recipe.
+        method: The method; what it does not tune stays as given, fine_tune.epochs for example.
+        weights: The trained weights that the cache was made at.
+        cache: The gradient cache: it says how many records were removed. Without it, give --records.
+        out: Where the settings go, for `expunge unlearn --settings`.
+        like: What was removed: records at random, records of one class, or a whole class (needs --retrain).
+        records: Size of a pseudo-forget set; by default as many as were removed.
+        sets: Pseudo-forget sets to tune on, at least 2; one more is drawn to confirm.
+        retrain: Models to retrain for each set as references, at least 2; 0 judges against test() instead.
+        trials: Settings to try.
+        minutes: No trial begins later than this.
+        journal: Where finished trials are kept; by default beside OUT.
+        seed: Of the sets, the trials and the unlearning.
+        device: auto, cpu, cuda, cuda:1, …
+        replace: Write over settings that exist.
+        json: Print JSON.
+    """
+    if out.exists() and not replace:
+        raise ConfigError(f"{out} exists: give another name, or --replace.")
+    if sets < 2:
+        raise ConfigError(f"sets={sets}: settings that suit a single set may suit nothing else. Take 2 or more.")
+    if like == "class" and not retrain:
+        raise ConfigError(
+            "like='class': unseen records of a class that was trained on are known as well as the removed ones, and "
+            "show nothing of a model that never saw the class. Retrain models to compare with: --retrain 2."
+        )
+    row = method_of(method)
+    _require_tunable(row)
+    tuning.require_optuna()
+    read = {"setup": setup, "weights": weights} | ({"cache": cache} if cache else {})
+    hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
+    stage = _stage(load_setup(setup), weights, cache, like, records, sets, retrain, seed, device)
+    inputs.require_unchanged(hashes)
+    about = stage.about | {"method": row.name, "settings": settings_of(method), "code": provenance.sources()}
+    about |= {"files": {role: hashes[path] for role, path in read.items()}}
+
+    def objective(settings: dict[str, Any]) -> float:
+        after = rehearsal.rehearse(stage.problem, stage.tuned, with_settings(method, settings))
+        return rehearsal.score(stage.tuned, after).total
+
+    kept = journal or out.with_suffix(".trials.jsonl")
+    found = tuning.tune(row.space, objective, trials=trials, seed=seed, journal=kept, about=about, seconds=60 * minutes)
+    if not found or found[0].score == math.inf:
+        reason = found[0].failure if found else f"no trial began in {minutes:g} minutes."
+        raise ConfigError(
+            f"no settings of {row.name} worked: {reason} "
+            "Give more time or trials, or other settings where this method does not tune."
+        )
+    best = with_settings(method, found[0].settings)
+    scores = _confirm(stage, {GIVEN: method, CHOSEN: best})
+    after = {"trials": len(found), "scores": scores, "holds up": _holds_up(scores)}
+    chosen.write_settings(out, best, about | after)
+    command = ["expunge", "unlearn", str(setup), "--weights", str(weights), *(["--cache", str(cache)] if cache else [])]
+    command += ["--settings", str(out), "--out", "unlearned.safetensors", row.name]
+    if json:
+        tried = [asdict(trial) | {"score": None if trial.failure else trial.score} for trial in found]
+        result = about | after | {"tried": tried, "chosen": found[0].settings, "file": str(out), "command": command}
+        print(printing.as_json(result))
+        return
+    _show(stage, found, scores, kept)
+    print(f"settings: {out}\n{shlex.join(command)}")
+
+
+def _require_tunable(row: Method) -> None:
+    if not row.blind:
+        raise ConfigError(
+            f"{row.name} needs the removed records, and a rehearsal is for those who have none. Rehearse a blind "
+            "method (expunge methods lists them)."
+        )
+    if not row.space:
+        raise ConfigError(f"{row.name} has no settings to choose.")
+
+
+def _stage(
+    loaded: Setup,
+    weights: Path,
+    cache: Path | None,
+    like: Like,
+    records: int | None,
+    sets: int,
+    retrain: int,
+    seed: int,
+    device: str,
+) -> _Stage:
+    if cache is None and records is None:
+        raise ConfigError(
+            "without a cache nobody knows how many records were removed. Give --cache, or --records with their number."
+        )
+    model = trained_model(loaded, weights, device)
+    retain, cached = loaded.data("retain"), None
+    if cache is not None:
+        cached = cache_file.load(cache, model, loaded.loss_terms)
+    left = gradient(
+        model,
+        loaded.loss_terms,
+        retain,
+        parameters=cached.total if cached else None,
+        micro_batch=cached.micro_batches.size if cached and cached.micro_batches else MICRO_BATCH,
+    )
+    count = records if records is not None else _removed(cached, left)
+    problem = Problem(
+        model=model,
+        given=Blind(retain=retain, loss_terms=loaded.loss_terms, fresh=loaded.model, full=left),
+        unseen=loaded.data("test") if loaded.has("test") and not retrain else None,
+        logits=loaded.logits,
+    )
+    labels = outputs(model, retain, loaded.logits).labels
+    drawn = rehearsal.draw(labels, like, count, sets + 1, seed)
+    recipe = loaded.recipe if retrain and loaded.has("recipe") else None
+    prepared = rehearsal.prepare(problem, drawn, seed=seed, recipe=recipe, retrain=retrain)
+    about: dict[str, Any] = {"like": like, "records": count, "sets": sets, "retrain": retrain, "seed": seed}
+    about |= {"left": {"terms": left.count, "loss": left.loss}}  # data that changed is another search
+    return _Stage(problem, prepared[:sets], prepared[sets:], about)
+
+
+def _removed(cached: Gradient | None, left: Gradient) -> int:
+    assert cached is not None
+    return rehearsal.removed_count(cached, left)
+
+
+def _confirm(stage: _Stage, configs: Mapping[str, object]) -> _Confirmed:
+    """Scores on the sets that were tuned on, and on the one that was not."""
+    both = {"tuned on": stage.tuned, "held out": stage.held}
+    found = {NOTHING: {name: rehearsal.score(sets, [each.before for each in sets]) for name, sets in both.items()}}
+    for who, config in configs.items():
+        found[who] = {name: _score(stage.problem, sets, config) for name, sets in both.items()}
+    return found
+
+
+def _score(problem: Problem, sets: Sequence[Rehearsal], config: object) -> Score:
+    try:
+        return rehearsal.score(sets, rehearsal.rehearse(problem, sets, config))
+    except NotFinite:
+        return Score(math.inf, math.inf, math.inf)
+
+
+def _holds_up(scores: _Confirmed) -> bool:
+    return scores[CHOSEN]["held out"].total <= scores[GIVEN]["held out"].total
+
+
+def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Path) -> None:
+    from rich.table import Table
+
+    names = list(found[0].settings)
+    tried = Table("trial", "score", *names, "s", title=f"The best of {len(found)} trials ({journal} has all)")
+    for trial in found[:_SHOWN]:
+        values = [f"{value:g}" if isinstance(value, float) else str(value) for value in trial.settings.values()]
+        tried.add_row(str(trial.number), f"{trial.score:.3g}", *values, f"{trial.seconds:.1f}")
+    unit = "noise floors" if stage.held[0].references else "nats"
+    compared = Table("", "tuned on", "forgetting", "usefulness", "held out", title=f"Scores, {unit}; 0 is perfect")
+    for who, each in scores.items():
+        compared.add_row(who, *(f"{value:.3g}" for value in (*each["tuned on"], each["held out"].total)))
+    printing.show(tried, compared)
+    told = f"{len(stage.tuned)} pseudo-forget sets of {len(stage.held[0].before.forget.labels)} records"
+    if stage.held[0].references:
+        print(
+            f"{told}, against {len(stage.held[0].references)} retrained models each; 1 is as close as another of them."
+        )
+    else:
+        own, held = (closeness.chance([each.before for each in sets]) for sets in (stage.tuned, stage.held))
+        print(f"{told}, against test(). By chance alone forgetting misses 0 by about {own:.2g} (held out: {held:.2g}).")
+    if not _holds_up(scores):
+        print(
+            "The chosen settings do NOT hold up: on the set that they were not tuned on, the settings as given are "
+            "better. Rehearse with more --sets, or keep those."
+        )
