@@ -41,6 +41,11 @@ def at_most(what: str, against: str, ratio: float, required: float) -> Result:
     return Result(what, against, ratio, f"at most {required:g}", ratio <= required)
 
 
+def for_comparison(what: str, against: str, ratio: float) -> Result:
+    """A ratio that nothing is asked of."""
+    return Result(what, against, ratio, "", True)
+
+
 def images(count: int, channels: int, side: int) -> Examples:
     noise = torch.rand(count, channels, side, side, generator=stream(0, "images"))
     return Examples(noise, torch.randint(10, (count,), generator=stream(0, "labels")))

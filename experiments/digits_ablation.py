@@ -29,7 +29,7 @@ from expunge.bench import digits_setup
 from expunge.bench.entries import chosen, entries
 from expunge.bench.situations import FULL, REMOVED, train_original
 from expunge.data.digits import digits
-from expunge.metrics.compare import Measured, Profile, distances, profile
+from expunge.metrics.compare import Measured, Profile, distances, measured_rows, profile
 from expunge.metrics.outputs import outputs
 from expunge.rows import Row, write_rows
 from expunge.scenarios.removal import random_removal
@@ -96,23 +96,18 @@ def matching_threshold() -> float:
 
 
 def _rows(variant: str, seed: int, measured: list[Measured], seconds: float) -> Iterator[Row]:
-    for each in measured:
-        yield Row(
-            run=f"ablation/{seed}",
-            experiment="digits_ablation",
-            dataset="digits",
-            model="ConvNet(16, 32)",
-            scenario="removal",
-            method=variant,
-            blind=True,
-            seed=seed,
-            split=each.split,
-            metric=each.metric,
-            value=each.value,
-            unit=each.unit,
-            n=each.n,
-            seconds=seconds,
-        )
+    return measured_rows(
+        measured,
+        run=f"ablation/{seed}",
+        experiment="digits_ablation",
+        dataset="digits",
+        model="ConvNet(16, 32)",
+        scenario="removal",
+        method=variant,
+        blind=True,
+        seed=seed,
+        seconds=seconds,
+    )
 
 
 def one_seed(seed: int, matching: float) -> Iterator[Row]:

@@ -13,20 +13,20 @@ of its own) and may train for 0.12 of the epochs of retraining less two, which i
 from expunge.bench.experiments import Experiment, everyone
 from expunge.bench.printed import printed
 from expunge.bench.profiles import effort, task
+from expunge.bench.tables import REMOVAL
 from expunge.bench.tasks import Scenario
-
-SHOWN = ("NA", "FA", "FE", "FMIA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "NSKL", "FSKL", "Cost", "Work")
 
 
 def experiment(profile: str) -> Experiment:
     """Everyone on a random removal."""
     scenario = Scenario(kind="random", amount=0.1)
+    situation = task(profile, "cifar100", scenario)
     return Experiment(
         name="table1",
         profile=profile,
-        tasks=(task(profile, "cifar100", scenario),),
+        tasks=(situation,),
         contenders=everyone("removal"),
-        effort=effort(profile),
-        shown=SHOWN,
+        effort=effort(situation, profile),
+        shown=REMOVAL,
         printed=printed("table1", scenario.name),
     )

@@ -1,12 +1,16 @@
 """The audits on the command line: what they say, write, and end with; and the digits on which Lemma 1 fails."""
 
+import dataclasses
+import io
 import json
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import image
 from safetensors.torch import load_file
 
 from expunge import Examples, Recipe, cross_entropy, gradient, seeded, stream, train
@@ -14,7 +18,7 @@ from expunge.audit.finding import Finding, Truth, evidence
 from expunge.audit.layers import layer_inputs, linear_layers
 from expunge.audit.leakage import CacheAudit, audit_cache
 from expunge.audit.page import write_audit
-from expunge.audit.pictures import is_picture
+from expunge.audit.pictures import is_picture, picture
 from expunge.audit.ratio import with_bias
 from expunge.cli import main
 from expunge.data.digits import digits
@@ -157,6 +161,20 @@ def test_only_images_are_drawn(shape, drawn):
     flat = torch.zeros(1, torch.Size(shape).numel())
     found = Finding(attack="a", place="b", verdict="not shown", words="", recovered=flat, shape=shape)
     assert is_picture(found) == drawn
+
+
+def test_a_picture_has_the_removed_records_above_what_was_recovered_on_the_scale_of_the_records():
+    truth = torch.tensor([[0.0, 2.0], [1.0, 2.0]])  # two records of one pixel above another
+    recovered = torch.tensor([[0.0, 1.0], [5.0, -1.0]])
+    found = Finding(
+        attack="a", place="b", verdict="not shown", words="", truth=truth, recovered=recovered, shape=(2, 1)
+    )
+    pixels = image.imread(io.BytesIO(picture(found)), format="png")[..., 0]
+    white = [1.0] * 5  # lines between the records, 48 times enlarged like these
+    expected = [white, [1, 0, 1, 0.5, 1], white, white, [1, 0, 1, 1, 1], [1, 0.5, 1, 0, 1], white]
+    assert pixels[24::48, 24::48] == pytest.approx(np.array(expected), abs=0.01)
+    alone = dataclasses.replace(found, truth=None)
+    assert len(image.imread(io.BytesIO(picture(alone)), format="png")) < len(pixels)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,23 @@ def test_data_without_positions_is_a_reason_for_care():
     model, data, _ = fitted()
     full = gradient(model, cross_entropy, [data.tensors])
     left = [tuple(tensor[40:] for tensor in data.tensors)]
-    assert checks(preflight(model, cross_entropy, left, full))["alignment"].advice == "go with care"
+    found = checks(preflight(model, cross_entropy, left, full))["alignment"]
+    assert (found.advice, "The cache was made of data without positions" in found.words) == ("go with care", True)
+
+
+def test_what_is_known_of_positions_is_said_and_no_more():
+    model, data, full = fitted()
+    gone = torch.arange(40)
+    kept = checks(preflight(model, cross_entropy, data.without(gone), full))
+    anew = checks(preflight(model, cross_entropy, Examples(*data.without(gone).tensors), full))
+    assert kept["alignment"] == anew["alignment"]  # it cannot tell them apart
+    assert "have positions" in kept["alignment"].words
+    assert "if they have kept theirs" in kept["alignment"].words
+    error = "error of the difference"
+    assert anew[error].numbers["relative_error"] > 2 * kept[error].numbers["relative_error"]  # but this can
+    none = checks(preflight(model, cross_entropy, [data.without(gone).tensors], full))["alignment"]
+    assert none.advice == "go with care"
+    assert "what is left has none" in none.words
 
 
 def test_a_difference_that_is_rounding_is_a_do_not():

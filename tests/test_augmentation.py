@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from expunge import Examples, Recipe, cross_entropy, gradient, train
 from expunge.augmentation import augmentation
@@ -140,6 +141,14 @@ def test_training_sees_augmented_images_and_its_result_is_that_of_its_seed():
     assert torch.equal(seen[3], one_by_one(first_of_second_epoch, 1, True, 2, seed=1, epoch=1))
 
 
+def test_a_data_loader_gives_the_bits_of_data_in_memory():
+    models = [network(), network()]
+    loader = DataLoader(TensorDataset(*images().tensors), batch_size=16, num_workers=0)
+    for model, data in zip(models, (images(), loader), strict=True):
+        train(model, data, cross_entropy, AUGMENTED, seed=1)
+    assert same(state(models[0]), state(models[1]))
+
+
 def test_gradients_and_measurements_see_images_as_they_are():
     model, seen = network(), []
     train(model, images(), cross_entropy, AUGMENTED, seed=0)
@@ -154,9 +163,3 @@ def test_gradients_and_measurements_see_images_as_they_are():
     gradient(model, loss, images())
     assert all(bool((batch[:, None] == images().tensors[0][None]).flatten(2).all(2).any(1).all()) for batch in seen)
     assert len(outputs(model, images()).labels) == 48
-
-
-@pytest.mark.parametrize(("name", "value"), [("crop", -1), ("cutout", -2)])
-def test_sizes_below_zero_are_refused(name, value):
-    with pytest.raises(ConfigError, match=f"{name}={value}: must be 0 or more"):
-        Recipe(epochs=1, lr=0.1, **{name: value})

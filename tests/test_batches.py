@@ -247,3 +247,17 @@ def test_tensors_are_found_and_changed_inside_any_structure():
 def test_what_is_no_tensor_is_refused_with_the_cure(parts):
     with without_type_checks(), pytest.raises(ConfigError, match=r"needs at least one tensor .* torch.as_tensor"):
         Examples(*parts)
+
+
+def test_rows_go_to_the_device_of_the_tensors_in_one_copy(monkeypatch):
+    """With the device that holds no numbers in the place of a GPU."""
+    copies = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *where: copies.append(where) or to(self, *where))
+    data = Examples(torch.zeros(6, 2, device="meta"), torch.arange(6))
+    copies.clear()
+    batches = list(data.fetch([torch.tensor([5, 0]), slice(1, 4), torch.tensor([3])]))
+    assert [(a.device.type, tuple(a.shape), b.tolist()) for a, b in batches] == [
+        ("meta", (2, 2), [5, 0]), ("meta", (3, 2), [1, 2, 3]), ("meta", (1, 2), [3])
+    ]  # fmt: skip
+    assert len(copies) == 1

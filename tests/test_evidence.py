@@ -215,6 +215,17 @@ def test_the_hashed_records_are_those_that_were_measured(folder):
     assert split["salted_records"] == record_hashes(first, salt)
 
 
+def test_of_a_model_without_a_trace_nobody_says_whether_it_was_made_blind(folder, capsys):
+    Path("u.trace.json").unlink()
+    assert evaluate("--out", "other") == 0
+    rows = read_rows("other/rows.csv")
+    assert {row.blind for row in rows if row.method == "u"} == {None}
+    assert {row.blind for row in rows if row.method in ("retrain", "retrain again")} == {True}
+    assert {row.blind for row in read_rows("run/rows.csv") if row.method == "reload"} == {True}
+    assert main(["report", "other", "--format", "markdown"]) == 0
+    assert re.search(r"^\| u +\| \? ", Path("other/report.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
 @pytest.mark.parametrize("salt", ["", "5a", "5a" * 31, "5a" * 33, "z" * 64])
 def test_what_is_no_salt_of_256_bits_is_refused(tmp_path, salt):
     (tmp_path / "run.salt").write_text(f"{salt}\n")
@@ -344,6 +355,32 @@ def test_evidence_that_fits_is_verified_again_and_again(folder, capsys):
     assert main(["report", "run", "--format", "csv"]) == 0  # drawn from the rest: no part of the evidence
     assert main(["evidence", "run", "--verify"]) == 0
     assert "verified" in capsys.readouterr().out
+
+
+def test_what_was_not_checked_is_said(folder, capsys):
+    write_evidence("run")
+    assert main(["evidence", "run", "--verify"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not checked")]
+    assert len(lines) == 1  # weights and setup file of the unlearning are among the files of the evaluation
+    hashed = file_hash("c.safetensors")
+    assert lines[0].startswith(f"not checked: the cache of the unlearning, SHA-256 {hashed}: no listed file has it. If")
+
+
+def test_a_cache_that_was_destroyed_is_no_difference_and_said(folder, capsys):
+    inputs = json.loads(Path("run/inputs.json").read_text(encoding="utf-8"))
+    hashed = file_hash("c.safetensors")
+    inputs["files"].append({"role": "gradient cache", "path": "../c.safetensors", "sha256": hashed, "bytes": 1})
+    Path("run/inputs.json").write_text(json.dumps(inputs), encoding="utf-8")
+    write_evidence("run")
+    assert main(["evidence", "run", "--verify"]) == 0
+    assert "not checked" not in capsys.readouterr().out
+    Path("c.safetensors").unlink()
+    assert main(["evidence", "run", "--verify"]) == 0
+    assert f"not checked: ../c.safetensors, the gradient cache: it is not there, its SHA-256 was {hashed}" in (
+        capsys.readouterr().out
+    )
+    Path("c.safetensors").write_bytes(b"another")
+    assert main(["evidence", "run", "--verify"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -608,3 +608,9 @@ def test_an_evaluation_has_no_pairs_to_compare():
     rows = [row(m, seed, "ΔFE", value, "nats") for m, each in values.items() for seed, value in enumerate(each)]
     assert comparison(rows, "removal", "reload") is not None
     assert comparison([replace(each, experiment=EVALUATION) for each in rows], "removal", "reload") is None
+
+
+def test_one_that_is_not_blind_decides_then_one_of_which_it_is_not_known():
+    for flags, words in (((True, True), "yes"), ((True, None), "?"), ((None, False), "no")):
+        rows = [replace(row("mine", seed, "ΔFA", 1.0, "points"), blind=blind) for seed, blind in enumerate(flags)]
+        assert [line.blind for line in expunge.report.tables(rows, "removal")[0].lines] == [words]

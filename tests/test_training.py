@@ -360,6 +360,9 @@ def test_patience_zero_never_ends():
         ({"weight_decay": math.inf}, "weight_decay=inf: must be 0 or more"),
         ({"optimizer": "adam"}, "optimizer='adam': must be one of .*'adamw'"),
         ({"schedule": "linear"}, "schedule='linear': must be one of .*'one-cycle'"),
+        ({"crop": -1}, "crop=-1: must be 0 or more"),
+        ({"cutout": -2}, "cutout=-2: must be 0 or more"),
+        ({"precision": "half"}, "precision='half': must be one of .*'fastest'"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused(settings, message):

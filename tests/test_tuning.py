@@ -93,6 +93,7 @@ def test_the_best_comes_first_and_the_search_learns(tmp_path):
     assert [t.score for t in found] == sorted(t.score for t in found)
     by_number = sorted(found, key=lambda t: t.number)
     at_random, learned = by_number[:10], by_number[20:]
+    assert len({t.settings["lr"] for t in at_random}) == 10
     assert np.mean([t.score for t in learned]) < 0.7 * np.mean([t.score for t in at_random])
     assert found[0].score < 0.5
 

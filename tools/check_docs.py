@@ -5,9 +5,11 @@ python tools/check_docs.py --write   write the generated parts anew
 """
 
 import ast
+import csv
 import dataclasses
 import functools
 import inspect
+import json
 import re
 import statistics
 import sys
@@ -15,13 +17,17 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 import expunge
-from expunge.bench import compare
+from expunge.bench import compare, experiments
 from expunge.bench.entries import entries
+from expunge.bench.profiles import PROFILES
 from expunge.bench.situations import FULL
 from expunge.cli import COMMANDS
 from expunge.definitions import METRICS, Definition
 from expunge.methods import METHODS
+from expunge.metrics.stats import t_interval
 from expunge.report import markdown
 from expunge.rows import read_rows
 from expunge.space import Choice, Range
@@ -137,6 +143,36 @@ def compared(scenario: str) -> str:
     return markdown([row for row in rows if row.metric in compare.SHOWN[scenario]], scenario)
 
 
+def results() -> str:
+    """What every experiment measured in each profile, from the rows that were kept of it."""
+    parts = []
+    for path in sorted((ROOT / "experiments").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "\ndef experiment(profile" not in text:
+            continue
+        title = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+        parts.append(f"## {path.stem}\n\n{title}")
+        kept = [profile for profile in PROFILES if (ROOT / "results" / f"{path.stem}-{profile}.csv").exists()]
+        parts += [_kept(path, profile) for profile in kept] or ["No rows are kept of it yet."]
+    return "\n\n".join(parts)
+
+
+def _kept(path: Path, profile: str) -> str:
+    """The tables of the rows that were kept, and where they come from."""
+    file = ROOT / "results" / f"{path.stem}-{profile}.csv"
+    rows, experiment = read_rows(file), experiments.defined(path, profile)
+    shown = experiments.table_rows(experiment, rows)
+    made = json.loads(file.with_suffix(".env.json").read_text(encoding="utf-8"))
+    tables = [markdown(shown, scenario).strip() for scenario in dict.fromkeys(row.scenario for row in rows)]
+    measured = next(row for row in rows if row.source == "measured")
+    seeds = len({row.seed for row in rows})
+    tables.append(
+        f"Profile *{profile}*: {measured.model}; data: {measured.dataset}; {seeds} seeds; {made['processor']}, torch "
+        f"{made['torch']}, {made['date']}; rows in `results/{file.name}`."
+    )
+    return "\n\n".join(tables)
+
+
 def unfit() -> str:
     """Who takes no part in a scenario of the comparison, and why."""
     lines = ["| method | scenario | why not |", "|---|---|---|"]
@@ -172,6 +208,39 @@ def ablation_table() -> str:
     return "Mean ± sample standard deviation over seeds, nats.\n\n" + "\n".join(lines)
 
 
+def rehearsal_table() -> str:
+    """What settings cost that were chosen without the forget set, from the lines their experiment left."""
+    with (ROOT / "results" / "rehearsal_value.csv").open(newline="", encoding="utf-8") as file:
+        stored = list(csv.DictReader(file))
+    lines = [
+        "| removed | settings from | ΔFE | NSKL | score | more than with the true forget set |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for scenario in dict.fromkeys(line["scenario"] for line in stored):
+        mine = [line for line in stored if line["scenario"] == scenario]
+        floor = {m: statistics.mean(float(line[f"floor {m}"]) for line in mine) for m in ("ΔFE", "NSKL")}
+        scores: dict[str, dict[str, float]] = {}
+        for line in mine:
+            score = statistics.mean(float(line[m]) / floor[m] for m in floor)
+            scores.setdefault(line["way"], {})[line["seed"]] = score
+        truth = scores["true forget set"]
+        for way, found in scores.items():
+            means = [statistics.mean(float(line[m]) for line in mine if line["way"] == way) for m in floor]
+            apart = (
+                t_interval(np.array([found[seed] - truth[seed] for seed in found]))
+                if way != "true forget set"
+                else None
+            )
+            more = (
+                "" if apart is None else f"{(apart.low + apart.high) / 2:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})"
+            )
+            cells = [scenario, way, *(f"{mean:.3f}" for mean in means), f"{statistics.mean(found.values()):.2f}", more]
+            lines.append(f"| {' | '.join(cells)} |")
+        cells = [scenario, "(two retrained models)", *(f"{value:.3f}" for value in floor.values()), "1.00", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "compare-overview": lambda: compared(compare.OVERVIEW),
     "compare-removal": lambda: compared("removal"),
@@ -179,6 +248,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "compare-label-correction": lambda: compared("label-correction"),
     "compare-unfit": unfit,
     "ablation": ablation_table,
+    "results": results,
+    "rehearsal-value": rehearsal_table,
     "demo": demo_table,
     "methods-table": methods_table,
     "metrics-table": metrics_table,

@@ -76,11 +76,9 @@ class Examples:
 
     def fetch(self, rows: Sequence[Rows]) -> Iterator[tuple[Tensor, ...]]:
         """One tuple of tensors for each selection of rows; a slice comes as a view, not a copy."""
-        for each in rows:
-            if isinstance(each, slice):
-                yield tuple(tensor[each] for tensor in self.tensors)
-            else:
-                yield tuple(tensor[each.to(tensor.device)] for tensor in self.tensors)
+        on = {device: _moved(rows, device) for device in {tensor.device for tensor in self.tensors}}
+        for number in range(len(rows)):
+            yield tuple(tensor[on[tensor.device][number]] for tensor in self.tensors)
 
     def only(self, positions: Tensor) -> "Examples":
         """The examples at these positions."""
@@ -159,6 +157,8 @@ def indexed(data: Batches) -> Indexed | None:
             "num_workers": data.num_workers,
             "collate_fn": data.collate_fn,
             "pin_memory": data.pin_memory,
+            "prefetch_factor": data.prefetch_factor,
+            "worker_init_fn": data.worker_init_fn,
         }
         data = data.dataset
     if not (isinstance(data, Dataset) and hasattr(data, "__len__")) or isinstance(data, IterableDataset):
@@ -297,6 +297,15 @@ def drawn(count: int, size: int, generator: torch.Generator) -> list[Int[Tensor,
     if len(rows) > 1 and len(rows[-1]) == 1:
         rows[-2:] = [torch.cat(rows[-2:])]
     return rows
+
+
+def _moved(rows: Sequence[Rows], device: torch.device) -> Sequence[Rows]:
+    """Selections of rows on a device, all in one copy: with a copy a batch, the host would wait for each."""
+    chosen = [each for each in rows if isinstance(each, Tensor)]
+    if device.type == "cpu" or not chosen:
+        return rows
+    moved = iter(torch.cat(chosen).to(device).split([len(each) for each in chosen]))
+    return [next(moved) if isinstance(each, Tensor) else each for each in rows]
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -1,20 +1,51 @@
 """How a training step is carried out: memory layout, number format, compilation. What it computes stays the same."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from expunge import params
-from expunge.batches import Batch, map_tensors, tensors_of
+from expunge import distributed, params
+from expunge.batches import Batch, map_tensors, tensors_of, to_device
 from expunge.seeds import keeping_random_state
 from expunge.trace import Trace
 
 Precision = Literal["float32", "bfloat16", "fastest"]
+Positioned = tuple[Int[Tensor, " _"] | None, Batch]  # a batch, and the positions of its examples if they are known
 _TURNS = 3  # steps of each number format before one is chosen; the first of them warms up and does not count
+
+
+def ahead(batches: Iterable[Positioned], device: torch.device) -> Iterator[Positioned]:
+    """The batches on a device; on a GPU, the next is on its way there while the present one is used.
+
+    The copy runs beside the computation if the batch lies in pinned memory, as with ``DataLoader(pin_memory=True)``.
+    """
+    if device.type != "cuda":
+        yield from ((positions, to_device(batch, device)) for positions, batch in batches)
+        return
+    beside = torch.cuda.Stream(device)
+    waiting: list[tuple[Positioned, torch.cuda.Event]] = []
+
+    def arrived() -> Positioned:
+        (positions, batch), copied = waiting.pop(0)
+        using = torch.cuda.current_stream(device)
+        using.wait_event(copied)
+        for tensor in tensors_of(batch):
+            tensor.record_stream(using)  # or its memory could be used again while a kernel still reads it
+        return positions, batch
+
+    for positions, batch in batches:
+        with torch.cuda.stream(beside):
+            moved = positions, to_device(batch, device)
+            waiting.append((moved, beside.record_event()))
+        if len(waiting) > 1:
+            yield arrived()
+    if waiting:
+        yield arrived()
 
 
 def channels_last(batch: Batch) -> Batch:
@@ -56,6 +87,9 @@ class Autocast:
         self.seconds[self.low].append(time.perf_counter() - start)
         if len(self.seconds[True]) == _TURNS:
             best = {low: min(seconds[1:]) for low, seconds in self.seconds.items()}
+            _, everyone = distributed.agreed(lambda: best, lambda own: (own[False], own[True]))
+            if everyone:  # all processes compute in one format, and wait for the slowest
+                best = {low: max(seconds[low] for seconds in everyone) for low in (False, True)}
             self.low, self.measuring = best[True] < best[False], False
             self.trace.facts["precision"] = "bfloat16" if self.low else "float32"
 

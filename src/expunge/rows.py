@@ -22,7 +22,7 @@ class Row:
     model: str
     scenario: str
     method: str
-    blind: bool
+    blind: bool | None  # None: not known how the model was made
     seed: int
     split: str  # retain, forget, test, or "" where none applies
     metric: str
@@ -62,7 +62,7 @@ def read_rows(path: Path | str) -> list[Row]:
 
 def _row(texts: dict[str, str]) -> Row:
     values: dict[str, Any] = dict(texts)
-    values |= {"blind": texts["blind"] == "True"}
+    values |= {"blind": {"True": True, "False": False}.get(texts["blind"])}
     values |= {name: int(texts[name]) for name in ("seed", "n")}
     values |= {name: float(texts[name]) for name in ("value", "seconds")}
     return Row(**values)

@@ -15,7 +15,7 @@ from expunge import distributed, params, progress, sharding
 from expunge.augmentation import augmentation
 from expunge.batches import Batch, Batches, LossTerms, micro_batches, positioned, to_device
 from expunge.errors import ConfigError, NotFinite
-from expunge.execution import Autocast, Compiled, Precision, channels_last
+from expunge.execution import Autocast, Compiled, Precision, ahead, channels_last
 from expunge.probe import checked_terms
 from expunge.seeds import derive, keeping_random_state, seeded, stream
 from expunge.trace import Trace
@@ -137,21 +137,20 @@ def train(
         _train_mode(model, freeze_statistics)
         for epoch in range(recipe.epochs):
             losses: list[Tensor] = []
-            own_seed = derive(seed, *distributed.names()) if distributed.names() else seed
+            own = derive(seed, *distributed.names()) if distributed.names() else seed
             augmented = augmentation(
-                crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout, seed=own_seed, epoch=epoch, device=device
+                crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout, seed=own, epoch=epoch, device=device
             )
             with seeded(seed, "train", epoch, *distributed.names()):
                 order = stream(seed, "shuffle", epoch)
                 count, batches = positioned(data, recipe.batch_size, order, distributed.mine)
-                for step, (positions, batch) in enumerate(distributed.reading(batches)):
+                for step, (positions, batch) in enumerate(ahead(distributed.reading(batches), device)):
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * recipe.factor(epoch + (step / count if count else 0.0))
-                    ready = to_device(batch, device)
-                    ready = augmented(ready) if augmented else ready
+                    ready = augmented(batch) if augmented else batch
                     ready = channels_last(ready) if recipe.channels_last else ready
+                    forward = partial(_terms, replica, loss_terms, ready, autocast, compiled)
                     with autocast.step():
-                        forward = partial(_terms, replica, loss_terms, ready, autocast, compiled)
                         loss, mean_of_batch, terms = distributed.mean_of_all(forward, replica is model)
                         optimizer.zero_grad()
                         loss.backward()
@@ -177,11 +176,14 @@ def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Tra
     sharded = sharding.is_sharded(model)
 
     def seen() -> dict[int, tuple[float, int]]:
-        found = {}
+        sums: dict[int, Tensor] = {}
+        counts: list[int] = []
         for number, batch in micro_batches(data, 512, None if sharded else distributed.is_mine)[1]:
             terms = checked_terms(loss_terms(model, to_device(batch, device)))
-            found[number] = (float(terms.sum()), len(terms))
-        return found
+            sums[number] = terms.sum()
+            counts.append(len(terms))
+        losses = torch.stack(list(sums.values())).double().tolist() if sums else []
+        return dict(zip(sums, zip(losses, counts, strict=True), strict=True))
 
     with distributed.failing_together(), params.restoring_modes(model), keeping_random_state(), torch.no_grad():
         model.eval()

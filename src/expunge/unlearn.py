@@ -43,7 +43,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
 
     Raises:
         ForgetSetAccessed: The method needs the removed records and was given none.
-        MismatchError: The cached gradient, or the kept importance, was not taken at this model's weights and buffers.
+        MismatchError: The cached gradient was not taken at this model's weights and buffers.
         NotFinite: NaN or infinity in the model, or in what came out.
         UnsupportedModule: A sharded model, and a method that is not for them.
         ProcessFailed: Another process of the same job failed or died.

@@ -47,6 +47,9 @@ def write_audit(folder: Path | str, audit: CacheAudit) -> Path:
             "words": audit.findings[number].words,
             "numbers": {name: _shown(value) for name, value in audit.findings[number].numbers.items()},
             "image": base64.b64encode(images[number]).decode() if number in images else "",
+            "shown": "What was recovered."
+            if audit.findings[number].truth is None
+            else "Above the removed records, below what was recovered of them.",
         }
         for number in order
     ]

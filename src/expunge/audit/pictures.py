@@ -1,15 +1,12 @@
 """Reconstructions side by side with the truth."""
 
-import io
-
-import numpy as np
-from jaxtyping import Float
-from torch import Tensor
+import torch
 
 from expunge.audit.finding import Finding
-from expunge.errors import MissingExtra
+from expunge.scenarios.sheet import as_png, contact_sheet
 
-MOST = 8  # pairs that are drawn
+MOST = 8  # records that are drawn
+SIDE = 96  # pixels that an image has at least, if enlarging it does that
 
 
 def is_picture(finding: Finding) -> bool:
@@ -21,39 +18,16 @@ def is_picture(finding: Finding) -> bool:
 
 
 def picture(finding: Finding) -> bytes:
-    """A PNG: what was recovered, under the truth if it is known.
+    """A PNG: what was recovered, under the removed records if they are known.
 
     Raises:
         MissingExtra: Matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("pictures of an audit need Matplotlib: pip install 'expunge[report]'.") from error
     assert finding.recovered is not None
     assert finding.shape is not None
-    rows = [("recovered", finding.recovered[:MOST])]
-    if finding.truth is not None:
-        rows.insert(0, ("removed record", finding.truth[:MOST]))
-    low, high = (float(each) for each in (rows[0][1].min(), rows[0][1].max()))
-    columns = len(finding.recovered[:MOST])
-    figure = Figure(figsize=(1.1 * columns + 1.2, 1.15 * len(rows)), dpi=120)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (name, images) in zip(axes, rows, strict=True):
-        for ax, flat in zip(line, images, strict=True):
-            ax.imshow(_image(flat, finding.shape, low, high), cmap="gray", vmin=0, vmax=1)
-            ax.set_xticks([])
-            ax.set_yticks([])
-        line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
-    return file.getvalue()
-
-
-def _image(flat: Tensor, shape: tuple[int, ...], low: float, high: float) -> Float[np.ndarray, "height width *colours"]:
-    image = flat.reshape(shape).double().numpy()
-    image = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
-    if image.ndim == 3:
-        return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
-    result: Float[np.ndarray, "height width"] = image
-    return result
+    rows = [finding.recovered[:MOST]] if finding.truth is None else [finding.truth[:MOST], finding.recovered[:MOST]]
+    shape = (1, *finding.shape) if len(finding.shape) == 2 else finding.shape
+    images = torch.cat([row.reshape(-1, *shape).double().cpu() for row in rows])
+    low, high = float(rows[0].min()), float(rows[0].max())
+    enlarge = -(-SIDE // max(shape[1:]))
+    return as_png(contact_sheet(images, columns=len(rows[-1]), low=low, high=high, enlarge=enlarge))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from expunge import params
 from expunge.audit.finding import evidence
-from expunge.batches import Batches, LossTerms
+from expunge.batches import Batches, LossTerms, indexed
 from expunge.errors import ConfigError
 from expunge.gradient import Gradient
 from expunge.methods.choice import decimal, smallest_share
@@ -87,7 +87,7 @@ def preflight(
     return Preflight(
         [
             Check("validity", "go", "The cache is undamaged and belongs to these weights, buffers and loss."),
-            _alignment(full),
+            _alignment(full, retain),
             _error(removed),
             _seen(removed, reset_fraction),
             _stability(removed, full, reset_fraction),
@@ -131,14 +131,24 @@ def stability(removed: Gradient, full: Gradient, fraction: float, *, seed: int =
     return sum(found) / len(found)
 
 
-def _alignment(full: Gradient) -> Check:
-    if full.micro_batches is not None:
-        return Check("alignment", "go", "Records keep their positions, so that untouched ones cancel exactly.")
+def _alignment(full: Gradient, retain: Batches) -> Check:
+    if full.micro_batches is None:
+        words = (
+            "The cache was made of data without positions: untouched records do not cancel, and the difference is "
+            "coarse. Next time cache Examples, a Dataset, or a DataLoader over one."
+        )
+        return Check("alignment", "go with care", words)
+    if indexed(retain) is None:
+        words = (
+            "The cache was made of records with positions, and what is left has none: untouched records do not cancel, "
+            "and the difference is coarse. Give what is left as Examples or a Dataset with the positions of old."
+        )
+        return Check("alignment", "go with care", words)
     words = (
-        "The cache was made of data without positions: untouched records do not cancel, and the difference is coarse. "
-        "Next time cache Examples, a Dataset, or a DataLoader over one."
+        "Cache and data have positions. Untouched records cancel exactly if they have kept theirs, which nothing here "
+        "can tell: positions counted anew show as a larger error of the difference."
     )
-    return Check("alignment", "go with care", words)
+    return Check("alignment", "go", words)
 
 
 def _error(removed: Gradient) -> Check:

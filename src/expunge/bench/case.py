@@ -12,7 +12,7 @@ from expunge.batches import Examples
 from expunge.bench.situations import Situation
 from expunge.methods.retrain import Retrain
 from expunge.metrics.classification import accuracy
-from expunge.metrics.compare import Measured, Profile, distances, profile
+from expunge.metrics.compare import Measured, Profile, distances, measured_rows, profile
 from expunge.metrics.outputs import Outputs, outputs
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE
 from expunge.rows import Row
@@ -48,25 +48,18 @@ class Case:
 
     def add(self, method: str, result: Result, measured: Iterable[Measured]) -> None:
         """Append one row a number."""
-        for each in measured:
-            self.rows.append(
-                Row(
-                    run=f"{self.scenario}/{self.seed}",
-                    experiment=self.experiment,
-                    dataset="digits",
-                    model="ConvNet(16, 32)",
-                    scenario=self.scenario,
-                    method=method,
-                    blind=result.blind,
-                    seed=self.seed,
-                    split=each.split,
-                    metric=each.metric,
-                    value=each.value,
-                    unit=each.unit,
-                    n=each.n,
-                    seconds=result.seconds,
-                )
-            )
+        self.rows += measured_rows(
+            measured,
+            run=f"{self.scenario}/{self.seed}",
+            experiment=self.experiment,
+            dataset="digits",
+            model="ConvNet(16, 32)",
+            scenario=self.scenario,
+            method=method,
+            blind=result.blind,
+            seed=self.seed,
+            seconds=result.seconds,
+        )
 
     def describe(self, method: str, result: Result, *, resets: bool = False) -> None:
         """Keep what a method found out, why it stopped, and where it re-initialised."""

@@ -22,6 +22,7 @@ from expunge.training import Recipe
 
 FILE = "digits_settings.json"
 LAYERS = 3  # weight layers of the network on the digits
+_OF_THE_BUDGET = ("batch_size", "crop", "flip", "cutout", "channels_last", "precision", "compile")
 SHORT = Recipe(epochs=10, lr=0.1)  # where any budget will do
 
 _WHOLE_CLASSES = {
@@ -118,11 +119,15 @@ def _entry(method: Method, budget: Recipe, layers: int) -> Entry:
 
 
 def _within(config: Any, budget: Recipe) -> Any:
-    """The published settings with the epochs of the budget, dealt out to the phases as published."""
+    """The published settings with the epochs of the budget, dealt out to the phases as published.
+
+    Augmentation and what makes training fast are those of the budget, for everyone.
+    """
     recipes = {f.name: getattr(config, f.name) for f in fields(config) if isinstance(getattr(config, f.name), Recipe)}
     published = sum(recipe.epochs for recipe in recipes.values())
+    same = {name: getattr(budget, name) for name in _OF_THE_BUDGET}
     changed: dict[str, Any] = {
-        name: replace(recipe, epochs=max(budget.epochs * recipe.epochs // published, 1), batch_size=budget.batch_size)
+        name: replace(recipe, epochs=max(budget.epochs * recipe.epochs // published, 1), **same)
         for name, recipe in recipes.items()
     }
     if not recipes and hasattr(config, "epochs"):  # GRDA: each step passes over all of the data twice

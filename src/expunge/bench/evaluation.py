@@ -19,7 +19,7 @@ from expunge.bench import inputs
 from expunge.errors import ConfigError, MismatchError
 from expunge.files import write_text
 from expunge.methods import METHODS
-from expunge.metrics.compare import Measured, Profile, distances
+from expunge.metrics.compare import Measured, Profile, distances, measured_rows
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE
 from expunge.rows import EVALUATION, Row, write_csv, write_rows
 
@@ -146,23 +146,18 @@ def write_run(folder: Path, found: Evaluation) -> None:
 
 def _rows(found: Evaluation, method: str, seed: int, measured: Sequence[Measured]) -> Iterator[Row]:
     known = METHODS.get(str(found.trace.get("method"))) if method == found.method else METHODS.get(method)
-    for each in measured:
-        yield Row(
-            run=SCENARIO,
-            experiment=EVALUATION,
-            dataset=f"{found.setup.resolve().parent.name}/{found.setup.name}",
-            model=found.architecture,
-            scenario=SCENARIO,
-            method=method,
-            blind=method in (ORIGINAL, FLOOR) or (known is not None and known.blind),
-            seed=seed,
-            split=each.split,
-            metric=each.metric,
-            value=each.value,
-            unit=each.unit,
-            n=each.n,
-            seconds=sum(found.trace.get("seconds", {}).values()) if method == found.method else 0.0,
-        )
+    return measured_rows(
+        measured,
+        run=SCENARIO,
+        experiment=EVALUATION,
+        dataset=f"{found.setup.resolve().parent.name}/{found.setup.name}",
+        model=found.architecture,
+        scenario=SCENARIO,
+        method=method,
+        blind=True if method in (ORIGINAL, FLOOR) else known.blind if known is not None else None,
+        seed=seed,
+        seconds=sum(found.trace.get("seconds", {}).values()) if method == found.method else 0.0,
+    )
 
 
 def _losses(found: Evaluation) -> Iterator[tuple[object, ...]]:

@@ -91,6 +91,17 @@ def load(path: Path, profile: str, data: Path | None) -> Experiment:
         ConfigError: It defines no experiment, or not this profile.
         MissingData: The data is not there.
     """
+    found = defined(path, profile)
+    return replace(found, tasks=tuple(located(task, data) for task in found.tasks))
+
+
+def defined(path: Path, profile: str) -> Experiment:
+    """The experiment of a file, whether its data is there or not.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ConfigError: It defines no experiment, or not this profile.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such experiment.")
     spec = importlib.util.spec_from_file_location(f"expunge_experiment_{path.stem}", path)
@@ -104,7 +115,7 @@ def load(path: Path, profile: str, data: Path | None) -> Experiment:
     found = define(profile)
     if not isinstance(found, Experiment):
         raise ConfigError(f"{path}: experiment({profile!r}) returned {type(found).__name__}, and not an Experiment.")
-    return replace(found, tasks=tuple(located(task, data) for task in found.tasks))
+    return found
 
 
 def folder_of(experiment: Experiment, store: Store) -> Path:
@@ -125,7 +136,13 @@ def gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str
     Returns:
         The run folder.
     """
-    folder, note = folder_of(experiment, store), note or note_of(store.data)
+    folder = folder_of(experiment, store)
+    with store.locked(folder.name):
+        _gather(experiment, seeds, store, note or note_of(store.data), folder)
+    return folder
+
+
+def _gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str, folder: Path) -> None:
     done = [stage for stage in experiment.evaluations(seeds) if store.done(stage)]
     rows: list[Row] = []
     lines: dict[str, list[list[str]]] = {name: [] for name in TABLES}
@@ -142,7 +159,6 @@ def gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str
     write_json(folder / "config.json", {**_plain(experiment), "seeds": list(seeds), "data note": note})
     write_json(folder / "settings.json", settings(experiment, store))
     write_json(folder / "env.json", {**environment(), **made_by(done, store)})
-    return folder
 
 
 def settings(experiment: Experiment, store: Store) -> dict[str, Any]:

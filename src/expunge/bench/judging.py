@@ -19,8 +19,10 @@ from expunge.report.summaries import ORIGINAL, REFERENCE
 from expunge.rows import Row, write_csv, write_rows
 
 PIECE = 512  # positions of a forward pass
-SCORED = ("retain", "forget")  # splits that a rehearsal looks at
+SCORED = ("retain", "forget", "triggered")  # splits that a rehearsal looks at
+CLOSE = {"NA": 0.5, "FA": 1.0, "TA with trigger": 1.0}  # points that are no distance worth tuning for
 UNSEEN = "unseen"
+SPENT = "spent"  # in a trace: seconds that count as cost
 DRAWN = (ORIGINAL, REFERENCE, "reload")  # whose single losses are kept, for the figures
 Splits = dict[str, Outputs]
 TABLES = {
@@ -47,25 +49,42 @@ def looked_at(model: nn.Module, records: Records, *, batch_size: int, only: Coll
 
 
 def gaps(own: Mapping[str, Outputs], truth: Mapping[str, Outputs], corrects: bool) -> dict[str, float]:
-    """The distances that a rehearsal scores, by name: FSKL and NSKL, and of a removal ΔFE."""
-    found = {name: symmetric_kl(own[split], truth[split]) for split, name in (("forget", "FSKL"), ("retain", "NSKL"))}
+    """The distances to a retrained model that a rehearsal scores, by name.
+
+    Of accuracies the differences: on what is left, on what was removed or corrected, and after a correction on unseen
+    records with the trigger. Of a removal also the difference in loss, and always the divergence on what was removed or
+    corrected. NSKL is not among them: two retrained models agree almost perfectly on what they learned by heart, and in
+    noise floors it would drown the rest.
+    """
+    splits = {"NA": "retain", "FA": "forget"} | ({"TA with trigger": "triggered"} if corrects else {})
+    found = {name: abs(accuracy(own[split]) - accuracy(truth[split])) for name, split in splits.items()}
+    found["FSKL"] = symmetric_kl(own["forget"], truth["forget"])
     if not corrects:
-        found["ΔFE"] = abs(cross_entropy(own["forget"]) - cross_entropy(truth["forget"]))
+        found["FE"] = abs(cross_entropy(own["forget"]) - cross_entropy(truth["forget"]))
     return found
 
 
-def floor(truths: Sequence[Sequence[Splits]], corrects: bool) -> dict[str, float]:
-    """The same between two retrained models, mean over pairs and rehearsals: the noise floor."""
-    found = [gaps(*pair, corrects) for models in truths for pair in combinations(models, 2)]
-    return {name: fmean(each[name] for each in found) for name in found[0]}
+def units(truths: Sequence[Sequence[Splits]], corrects: bool) -> dict[str, float]:
+    """What each distance is divided by: that between two retrained models, mean over pairs and rehearsals.
+
+    Never less than what counts as close (`CLOSE`). The loss of few records differs by chance, which one pair of models
+    says little of: its unit is the standard error of the difference.
+    """
+    pairs = [pair for models in truths for pair in combinations(models, 2)]
+    found = [gaps(one, other, corrects) for one, other in pairs]
+    measured = {name: max(fmean(each[name] for each in found), CLOSE.get(name, 0.0)) for name in found[0]}
+    if not corrects:
+        apart = [one["forget"].losses - other["forget"].losses for one, other in pairs]
+        measured["FE"] = fmean(float(each.std(ddof=1)) / len(each) ** 0.5 for each in apart)
+    return measured
 
 
 def score(
-    found: Sequence[Splits], truths: Sequence[Sequence[Splits]], floor: Mapping[str, float], corrects: bool
+    found: Sequence[Splits], truths: Sequence[Sequence[Splits]], unit: Mapping[str, float], corrects: bool
 ) -> float:
-    """How many noise floors models are from retraining, mean over distances, rehearsals and retrained models."""
+    """How far models are from retraining in these units, mean over distances, rehearsals and retrained models."""
     apart = [gaps(own, truth, corrects) for own, models in zip(found, truths, strict=True) for truth in models]
-    return fmean(fmean(each[name] for each in apart) / floor[name] for name in floor)
+    return fmean(fmean(each[name] for each in apart) / unit[name] for name in unit)
 
 
 def write(
@@ -93,12 +112,12 @@ def write(
     rows: list[Row] = []
     if own is not None:
         parts = [done] if caching is None else [done, caching]
-        seconds = sum(sum(part["seconds"].values()) for part in parts) if name != ORIGINAL else 0.0
+        seconds = sum(part[SPENT] for part in parts) if name != ORIGINAL else 0.0
         measured = list(_measured(own, truth, stage))
         if name != ORIGINAL:
-            taken = sum(reference["seconds"].values())
             work = sum(map(passes, parts)) / passes(reference)
-            measured += [Measured("Cost", seconds / taken, "ratio", "", 1), Measured("Work", work, "ratio", "", 1)]
+            measured.append(Measured("Cost", seconds / reference[SPENT], "ratio", "", 1))
+            measured.append(Measured("Work", work, "ratio", "", 1))
         rows = [_row(stage, each, seconds) for each in measured]
     write_rows(folder / "rows.csv", rows)
     facts = [("failed", done["failed"])] if "failed" in done else _facts(done)

@@ -1,5 +1,8 @@
 """How large an experiment is: *cpu* for two cores and an hour or so, *paper* for a GPU and the paper's own sizes."""
 
+from dataclasses import replace
+from typing import Any
+
 from expunge.bench.stages import Effort
 from expunge.bench.tasks import Scenario, Task
 from expunge.errors import ConfigError
@@ -7,8 +10,13 @@ from expunge.training import Recipe
 
 PROFILES = ("cpu", "paper")
 SHARE = 0.12  # of the epochs of retraining: what unlearning may take
-_CPU = Recipe(epochs=60, lr=0.1, batch_size=64)
-_PAPER = Recipe(epochs=182, lr=0.1, batch_size=256, schedule="step", milestones=(91, 136))  # as in the released code
+_AUGMENTED: dict[str, dict[str, Any]] = {
+    name: {"crop": 4, "flip": True} for name in ("cifar10", "cifar100")
+}  # SVHN: none
+_CPU = Recipe(epochs=60, lr=0.1, batch_size=64, channels_last=True)
+_PAPER = Recipe(  # as in the released code
+    epochs=182, lr=0.1, batch_size=256, schedule="step", milestones=(91, 136), channels_last=True
+)
 
 
 def task(profile: str, dataset: str, scenario: Scenario) -> Task:
@@ -19,7 +27,8 @@ def task(profile: str, dataset: str, scenario: Scenario) -> Task:
     """
     _require(profile)
     if profile == "paper":
-        return Task(dataset=dataset, model="resnet18", recipe=_PAPER, scenario=scenario, device="cuda")
+        recipe = replace(_PAPER, **_AUGMENTED.get(dataset, {}))
+        return Task(dataset=dataset, model="resnet18", recipe=recipe, scenario=scenario, device="cuda")
     return Task(
         dataset=dataset,
         model="resnet18",
@@ -31,8 +40,8 @@ def task(profile: str, dataset: str, scenario: Scenario) -> Task:
     )
 
 
-def effort(profile: str) -> Effort:
-    """What everyone may spend in a profile: epochs of training, and a number of trials.
+def effort(task: Task, profile: str) -> Effort:
+    """What everyone may spend on a task in a profile: epochs of training, and a number of trials.
 
     The epochs are 0.12 of those of retraining, less the two that the gradients of RELOAD take.
 
@@ -40,9 +49,9 @@ def effort(profile: str) -> Effort:
         ConfigError: No such profile.
     """
     _require(profile)
-    recipe, trials = (_CPU, 8) if profile == "cpu" else (_PAPER, 25)
-    epochs = int(SHARE * recipe.epochs) - 2
-    return Effort(budget=Recipe(epochs=epochs, lr=0.1, batch_size=recipe.batch_size), trials=trials)
+    epochs = int(SHARE * task.recipe.epochs) - 2
+    budget = replace(task.recipe, epochs=epochs, schedule="cosine", milestones=())
+    return Effort(budget=budget, trials=8 if profile == "cpu" else 25)
 
 
 def _require(profile: str) -> None:

@@ -72,7 +72,7 @@ def draw(labels: Int[np.ndarray, " left"], like: Like, count: int, sets: int, se
     """
     if like not in get_args(Like):
         raise ConfigError(f"like={like!r}: choose from {', '.join(get_args(Like))}.")
-    if count < 1:
+    if count < 1 and like != "class":
         raise ConfigError(f"records={count}: a pseudo-forget set has at least one.")
     order = torch.randperm(len(labels), generator=stream(seed, "pseudo-forget sets"))
     if like == "random":

@@ -6,7 +6,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from expunge.bench.stages import Stage
 from expunge.bench.steps import do
@@ -26,6 +26,7 @@ class Ended:
     why: str = ""
 
 
+@runtime_checkable
 class Hands(Protocol):
     """Who does stages: this process, others, or a cluster."""
 
@@ -100,7 +101,8 @@ def carry_out(wanted: Iterable[Stage], store: Store, hands: Hands, say: Say = la
     """
     todo = missing(wanted, store)
     waiting = dict(todo)
-    total, failed, lost = len(todo), {}, dict.fromkeys(todo, 0)
+    total, lost = len(todo), dict.fromkeys(todo, 0)
+    failed: dict[str, str] = {}
     started: dict[str, float] = {}
     try:
         while waiting or started:

@@ -109,13 +109,27 @@ def closure(wanted: Iterable[Stage]) -> dict[str, Stage]:
     return found
 
 
+def start_of(stage: Stage) -> Stage:
+    """The stage whose model an unlearning starts from: the original, or the deletion before this one."""
+    scenario = stage.task.scenario
+    if scenario.round == 1:
+        return stage.of("original")
+    before = replace(stage.task, scenario=replace(scenario, round=scenario.round - 1))
+    return replace(stage, step="unlearn", task=before)
+
+
+def cache_of(stage: Stage) -> Stage:
+    """The stage that caches the gradient at that model: after each deletion anew."""
+    return stage.of("cache") if stage.task.scenario.round == 1 else replace(stage, step="cache")
+
+
 def _trained(stage: Stage) -> dict[str, Stage]:
-    return {"original": stage.of("original"), "cache": stage.of("cache")}
+    return {"original": start_of(stage), "cache": cache_of(stage)}
 
 
 def _tune(stage: Stage) -> dict[str, Stage]:
     assert stage.effort is not None
-    found = {}
+    found: dict[str, Stage] = {}
     for seed in stage.effort.rehearsals:
         found |= {f"{role} {seed}": need for role, need in _trained(replace(stage, seed=seed)).items()}
         for number in range(1, stage.effort.references + 1):
@@ -131,10 +145,11 @@ def _unlearn(stage: Stage) -> dict[str, Stage]:
 
 
 def tuning_of(stage: Stage) -> Stage:
-    """The search whose best settings an unlearning takes."""
+    """The search whose best settings an unlearning takes; of a sequence that of its first deletion."""
     assert stage.contender is not None
     entry = Contender(name=stage.contender.entry, entry=stage.contender.entry)
-    return stage.of("tune", seed=0, contender=entry, effort=stage.effort)
+    task = replace(stage.task, scenario=replace(stage.task.scenario, round=1))
+    return stage.of("tune", task=task, seed=0, contender=entry, effort=stage.effort)
 
 
 def _evaluate(stage: Stage) -> dict[str, Stage]:
@@ -146,12 +161,12 @@ def _evaluate(stage: Stage) -> dict[str, Stage]:
     }
     model = models.get(stage.contender.entry) or replace(stage, step="unlearn")
     found = {"model": model, "truth": stage.of("outputs"), "reference": stage.of("retrain")}
-    return found if stage.contender.entry in STANDARDS else {**found, "cache": stage.of("cache")}
+    return found if stage.contender.entry in STANDARDS else {**found, "cache": cache_of(stage)}
 
 
 _NEEDS = {
     "original": lambda _: {},
-    "cache": lambda stage: {"original": stage.of("original")},
+    "cache": lambda stage: {"original": start_of(stage)},
     "retrain": lambda _: {},
     "outputs": lambda stage: {"model": stage.of("retrain", number=stage.number)},
     "tune": _tune,

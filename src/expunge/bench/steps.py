@@ -1,5 +1,6 @@
 """What each stage does: results of the stages it needs in, files in its folder out."""
 
+import importlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,8 @@ from expunge.access import Blind, Sighted
 from expunge.batches import Examples
 from expunge.bench import judging, tasks
 from expunge.bench.entries import Entry, entries
-from expunge.bench.stages import Stage, Step, tuning_of
+from expunge.bench.judging import SPENT
+from expunge.bench.stages import Stage, Step, cache_of, start_of, tuning_of
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Records
 from expunge.bench.tuning import Trial, tune
@@ -50,27 +52,27 @@ def _original(stage: Stage, store: Store, folder: Path) -> None:
     records = _records(stage, store)
     model = _untrained(stage, records, tasks.seed_of("original", stage.seed))
     trace = Trace("train", stage.seed)
-    with trace.stage("train", model):
+    with _timed(stage) as spent:
         train(model, records.before, cross_entropy, stage.task.recipe, seed=stage.seed, trace=trace)
-    _keep(folder, model, trace)
+    _keep(folder, model, trace, spent())
 
 
 def _retrain(stage: Stage, store: Store, folder: Path) -> None:
     records = _records(stage, store)
     seed = tasks.seed_of("retrain", stage.seed, stage.number)
     like = _untrained(stage, records, tasks.seed_of("original", stage.seed))
-    done = unlearn(like, _given(stage, records, None), Retrain(recipe=stage.task.recipe), seed=seed)
-    _keep(folder, done.model, done.trace)
+    with _timed(stage) as spent:
+        done = unlearn(like, _given(stage, records, None), Retrain(recipe=stage.task.recipe), seed=seed)
+    _keep(folder, done.model, done.trace, spent())
 
 
 def _cache(stage: Stage, store: Store, folder: Path) -> None:
     records = _records(stage, store)
-    model = _stored(stage, records, store.result(stage.of("original")))
-    start = time.perf_counter()
-    full = gradient(model, cross_entropy, records.before)
+    model = _stored(stage, records, store.result(start_of(stage)))
+    with _timed(stage) as spent:
+        full = gradient(model, cross_entropy, records.before)
     cache.save(folder / CACHE, full)
-    spent = time.perf_counter() - start
-    write_json(folder / TRACE, {"seconds": {"cache": spent}, "backwarded": full.count, "forwarded": 0})
+    write_json(folder / TRACE, {SPENT: spent(), "backwarded": full.count, "forwarded": 0})
 
 
 def _outputs(stage: Stage, store: Store, folder: Path) -> None:
@@ -81,7 +83,7 @@ def _outputs(stage: Stage, store: Store, folder: Path) -> None:
 
 
 def _tune(stage: Stage, store: Store, folder: Path) -> None:
-    """Every setting is tried on every rehearsal; the score is in noise floors."""
+    """Every setting is tried on every rehearsal; the score is how far they are from retraining."""
     assert stage.effort is not None
     assert stage.contender is not None
     rehearsals = [_Situation(replace(stage, seed=seed), store) for seed in stage.effort.rehearsals]
@@ -93,7 +95,7 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
         for each in rehearsals
     ]
     corrects = stage.task.scenario.corrects
-    floor = judging.floor(truths, corrects)
+    unit = judging.units(truths, corrects)
     entry = entry_of(stage, rehearsals[0].records)
 
     def objective(settings: dict[str, Any]) -> float:
@@ -101,7 +103,7 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
         for each in rehearsals:
             model = each.unlearned(entry, settings, each.stage.seed)[0]
             found.append(judging.looked_at(model, each.records, batch_size=judging.PIECE, only=judging.SCORED))
-        return judging.score(found, truths, floor, corrects)
+        return judging.score(found, truths, unit, corrects)
 
     trials = tune(
         entry.space,
@@ -111,18 +113,21 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
         journal=store.journal(stage),
         about={"stage": stage.key},
     )
-    write_json(folder / TRIALS, {"floor": floor, "best": _best(trials), "trials": [vars(each) for each in trials]})
+    write_json(folder / TRIALS, {"units": unit, "best": _best(trials), "trials": [vars(each) for each in trials]})
 
 
 def _unlearn(stage: Stage, store: Store, folder: Path) -> None:
     situation = _Situation(stage, store)
     entry = entry_of(stage, situation.records)
+    settings = settings_of(stage, store)
     try:
-        model, trace = situation.unlearned(entry, settings_of(stage, store), stage.seed)
-    except FAILURES as error:
+        with _timed(stage) as spent:
+            model, trace = situation.unlearned(entry, settings, stage.seed)
+    except FAILURES as error:  # the model stays as it was, for the deletions that follow
+        save_weights(folder / WEIGHTS, situation.original)
         write_json(folder / TRACE, {"failed": str(error)})
         return
-    _keep(folder, model, trace)
+    _keep(folder, model, trace, spent())
 
 
 def _evaluate(stage: Stage, store: Store, folder: Path) -> None:
@@ -156,8 +161,8 @@ class _Situation:
 
     def __init__(self, stage: Stage, store: Store) -> None:
         self.stage, self.records = stage, _records(stage, store)
-        self.original = _stored(stage, self.records, store.result(stage.of("original")))
-        path = store.result(stage.of("cache")) / CACHE
+        self.original = _stored(stage, self.records, store.result(start_of(stage)))
+        path = store.result(cache_of(stage)) / CACHE
         self.given = _given(stage, self.records, cache.load(path, self.original, cross_entropy))
 
     def unlearned(self, entry: Entry, settings: Mapping[str, Any], seed: int) -> tuple[nn.Module, Trace]:
@@ -254,9 +259,28 @@ def _given(stage: Stage, records: Records, full: Gradient | None) -> Blind:
     )
 
 
-def _keep(folder: Path, model: nn.Module, trace: Trace) -> None:
+def _keep(folder: Path, model: nn.Module, trace: Trace, seconds: float) -> None:
     save_weights(folder / WEIGHTS, model)
-    write_json(folder / TRACE, {**trace.as_dict(), "sizes": {n: p.numel() for n, p in model.named_parameters()}})
+    write_json(
+        folder / TRACE,
+        {**trace.as_dict(), SPENT: seconds, "sizes": {n: p.numel() for n, p in model.named_parameters()}},
+    )
+
+
+@contextmanager
+def _timed(stage: Stage) -> Iterator[Callable[[], float]]:
+    """Take the time of a block, seconds.
+
+    On one thread of a CPU that is the time of the processor, which whatever else the machine does hardly lengthens;
+    elsewhere it is wall time.
+    """
+    importlib.import_module("torch._dynamo")  # torch imports it at the first step of an optimiser: off the clock
+    clock = time.process_time if stage.task.device == "cpu" and stage.task.threads == 1 else time.perf_counter
+    times = [clock()]
+    yield lambda: times[1] - times[0]
+    if stage.task.device == "cuda":
+        torch.cuda.synchronize()
+    times.append(clock())
 
 
 @contextmanager
@@ -269,9 +293,7 @@ def _threads(count: int) -> Iterator[None]:
         limits: AbstractContextManager[Any] = threadpool_limits(count)
     except ImportError:
         limits = nullcontext()
-    with limits, warnings.catch_warnings():
-        # Gradients are added up in a flat buffer, in another memory layout than weights with channels last.
-        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+    with limits:
         torch.set_num_threads(count)
         try:
             yield

@@ -64,7 +64,7 @@ class Store:
         Returns:
             Whether it had to be done.
         """
-        with self._locked(stage):
+        with self.locked(stage.key):
             if self.done(stage):
                 return False
             final = self.folder(stage)
@@ -86,10 +86,11 @@ class Store:
         return True
 
     @contextmanager
-    def _locked(self, stage: Stage) -> Iterator[None]:
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold a lock; wait while somebody else does."""
         import fcntl  # not on Windows
 
-        path = self.root / "locks" / stage.key
+        path = self.root / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+", encoding="utf-8") as file:
             try:

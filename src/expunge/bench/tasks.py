@@ -21,7 +21,7 @@ from expunge.scenarios.removal import in_class_removal, members, random_removal
 from expunge.seeds import derive, stream
 from expunge.training import Recipe
 
-Kind = Literal["random", "in-class", "cross-backdoor"]
+Kind = Literal["random", "in-class", "sequence", "cross-backdoor"]
 NOTE = "NOTE"  # a text file beside the data that says in what it differs from the official files
 
 
@@ -30,10 +30,11 @@ class Scenario:
     """What is removed or corrected."""
 
     kind: Kind
-    amount: float = 0.0  # random: share of the training images; in-class: how many
+    amount: float = 0.0  # random, sequence: share of the training images, each time; in-class: how many
     classes: tuple[int, ...] = ()  # cross-backdoor: whose images get the cross
     gamma: float = 1.0  # cross-backdoor: share of the faults that are known
     known_are: Literal["corrected", "removed"] = "corrected"  # cross-backdoor: what becomes of known faults
+    round: int = 1  # sequence: the how-many-th deletion; the model is what the one before left
 
     @property
     def name(self) -> str:
@@ -42,6 +43,8 @@ class Scenario:
             return f"random {100 * self.amount:g} %"
         if self.kind == "in-class":
             return f"in-class {self.amount:g}"
+        if self.kind == "sequence":
+            return f"deletion {self.round} of {100 * self.amount:g} % each"
         known = "" if self.gamma == 1 else f", {100 * self.gamma:g} % known"
         return f"cross backdoor {self.known_are}{known}"
 
@@ -133,8 +136,9 @@ def images(task: Task, folder: Path | None) -> ImageData:
     return found
 
 
+@lru_cache(maxsize=2)  # one stage after the other asks for the same
 def records(task: Task, seed: int, folder: Path | None) -> Records:
-    """What a scenario makes of the data of a task; the same for the same task and seed."""
+    """What a scenario makes of the data of a task; the same for the same task and seed. Nobody may change it."""
     if task.dataset == "digits":
         split = digits(task.train, seed=seed)
         clean, test, classes, white = split.train, split.test, CLASSES, torch.ones(1, 1, 1)
@@ -154,9 +158,8 @@ def records(task: Task, seed: int, folder: Path | None) -> Records:
 
 
 def untrained(task: Task, classes: int, channels: int, seed: int) -> nn.Module:
-    """A model of the task, on its device; channels last in memory, which convolutions are faster on."""
-    model = build(task.model, seed=seed, classes=classes, channels=channels, **dict(task.settings))
-    return model.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """A model of the task, on its device."""
+    return build(task.model, seed=seed, classes=classes, channels=channels, **dict(task.settings)).to(task.device)
 
 
 def seed_of(stage: str, seed: int, number: int = 1) -> int:
@@ -166,6 +169,8 @@ def seed_of(stage: str, seed: int, number: int = 1) -> int:
 
 def _removed(task: Task, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
     labels = clean.tensors[1]
+    if task.scenario.kind == "sequence":
+        return _again(task, seed, clean, test, classes)
     if task.scenario.kind == "random":
         gone, unseen = random_removal(len(clean), task.scenario.amount, seed), test
     else:
@@ -175,6 +180,22 @@ def _removed(task: Task, seed: int, clean: Examples, test: Examples, classes: in
     retain, forget = clean.without(gone), clean.only(gone)
     parts = {"retain": retain, "forget": forget, "test": test}
     return Records(classes=classes, before=clean, retain=retain, forget=forget, parts=parts, unseen=unseen)
+
+
+def _again(task: Task, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
+    """Judged is what was removed so far; methods see what is removed now."""
+    order = torch.randperm(len(clean), generator=stream(seed, "sequence"))
+    share, now = round(task.scenario.amount * len(clean)), task.scenario.round
+    if not 0 < share * now < len(clean):
+        raise ConfigError(
+            f"amount={task.scenario.amount}, round={now}: {now} deletions of {share} of {len(clean)} images each. They "
+            "must take some and leave some."
+        )
+    before, gone = clean.without(order[: share * (now - 1)]), order[: share * now]
+    retain = clean.without(gone)
+    parts = {"retain": retain, "forget": clean.only(gone), "test": test}
+    forget = clean.only(order[share * (now - 1) : share * now])
+    return Records(classes=classes, before=before, retain=retain, forget=forget, parts=parts, unseen=test)
 
 
 def _planted(task: Task, seed: int, clean: Examples, test: Examples, classes: int, white: Tensor) -> Records:

@@ -6,6 +6,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,19 @@ def main() -> None:
     """A worker: a request a line on standard input, an answer a line on standard output; ends with its input."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not garble the answers
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     try:
         for line in sys.stdin:
             answers.write(serve_one(line) + "\n")
     except KeyboardInterrupt:
         sys.exit(130)  # whoever started this was interrupted, too, and says so
+
+
+def _follow(parent: int) -> None:
+    """End this process when the one that started it has gone, in the middle of a stage if need be."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _process() -> subprocess.Popen[str]:

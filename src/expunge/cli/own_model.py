@@ -69,7 +69,7 @@ def cache(
         replace: Write over a cache that exists.
         json: Print the header as JSON.
     """
-    _require_new(out, setup, weights)
+    require_new(out, setup, weights)
     if cache_file.exists(out) and not replace:
         raise ConfigError(
             f"{cache_file.file_of(out)} exists. A cache made now would hold only the records that are left, and the "
@@ -133,7 +133,7 @@ def unlearn(
         replace: Write over weights that exist.
         json: Print the trace as JSON.
     """
-    _require_new(out, setup, weights, *(path for path in (cache, settings) if path))
+    require_new(out, setup, weights, *(path for path in (cache, settings) if path))
     if out.exists() and not replace:
         raise ConfigError(f"{out} exists, and evidence of it may too: give another name, or --replace.")
     story = evaluation.trace_path(out)
@@ -184,7 +184,7 @@ def unlearn(
         print("The cache is personal data: destroy it now, and cache again if more deletions may come.")
 
 
-def _require_new(out: Path, *inputs: Path) -> None:
+def require_new(out: Path, *inputs: Path) -> None:
     """Refuse to write over what a command reads, before anything is computed."""
     if out.is_dir():
         raise ConfigError(f"{out} is a folder: name the file to write.")

@@ -16,9 +16,9 @@ from expunge.bench.rehearsal import Like, Problem, Rehearsal
 from expunge.bench.tuning import Trial
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, SetupFile
-from expunge.cli.own_model import MethodConfig, trained_model
+from expunge.cli.own_model import MethodConfig, require_new, trained_model
 from expunge.errors import ConfigError, NotFinite
-from expunge.gradient import MICRO_BATCH, Gradient, gradient
+from expunge.gradient import MICRO_BATCH, gradient
 from expunge.methods import Method, method_of
 from expunge.metrics.outputs import outputs
 from expunge.setup import Setup, load_setup
@@ -81,6 +81,7 @@ def rehearse(
         replace: Write over settings that exist.
         json: Print JSON.
     """
+    require_new(out, setup, weights, *([cache] if cache else []))
     if out.exists() and not replace:
         raise ConfigError(f"{out} exists: give another name, or --replace.")
     if sets < 2:
@@ -90,6 +91,8 @@ def rehearse(
             "like='class': unseen records of a class that was trained on are known as well as the removed ones, and "
             "show nothing of a model that never saw the class. Retrain models to compare with: --retrain 2."
         )
+    if like == "class" and records is not None:
+        raise ConfigError(f"records={records}, like='class': a whole class has the size it has. Leave one of them out.")
     row = method_of(method)
     _require_tunable(row)
     tuning.require_optuna()
@@ -114,12 +117,12 @@ def rehearse(
         )
     best = with_settings(method, found[0].settings)
     scores = _confirm(stage, {GIVEN: method, CHOSEN: best})
-    after = {"trials": len(found), "scores": scores, "holds up": _holds_up(scores)}
+    after = {"trials": len(found), "scores": _plain(scores), "holds up": holds_up(scores)}
     chosen.write_settings(out, best, about | after)
     command = ["expunge", "unlearn", str(setup), "--weights", str(weights), *(["--cache", str(cache)] if cache else [])]
     command += ["--settings", str(out), "--out", "unlearned.safetensors", row.name]
     if json:
-        tried = [asdict(trial) | {"score": None if trial.failure else trial.score} for trial in found]
+        tried = [asdict(trial) | {"score": trial.score if math.isfinite(trial.score) else None} for trial in found]
         result = about | after | {"tried": tried, "chosen": found[0].settings, "file": str(out), "command": command}
         print(printing.as_json(result))
         return
@@ -148,7 +151,7 @@ def _stage(
     seed: int,
     device: str,
 ) -> _Stage:
-    if cache is None and records is None:
+    if cache is None and records is None and like != "class":
         raise ConfigError(
             "without a cache nobody knows how many records were removed. Give --cache, or --records with their number."
         )
@@ -163,7 +166,9 @@ def _stage(
         parameters=cached.total if cached else None,
         micro_batch=cached.micro_batches.size if cached and cached.micro_batches else MICRO_BATCH,
     )
-    count = records if records is not None else _removed(cached, left)
+    count = records or 0
+    if records is None and cached is not None and like != "class":
+        count = rehearsal.removed_count(cached, left)
     problem = Problem(
         model=model,
         given=Blind(retain=retain, loss_terms=loaded.loss_terms, fresh=loaded.model, full=left),
@@ -174,14 +179,9 @@ def _stage(
     drawn = rehearsal.draw(labels, like, count, sets + 1, seed)
     recipe = loaded.recipe if retrain and loaded.has("recipe") else None
     prepared = rehearsal.prepare(problem, drawn, seed=seed, recipe=recipe, retrain=retrain)
-    about: dict[str, Any] = {"like": like, "records": count, "sets": sets, "retrain": retrain, "seed": seed}
-    about |= {"left": {"terms": left.count, "loss": left.loss}}  # data that changed is another search
+    about: dict[str, Any] = {"like": like, "records": count or None, "sets": sets, "retrain": retrain, "seed": seed}
+    about |= {"left": {"terms": left.count, "loss": f"{left.loss:.6g}"}}  # data that changed is another search
     return _Stage(problem, prepared[:sets], prepared[sets:], about)
-
-
-def _removed(cached: Gradient | None, left: Gradient) -> int:
-    assert cached is not None
-    return rehearsal.removed_count(cached, left)
 
 
 def _confirm(stage: _Stage, configs: Mapping[str, object]) -> _Confirmed:
@@ -200,7 +200,19 @@ def _score(problem: Problem, sets: Sequence[Rehearsal], config: object) -> Score
         return Score(math.inf, math.inf, math.inf)
 
 
-def _holds_up(scores: _Confirmed) -> bool:
+def _plain(scores: _Confirmed) -> dict[str, dict[str, dict[str, float | None]]]:
+    """As JSON holds them, which knows no infinity."""
+    return {
+        who: {
+            sets: {k: v if math.isfinite(v) else None for k, v in found._asdict().items()}
+            for sets, found in each.items()
+        }
+        for who, each in scores.items()
+    }
+
+
+def holds_up(scores: _Confirmed) -> bool:
+    """Whether the chosen settings are no worse than those given, on the set that neither was tuned on."""
     return scores[CHOSEN]["held out"].total <= scores[GIVEN]["held out"].total
 
 
@@ -225,8 +237,13 @@ def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Pa
     else:
         own, held = (closeness.chance([each.before for each in sets]) for sets in (stage.tuned, stage.held))
         print(f"{told}, against test(). By chance alone forgetting misses 0 by about {own:.2g} (held out: {held:.2g}).")
-    if not _holds_up(scores):
+    if not holds_up(scores):
         print(
             "The chosen settings do NOT hold up: on the set that they were not tuned on, the settings as given are "
             "better. Rehearse with more --sets, or keep those."
+        )
+    if scores[CHOSEN]["held out"].total >= scores[NOTHING]["held out"].total:
+        print(
+            "By this score they are no better than not unlearning at all. Give more trials or epochs, or retrain from "
+            "what is left."
         )

@@ -49,7 +49,10 @@ def evidence(run: RunFolder, *, verify: Flag = False, replace: Flag = False) -> 
         raise SystemExit(UNLIKE)
     print(f"{'verified' if verify else 'evidence'}: {path} and {proof.PAGE}")
     print(f"SHA-256 of {proof.NAME}: {file_hash(path)}")
-    if not verify:
+    if verify:
+        for line in proof.unchecked(run):
+            print(f"not checked: {line}. If it was destroyed, as a cache should be, nothing is left to check.")
+    else:
         print(
             "Sign evidence.json, or lodge this SHA-256 where it cannot be changed: the hashes inside show no more than"
         )

@@ -18,7 +18,7 @@ from expunge import params
 from expunge.batches import Batch, Batches, LossTerms, map_tensors, micro_batches, tensors_of, to_device
 from expunge.curvature import Block, Curvature, joined
 from expunge.errors import NotFinite, UnsupportedModule
-from expunge.methods.layer_squares import RULES, patches, recorded
+from expunge.methods.layer_squares import RULES, Call, patches, recorded
 from expunge.methods.per_example import squared_gradients
 from expunge.probe import probe
 from expunge.seeds import keeping_random_state
@@ -129,7 +129,7 @@ def _each(
     for _, each in micro_batches(data, CHUNK)[1]:
         with recorded([layer.module for layer in layers]) as calls:
             terms = loss_terms(model, to_device(each, device))
-        examples = len(calls[layers[0].module][0][0])
+        examples = len(calls[layers[0].module][0].entered)
         if len(terms) % examples:
             raise UnsupportedModule(
                 f"loss_terms gives {len(terms)} terms for {examples} examples, and gradients of single terms need as "
@@ -143,14 +143,12 @@ def _each(
             yield from _factors(term, layers, calls)
 
 
-def _factors(
-    term: Tensor, layers: list[_Layer], calls: dict[nn.Module, list[tuple[Tensor, Tensor]]]
-) -> Iterator[Factors]:
-    outputs = [calls[layer.module][0][1] for layer in layers]
+def _factors(term: Tensor, layers: list[_Layer], calls: dict[nn.Module, list[Call]]) -> Iterator[Factors]:
+    outputs = [calls[layer.module][0].output for layer in layers]
     slopes = torch.autograd.grad(term, outputs, retain_graph=True, allow_unused=True)
     for layer, slope in zip(layers, slopes, strict=True):
         if slope is not None:
-            entered = calls[layer.module][0][0]
+            entered = calls[layer.module][0].entered
             module, examples = layer.module, len(entered)
             if isinstance(module, nn.Conv2d):
                 a = patches(module, entered)
@@ -174,7 +172,11 @@ def _usable_layers(
     examples = lengths.pop() if len(lengths) == 1 else 0
     if not examples or len(terms) % examples or not _in_a_row(model, loss_terms, batch, terms.view(examples, -1)):
         return []
-    found = [layer for layer in found if [len(each) for io in calls[layer.module] for each in io] == [examples] * 2]
+    found = [
+        layer
+        for layer in found
+        if [size for call in calls[layer.module] for size in (len(call.entered), call.shape[0])] == [examples] * 2
+    ]
     if not found:
         return []
     tolerance = max(1e-2, *(8 * torch.finfo(p.dtype).eps for p in theta.values()))

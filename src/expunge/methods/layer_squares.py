@@ -7,10 +7,12 @@ The gradient of a layer's weight on one example follows from what went into the 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from expunge.batches import Batch, LossTerms
@@ -48,20 +50,20 @@ def layer_squares(
     if len(terms) % examples or any(len(seen) > 1 for seen in calls.values()):
         return None
     ran = {layer: seen[0] for layer, seen in calls.items() if seen}
-    if any(tensor.shape[:1] != (examples,) for pair in ran.values() for tensor in pair):
+    if any(shape[:1] != (examples,) for call in ran.values() for shape in (call.entered.shape, call.shape)):
         return None
     wide = torch.float32 if terms.device.type == "mps" else torch.float64
     total = {name: torch.zeros(p.shape, dtype=wide, device=p.device) for name, p in theta.items()}
-    outputs = [output for _, output in ran.values()]
-    numbers = max(sum(output.numel() for output in outputs), 1)
+    outputs = [call.output for call in ran.values()]
+    numbers = max(sum(call.shape.numel() for call in ran.values()), 1)
     at_once = max(1, SLOPES // numbers)
     for group in terms.view(examples, -1).sum(0).split(at_once):
         found = [torch.autograd.grad(term, outputs, retain_graph=True, allow_unused=True) for term in group]
         with torch.no_grad():
-            for (layer, (entered, _)), slopes in zip(ran.items(), zip(*found, strict=True), strict=True):
+            for (layer, call), slopes in zip(ran.items(), zip(*found, strict=True), strict=True):
                 known = [slope for slope in slopes if slope is not None]
                 if known:
-                    _add_squares_(total, owners[layer], layer, entered, _stacked(known))
+                    _add_squares_(total, owners[layer], layer, call.entered, _stacked(known))
     return total, terms.detach(), numbers
 
 
@@ -185,14 +187,24 @@ def _owners(model: nn.Module, theta: dict[str, nn.Parameter]) -> dict[nn.Module,
     return owners if len(set(once)) == len(once) else None
 
 
-@contextmanager
-def recorded(layers: list[nn.Module]) -> Iterator[dict[nn.Module, list[tuple[Tensor, Tensor]]]]:
-    """What goes into and comes out of the layers while the block runs."""
-    calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+@dataclass(frozen=True)
+class Call:
+    """What went into a layer, and where the gradient of what came out is to be had."""
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
-        calls[layer].append((next(iter((*inputs, *named.values()))).detach(), output))
-        return output.clone()  # what comes behind may change it in place
+    entered: Tensor
+    output: GradientEdge  # not the tensor: what comes behind may change that in place, and a copy takes time
+    shape: torch.Size  # of what came out
+
+
+@contextmanager
+def recorded(layers: list[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
+    """What goes into and comes out of the layers while the block runs; calls without a gradient are left out."""
+    calls: dict[nn.Module, list[Call]] = {layer: [] for layer in layers}
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            entered = next(iter((*inputs, *named.values()))).detach()
+            calls[layer].append(Call(entered, get_gradient_edge(output), output.shape))
 
     handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:

@@ -73,7 +73,7 @@ def ssd(model: nn.Module, given: Sighted, config: SSD, *, seed: int, trace: Trac
     (mean, nats a term, after the dampening).
 
     Raises:
-        MismatchError: The kept importance is not of the same kind, or not of all data.
+        MismatchError: The kept importance was taken at other weights or buffers, or of something else.
     """
     theta = params.named_parameters(model)
 

@@ -1,7 +1,8 @@
 """All metrics of a model at once, and its distances to a retrained one."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from expunge.definitions import METRICS
 from expunge.metrics.calibration import brier, expected_calibration_error
@@ -10,6 +11,7 @@ from expunge.metrics.forgetting import against_unseen, signed_forgetting
 from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched
 from expunge.metrics.outputs import Outputs
 from expunge.metrics.representation import activation_distance
+from expunge.rows import Row
 
 Splits = Mapping[str, Outputs]  # any of "retain", "forget", "test", "triggered", "domain"
 _ACCURACIES = {
@@ -30,6 +32,17 @@ class Measured:
     unit: str
     split: str
     n: int
+
+
+def measured_rows(measured: Iterable[Measured], **about: Any) -> Iterator[Row]:
+    """A row for each number.
+
+    Args:
+        measured: The numbers.
+        about: What they are of: the other fields of a `Row`.
+    """
+    for each in measured:
+        yield Row(**about, **asdict(each))
 
 
 @dataclass(frozen=True)

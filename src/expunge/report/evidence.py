@@ -23,6 +23,7 @@ FORMAT = "expunge evidence 1"
 NAME, PAGE = "evidence.json", "evidence.html"
 _DRAWN = (NAME, PAGE, "report.html", "report.md", "report.tex", "report.csv")  # made from the rest, at any time
 _ASKED = ("removed_count", "cached_count")
+_CACHE = "gradient cache"  # the role of a file that should be destroyed after use
 
 
 def write_evidence(folder: Path | str, *, replace: bool = False) -> Path:
@@ -66,7 +67,8 @@ def verify(folder: Path | str) -> list[str]:
     """Compare the files of a run, and the weights and code it points to, with its evidence.
 
     Returns:
-        A line for each file that differs, is missing, or is new; empty if all is as it was.
+        A line for each file that differs, is missing, or is new; empty if all is as it was. A gradient cache may be
+        missing: see `unchecked`.
 
     Raises:
         ConfigError: There is no evidence.
@@ -85,11 +87,31 @@ def verify(folder: Path | str) -> list[str]:
     for entry in listed:
         file, was = folder / entry["path"], entry["sha256"]
         if not file.exists():
+            if entry.get("role") == _CACHE:
+                continue
             wrong.append(f"{entry['path']}: missing, its SHA-256 was {was}")
         elif (now := file_hash(file)) != was:
             wrong.append(f"{entry['path']}: SHA-256 is {now}, was {was}")
     known = {entry["path"] for entry in listed}
     return wrong + [f"{name}: was not there" for name in _inside(folder) if name not in known]
+
+
+def unchecked(folder: Path | str) -> list[str]:
+    """What evidence states a hash of and has no file to compare it with, a line each: a cache that was destroyed.
+
+    Raises:
+        ConfigError: There is no evidence.
+    """
+    folder = Path(folder)
+    evidence = read_json(folder / NAME)
+    gone = [e for e in evidence["files"] if e["role"] == _CACHE and not (folder / e["path"]).exists()]
+    found = [f"{e['path']}, the {_CACHE}: it is not there, its SHA-256 was {e['sha256']}" for e in gone]
+    listed = {entry["sha256"] for entry in evidence["files"]}
+    return found + [
+        f"the {role} of the unlearning, SHA-256 {was}: no listed file has it"
+        for role, was in evidence["hashes_at_unlearning"].items()
+        if was not in listed
+    ]
 
 
 def digest(evidence: dict[str, Any]) -> str:

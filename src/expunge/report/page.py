@@ -67,12 +67,15 @@ def _context(run: Run) -> dict[str, Any]:
 
 
 def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
-    from expunge.report import attack, curves, figures, tradeoff
+    from expunge.report import attack, curves, figures, frontier, tradeoff
 
     summaries = [summary for summary in summaries if summary.scenario == scenario]
     about = subject(summary.method for summary in summaries)
-    drawings = []
-    if about is not None:
+    drawings: list[figures.Drawing | None] = []
+    metrics = frontier.drawable(summaries)
+    if metrics:
+        drawings = [frontier.frontier(summaries, scenario, metrics)]
+    elif about is not None:
         drawings = [
             figures.distances(summaries, scenario, about),
             tradeoff.tradeoff(summaries, scenario, about),

@@ -29,7 +29,7 @@ class Summary:
 
     scenario: str
     method: str
-    blind: bool
+    blind: bool | None  # None: not known
     metric: str
     unit: str
     values: tuple[float, ...]  # one a repetition, in the order of `seeds`
@@ -67,6 +67,12 @@ class Summary:
         return low, min(found.high, most) if max(self.values) <= most else found.high
 
 
+def blind_throughout(each: Iterable[bool | None]) -> bool | None:
+    """False if one is not blind, else None if of one it is not known, else True."""
+    found = set(each)
+    return False if False in found else None if None in found else True
+
+
 def summarise(rows: Iterable[Row]) -> list[Summary]:
     """Group measured rows by scenario, method and metric, in order of first appearance.
 
@@ -90,7 +96,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
         Summary(
             scenario=scenario,
             method=method,
-            blind=all(row.blind for row in group.values()),
+            blind=blind_throughout(row.blind for row in group.values()),
             metric=metric,
             unit=next(iter(group.values())).unit,
             values=tuple(row.value for _, row in sorted(group.items())),

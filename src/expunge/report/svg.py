@@ -4,20 +4,35 @@ import io
 import re
 from collections.abc import Callable
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from expunge.definitions import slug
 from expunge.errors import MissingExtra
+from expunge.files import replacing
 
 try:
     import matplotlib as mpl
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
     from matplotlib.ticker import LogLocator
 except ImportError as error:
     raise MissingExtra("the figures of a report need Matplotlib: pip install 'expunge[report]'.") from error
 
-__all__ = ["FORGET", "INK", "MUTED", "RETAIN", "RULE", "TEST", "Axes", "Figure", "LogLocator", "draw"]
+__all__ = [
+    "FORGET",
+    "INK",
+    "MUTED",
+    "RETAIN",
+    "RULE",
+    "TEST",
+    "Axes",
+    "Figure",
+    "FigureBase",
+    "LogLocator",
+    "draw",
+    "write",
+]
 
 # Names of the page's custom properties, and the values Matplotlib draws with until they are put in.
 INK, MUTED, RULE, FORGET, RETAIN, TEST = "#1b1d20", "#5c6268", "#d9d8d3", "#b34a00", "#00735a", "#0067a8"
@@ -73,6 +88,30 @@ def draw(name: str, title: str, size: tuple[float, float], plot: Callable[[Figur
         plot(figure)
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _inline(file.getvalue(), name, title)
+
+
+def write(stem: Path, size: tuple[float, float], plot: Callable[[Figure], None]) -> list[Path]:
+    """Write a figure as files of its own, on white; the same bytes for the same plot.
+
+    Args:
+        stem: Path without an ending.
+        size: Width and height in inches.
+        plot: Draws into an empty figure.
+
+    Returns:
+        The paths of an SVG and of a PNG.
+    """
+    paths = []
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update({**_STYLE, "svg.hashsalt": stem.name, "figure.facecolor": "white"})
+        figure = Figure(figsize=size, layout="constrained", dpi=110)
+        plot(figure)
+        for ending, unwanted in (("svg", ("Date", "Creator", "Format", "Type")), ("png", ("Software",))):
+            paths.append(stem.with_name(f"{stem.name}.{ending}"))
+            with replacing(paths[-1]) as temporary:
+                figure.savefig(temporary, format=ending, metadata=dict.fromkeys(unwanted))
+    return paths
 
 
 def _inline(text: str, name: str, title: str) -> str:

@@ -8,12 +8,12 @@ from typing import Literal
 from expunge.definitions import ARROWS, Good, define
 from expunge.errors import ConfigError
 from expunge.report.paper import Printed, attribution, printed
-from expunge.report.summaries import ORIGINAL, Summary, label, number, order, repetitions, summarise
+from expunge.report.summaries import ORIGINAL, Summary, blind_throughout, label, number, order, repetitions, summarise
 from expunge.report.verdicts import LEVEL, Difference, Verdict, differences, verdicts
 from expunge.rows import EVALUATION, Row
 
 _WORDS: dict[Good, str] = {"high": "high", "low": "low", "close": "close to retraining"}
-_YES = {True: "yes", False: "no"}
+_YES = {True: "yes", False: "no", None: "?"}
 _PERCENT = f"{100 * (1 - LEVEL):.0f}"
 _NOTHING = "\N{EN DASH}"
 Found = Mapping[tuple[str, str], Summary]  # by method and metric
@@ -39,7 +39,7 @@ class Line:
 
     method: str
     label: str
-    blind: str  # yes, no, or a dash for a model that unlearned nothing
+    blind: str  # yes, no, ? where that is not known, or a dash for a model that unlearned nothing
     cells: tuple[Cell | None, ...]
 
 
@@ -135,7 +135,9 @@ def _table(title: str, found: Found, papers: Mapping[tuple[str, str], Printed], 
 
 
 def _blind(found: Found, method: str) -> str:
-    return _NOTHING if method == ORIGINAL else _YES[all(s.blind for (who, _), s in found.items() if who == method)]
+    if method == ORIGINAL:
+        return _NOTHING
+    return _YES[blind_throughout(s.blind for (who, _), s in found.items() if who == method)]
 
 
 def _cell(summary: Summary | None, verdict: Verdict | None, paper: Printed | None) -> Cell | None:

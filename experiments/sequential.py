@@ -1,0 +1,34 @@
+"""Ten deletions in a row, the gradient cached anew after each: does quality drift?
+
+Claim: none is made in advance.
+Setting: each time 2 % of the first training set of table1.py; after each deletion everything removed so far is judged
+against a model retrained without it. Settings are those tuned for the first deletion.
+Controls: fine-tuning, and a random reset in place of RELOAD's choice.
+Cost: ten times two retrained models a seed; on the cpu profile about twice that of table1.py.
+Expected: what was removed first is forgotten further with every deletion, by methods that train.
+
+    expunge bench run experiments/sequential.py --profile cpu --seeds 3 --jobs 2 --data DIR
+"""
+
+from expunge.bench.experiments import Experiment
+from expunge.bench.profiles import effort, task
+from expunge.bench.stages import Contender
+from expunge.bench.tables import REMOVAL
+from expunge.bench.tasks import Scenario
+
+DELETIONS, SHARE = 10, 0.02
+METHODS = ("reload", "fine-tune", "control: random reset")
+
+
+def experiment(profile: str) -> Experiment:
+    """Three methods, deletion after deletion."""
+    scenarios = (Scenario(kind="sequence", amount=SHARE, round=number) for number in range(1, DELETIONS + 1))
+    situations = tuple(task(profile, "cifar100", scenario) for scenario in scenarios)
+    return Experiment(
+        name="sequential",
+        profile=profile,
+        tasks=situations,
+        contenders=tuple(Contender(name=name, entry=name) for name in METHODS),
+        effort=effort(situations[0], profile),
+        shown=REMOVAL,
+    )
