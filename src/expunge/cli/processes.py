@@ -36,6 +36,8 @@ def joined(arguments: Sequence[str]) -> Iterator[None]:
         raise ConfigError(
             f"{command} runs in one process; {' and '.join(SHARED)} run under torchrun. Leave torchrun out."
         )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         with contextlib.ExitStack() as stack:
