@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor, nn
 
 from expunge import distributed, params, sharding
-from expunge.access import Blind, Sighted
+from expunge.access import Blind
 from expunge.errors import ForgetSetAccessed, UnsupportedModule
 from expunge.gradient import Origin
 from expunge.methods import method_of
@@ -67,12 +67,10 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         )
     infinite = {name for name, buffer in inner.named_buffers() if bool(buffer.isinf().any())}  # masks, on purpose
     params.require_finite(_tensors(inner, infinite), "the model to unlearn from")
-    importance = given.importance if isinstance(given, Sighted) else None
-    for what, kept in (("the cached gradient", given.full), ("the importance of all data", importance)):
-        if kept is not None:
-            kept.origin.require(Origin.of(inner, given.loss_terms), what)
-    if sharded and given.full is not None:
-        given = replace(given, full=given.full.placed_like(inner))
+    if given.full is not None:
+        given.full.origin.require(Origin.of(inner, given.loss_terms), "the cached gradient")
+        if sharded:
+            given = replace(given, full=given.full.placed_like(inner))
     # torch imports its compiler at the first optimiser step, a second that belongs to no method: do it off the clock.
     importlib.import_module("torch._dynamo")
     trace = Trace(method.name, seed, watch=watch)
