@@ -57,8 +57,8 @@ def passes() -> Iterator[Result]:
     gradient to a dictionary. It is in eval mode here, like ours.
     """
     for name, model, data in (
-        ("ResNet-18 of width 16, 256 images of 3 x 32 x 32", ResNet18(width=16), images(256, 3, 32)),
-        ("the demo's network, 8,192 images of 1 x 8 x 8", ConvNet(widths=(16, 32)), images(8192, 1, 8)),
+        ("ResNet-18 of width 16, 1,024 images of 3 x 32 x 32", ResNet18(width=16), images(1024, 3, 32)),
+        ("the demo's network, 16,384 images of 1 x 8 x 8", ConvNet(widths=(16, 32)), images(16384, 1, 8)),
     ):
         inputs, labels = data.tensors
         loader = DataLoader(Augmented(data), batch_size=128, shuffle=True)

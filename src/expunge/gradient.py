@@ -201,7 +201,7 @@ def gradient(
         groups: Keep the gradient of each of so many ranges of positions besides, 8 bytes an entry each. After a
             deletion only the ranges that lost a record are computed again; see `second_pass`.
         checkpoint: Modules, by names or patterns, whose activations are computed again in the backward pass, which
-            takes less memory and about a third more time; True for the blocks of the longest list of modules.
+            takes less memory and one forward pass more; True for the blocks of the longest list of modules.
 
     Returns:
         Float64 sums on the model's device (on the CPU for devices without float64).
