@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from expunge import losses
+from expunge.allocator import keep_freed_memory
 from expunge.cli.audits import audit
 from expunge.cli.data import data
 from expunge.cli.evaluation import evaluate
@@ -43,6 +44,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     warnings.showwarning = _warn
+    if arguments is None:  # the process is ours
+        keep_freed_memory()
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
