@@ -22,14 +22,14 @@ class Result:
     met: bool
 
 
-def fastest(*contestants: Callable[[], object]) -> list[float]:
-    """The shortest wall time of each, in seconds, taken in turns so that a busy moment hits all of them."""
+def fastest(*contestants: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """The shortest time of each, in seconds of the clock, taken in turns so that a busy moment hits all of them."""
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(REPEATS):
         for mine, contestant in zip(times, contestants, strict=True):
-            start = time.perf_counter()
+            start = clock()
             contestant()
-            mine.append(time.perf_counter() - start)
+            mine.append(clock() - start)
     return [min(mine) for mine in times]
 
 

@@ -1,6 +1,6 @@
 """Speed and memory as ratios in one run: prints a table and writes benchmarks/results.md.
 
-python benchmarks/run.py            everything, about three minutes on two cores
+python benchmarks/run.py            everything, about six minutes on two cores
 python benchmarks/run.py gradient   what starts with this name
 """
 

@@ -55,7 +55,8 @@ def channels_last(batch: Batch) -> Batch:
     """
 
     def laid_out(tensor: Tensor) -> Tensor:
-        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        # A copy in any case: contiguous() takes one channel for laid out already, and convolutions do not.
+        return tensor.clone(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
     return map_tensors(batch, laid_out)
 

@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from expunge import losses
+from expunge.allocator import keep_freed_memory
 from expunge.cli import processes
 from expunge.cli.audits import audit
 from expunge.cli.bench import bench
@@ -49,7 +50,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     warnings.showwarning = _warn
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:  # the process is ours
+        keep_freed_memory()
+        arguments = sys.argv[1:]
     try:
         with processes.joined(arguments):
             tyro.extras.subcommand_cli_from_dict(
