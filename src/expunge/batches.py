@@ -288,7 +288,9 @@ def positioned(
 
 def _shared(batch: Batch, share: Callable[[int], slice]) -> Batch:
     length = length_of(batch)
-    return batch if length is None else map_tensors(batch, lambda tensor: tensor[share(length)])
+    if length is None or len(range(length)[share(length)]) == length:
+        return batch
+    return map_tensors(batch, lambda tensor: tensor[share(length)])
 
 
 def drawn(count: int, size: int, generator: torch.Generator) -> list[Int[Tensor, " _"]]:
