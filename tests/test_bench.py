@@ -393,6 +393,8 @@ def test_deletions_in_a_row_start_from_what_the_one_before_left_and_cache_anew(t
     assert second.needs["cache"].needs["original"].key == first.key
     assert second.needs["tune"].key == first.needs["tune"].key
     assert first.needs["original"].key == Stage(step="original", task=DIGITS, seed=0).key
+    alone = closure(replace(experiment, tasks=(rounds[1],)).evaluations([0]))
+    assert {len(records(s.task, s.seed, None).before) for s in alone.values() if s.step == "original"} == {40}
     one, two = (records(task, 0, None) for task in rounds)
     assert torch.equal(two.before.positions, one.retain.positions)
     assert not set(two.forget.positions.tolist()) & set(one.forget.positions.tolist())
@@ -497,6 +499,10 @@ def test_the_commands_run_show_and_compare(tmp_path, monkeypatch, capsys, unbrok
     assert "RELOAD" in capsys.readouterr().out
     assert main(["bench", "table", *named, "--format", "markdown"]) == 0
     assert "| RELOAD" in capsys.readouterr().out
+    kept = {path: path.read_bytes() for path in unbroken.iterdir()}
+    assert main(["bench", "table", str(file), "--seeds", "1", "--out", out]) == 0
+    assert kept == {path: path.read_bytes() for path in unbroken.iterdir()}  # a table is only looked at
+    capsys.readouterr()
     assert main(["bench", "diff", str(unbroken), str(unbroken)]) == 0
     assert "identical of" in capsys.readouterr().out
     other = tmp_path / "rows.csv"
@@ -591,6 +597,19 @@ def test_before_anything_is_done_the_table_says_so(tmp_path, capsys):
     file.write_text(FILE, encoding="utf-8")
     assert main(["bench", "table", str(file), "--out", str(tmp_path)]) == 0
     assert "Nothing of tiny is done yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("budget", Recipe(epochs=1, lr=0.1)), ("trials", 0), ("rehearsals", ()), ("references", 1)]
+)
+def test_an_effort_too_small_for_a_comparison_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"Effort: {name}.* a comparison takes"):
+        replace(BRIEF, **{name: value})
+
+
+def test_no_seed_is_both_tuned_on_and_reported():
+    with pytest.raises(ConfigError, match="seed 1 is one that settings are tuned on"):
+        tiny(effort=replace(BRIEF, rehearsals=(1,))).evaluations([0, 1])
 
 
 def test_a_repetition_is_planned_seed_by_seed():

@@ -41,6 +41,17 @@ def blocks() -> Blocks:
         return Blocks()
 
 
+def test_a_module_that_changes_its_inputs_is_refused_and_one_that_does_so_inside_is_not():
+    def model():
+        return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.SiLU(inplace=True), nn.Linear(8, 3))
+
+    data = Examples(torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3)
+    with pytest.raises(ConfigError, match="SiLU changes what goes into it in place"):
+        gradient(model(), cross_entropy, data, checkpoint=True)
+    blocks = nn.Sequential(model()[:3], nn.Linear(8, 3))
+    identical(gradient(blocks, cross_entropy, data), gradient(blocks, cross_entropy, data, checkpoint=["0"]))
+
+
 def kept_between(model, data, **options) -> int:
     """Bytes that forward passes keep for backward passes, by autograd's own account; the weights do not count."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from expunge import params
 from expunge.access import Blind
@@ -186,3 +187,52 @@ def test_a_group_may_be_empty_from_the_start():
     assert full.groups.examples.tolist() == [16, 0, 16, 20, 18]
     assert params.norm(full.groups.totals[1]) == 0
     assert second_pass(full, MODEL, cross_entropy, gap)[1] == 0
+
+
+class Opaque:
+    """A batch that prints its shapes only, as those of graph libraries do."""
+
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+
+    def __repr__(self):
+        return f"Opaque({list(self.inputs.shape)})"
+
+
+def corrected(kind):
+    """A gradient with groups over batches of some kind, the same loss, and the data with some labels corrected."""
+    inputs, labels = DATA.tensors
+    other = labels.clone()
+    other[:3] = (other[:3] + 1) % 3
+
+    def loader(labels):
+        return DataLoader(
+            TensorDataset(inputs, labels),
+            collate_fn=lambda items: kind(*map(torch.stack, zip(*items, strict=True))),
+        )
+
+    return loader(labels), loader(other)
+
+
+def test_arrays_of_numpy_are_compared_entry_by_entry():
+    # NumPy prints only the first and last rows of an array as large as that of the labels.
+    before, after = corrected(
+        lambda inputs, labels: (inputs.numpy(), functional.pad(labels[None], (0, 0, 999, 999)).numpy())
+    )
+
+    def loss_terms(model, batch):
+        return cross_entropy(model, (torch.from_numpy(batch[0]), torch.from_numpy(batch[1][999])))
+
+    full = gradient(MODEL, loss_terms, before, micro_batch=SIZE, groups=GROUPS)
+    assert full.groups.touched(before, SIZE) == set()
+    assert full.groups.touched(after, SIZE) == {0}
+
+
+def test_batches_that_cannot_be_compared_are_refused():
+    before, _ = corrected(Opaque)
+
+    def loss_terms(model, batch):
+        return cross_entropy(model, (batch.inputs, batch.labels))
+
+    with pytest.raises(ConfigError, match="a batch holds a Opaque"):
+        gradient(MODEL, loss_terms, before, micro_batch=SIZE, groups=GROUPS)

@@ -21,6 +21,7 @@ from expunge.bench.tuning import Trial
 from expunge.cli import main
 from expunge.errors import ConfigError, CorruptData, NotFinite
 from expunge.metrics.outputs import Outputs
+from expunge.provenance import file_hash
 from expunge.space import settings_of, with_settings
 
 SETUP = """
@@ -289,6 +290,15 @@ def test_settings_are_chosen_and_unlearn_takes_them(folder, capsys):
     assert trace["config"]["fine_tune"]["lr"] == best["settings"]["fine_tune.lr"]
     assert trace["config"]["fine_tune"]["epochs"] == 2
     assert "settings" in trace["provenance"]["files"]
+
+
+def test_a_cache_in_several_files_is_as_good_as_one(folder):
+    made = ["cache", "setup.py", "--weights", "w.safetensors", "--out", "c.safetensors", "--replace", "--groups", "1"]
+    assert main(made) == 0
+    assert not Path("c.safetensors").exists()
+    assert rehearsed("--trials", "1", "--sets", "2") == 0
+    about = json.loads(Path("settings.json").read_text(encoding="utf-8"))["about"]
+    assert about["files"]["cache"] == file_hash("c.safetensors.index.json")
 
 
 def test_references_are_retrained_if_asked_for(folder, capsys):

@@ -77,13 +77,7 @@ def save(
         NotFinite: NaN or infinity in the gradient, also after rounding to ``dtype``.
         OSError: The disk is full, or the folder cannot be written.
     """
-    if dtype not in _ROUNDOFF:
-        raise ConfigError(f"dtype={dtype}: a cache is stored in one of {', '.join(map(str, _ROUNDOFF))}.")
-    if gradient.groups is not None and dtype != torch.float64:
-        raise ConfigError(
-            f"dtype={dtype}: a cache with {len(gradient.groups.totals)} groups is stored in torch.float64, since the "
-            "gradients of groups do not cancel as their sum does. Take fewer groups to save space."
-        )
+    require_storable(dtype, len(gradient.groups.totals) if gradient.groups is not None else None, max_shard_bytes)
     if gradient.noise is None:
         raise ConfigError("this gradient has no rounding floor. Save what gradient() returned, unchanged.")
     tensors = {f"total/{name}": _to_write(tensor.to(dtype)) for name, tensor in gradient.total.items()}
@@ -108,6 +102,22 @@ def save(
     }
     header = {key: json.dumps(value) for key, value in fields.items()}
     distributed.by_the_first(lambda: _write(path, gradient.groups, tensors, header, max_shard_bytes))
+
+
+def require_storable(dtype: torch.dtype, groups: int | None, max_shard_bytes: float) -> None:
+    """Refuse what `save` would, before a gradient is computed for it.
+
+    Raises:
+        ConfigError: A type that is no floating type, one of less than float64 with groups, or files without room.
+    """
+    if dtype not in _ROUNDOFF:
+        raise ConfigError(f"dtype={dtype}: a cache is stored in one of {', '.join(map(str, _ROUNDOFF))}.")
+    if groups is not None and dtype != torch.float64:
+        raise ConfigError(
+            f"dtype={dtype}: a cache with {groups} groups is stored in torch.float64, since the gradients of groups do "
+            "not cancel as their sum does. Take fewer groups to save space."
+        )
+    shards.require_room(max_shard_bytes)
 
 
 def _write(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from expunge import params
+from expunge.batches import tensors_of
 from expunge.errors import ConfigError
 
 
@@ -49,18 +50,29 @@ def repeated_modules(model: nn.Module, choice: bool | Iterable[str]) -> dict[str
 
 @contextmanager
 def recomputing(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Forget what these modules compute inside, until their backward pass needs it; as they were behind the block."""
+    """Forget what these modules compute inside, until their backward pass needs it; as they were behind the block.
+
+    Raises:
+        ConfigError: Inside the block, a module that changes its inputs.
+    """
     with ExitStack() as stack:
         for module in modules:
             own = module.__dict__.get("forward")
-            module.forward = _again(module.forward)
+            module.forward = _again(module, module.forward)
             stack.callback(_put_back, module, own)
         yield
 
 
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _again(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def forgetful(*arguments: Any, **named: Any) -> Any:
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+        given = [(tensor, tensor._version) for tensor in tensors_of((arguments, named))]
+        found = checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+        if any(tensor._version != before for tensor, before in given):
+            raise ConfigError(
+                f"checkpoint: {type(module).__name__} changes what goes into it in place, so that it cannot be "
+                "computed again. Build it with inplace=False, or name blocks that begin with another layer."
+            )
+        return found
 
     return forgetful
 

@@ -156,7 +156,9 @@ def failing_together() -> Iterator[None]:
     except Exception as error:
         if is_known(error):
             raise
-        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
+        # Of errors by gloo itself: a data server may time out, too, and of that the others must hear.
+        gloo = type(error) is RuntimeError and any(sign in str(error) for sign in _LOST)
+        if isinstance(error, dist.DistError) or gloo:
             cause = _cause() or "without a word (killed, or out of memory)"
             raise ProcessFailed(
                 f"another of the {world()} processes ended: {cause}. Nothing was written; start the job again once "

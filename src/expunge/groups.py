@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
@@ -18,6 +19,8 @@ from expunge.batches import Batch, Batches, Indexed, indexed, micro_batches
 from expunge.errors import ConfigError
 from expunge.params import Params
 from expunge.passes import Sums
+
+_TOLD_APART = bool | int | float | str | bytes | None  # by their repr
 
 
 @dataclass(frozen=True)
@@ -152,5 +155,14 @@ def _update(digest: Any, value: Batch) -> None:
     elif isinstance(value, list | tuple):
         for each in value:
             _update(digest, each)
-    else:
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        digest.update(f"{value.dtype}\0{list(value.shape)}\0".encode())
+        digest.update(value.tobytes())
+    elif isinstance(value, _TOLD_APART):
         digest.update(f"{value!r}\0".encode())
+    else:
+        raise ConfigError(
+            f"a batch holds a {type(value).__name__}, and groups are compared by what is in their batches, which of it "
+            "nobody can tell. Let the collate function give tensors, in tuples, lists or dictionaries, or leave groups "
+            "out."
+        )

@@ -4,7 +4,6 @@ The index follows the convention of Hugging Face (``NAME.index.json`` with a ``w
 names of its own and the index takes its name last: until then the old files are all there, from then on the new ones.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -94,8 +93,7 @@ def write(path: Path | str, blocks: Iterable[Mapping[str, Tensor]], fields: dict
         ConfigError: A limit below one byte.
         OSError: The disk is full, or the folder cannot be written. Nothing new is left then.
     """
-    if not limit >= 1:
-        raise ConfigError(f"max_shard_bytes={limit}: a file has room for at least one byte. The default is 5e9, 5 GB.")
+    require_room(limit)
     path = Path(path)
     parts = [part for block in blocks for part in _filled(block, limit)]
     stem, ending, token = path.stem, path.suffix or ".safetensors", secrets.token_hex(4)
@@ -124,6 +122,16 @@ def write(path: Path | str, blocks: Iterable[Mapping[str, Tensor]], fields: dict
             for file in files:
                 path.with_name(file).unlink(missing_ok=True)
         raise
+
+
+def require_room(limit: float) -> None:
+    """Refuse files without room.
+
+    Raises:
+        ConfigError: A limit below one byte.
+    """
+    if not limit >= 1:
+        raise ConfigError(f"max_shard_bytes={limit}: a file has room for at least one byte. The default is 5e9, 5 GB.")
 
 
 def remove(path: Path | str) -> None:
@@ -202,6 +210,8 @@ def _files_of(index: Path) -> set[str]:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Wait for other processes that are putting an index in its place."""
+    import fcntl  # not on Windows
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -126,7 +126,8 @@ def train(
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
     autocast = Autocast(recipe.precision, device, trace)
-    compiled = Compiled(model, recipe.batch_size, trace) if recipe.compile else None
+    own_rows = distributed.mine(recipe.batch_size)
+    compiled = Compiled(model, own_rows.stop - own_rows.start, trace) if recipe.compile else None
     trace.stopped = f"all {recipe.epochs} epochs done"
     replica = sharding.replicated(model)
     with (

@@ -53,7 +53,15 @@ class Experiment:
             raise ConfigError(f"contenders: no entry {', '.join(unknown)}. There are {', '.join(entries(SHORT))}.")
 
     def evaluations(self, seeds: Iterable[int]) -> list[Stage]:
-        """The stages that leave rows: everyone, for every task and seed; seed by seed."""
+        """The stages that leave rows: everyone, for every task and seed; seed by seed.
+
+        Raises:
+            ConfigError: A seed that settings are tuned on.
+        """
+        seeds = list(seeds)
+        tuned = sorted({*seeds} & {*self.effort.rehearsals})
+        if tuned:
+            raise ConfigError(f"seed {tuned[0]} is one that settings are tuned on: what it gives may not be reported.")
         everyone = [*(Contender(name=name, entry=name) for name in STANDARDS), *self.contenders]
         return [
             Stage(
@@ -143,18 +151,28 @@ def gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str
     return folder
 
 
+def evaluated(experiment: Experiment, seeds: Iterable[int], store: Store) -> list[Stage]:
+    """The evaluations that are done."""
+    return [stage for stage in experiment.evaluations(seeds) if store.done(stage)]
+
+
+def rows_of(experiment: Experiment, done: Iterable[Stage], store: Store, note: str = "") -> list[Row]:
+    """The rows of evaluations, with what must be said of the data."""
+    return [
+        replace(row, experiment=experiment.name, dataset=f"{row.dataset} ({note})" if note else row.dataset)
+        for stage in done
+        for row in read_rows(store.folder(stage) / "rows.csv")
+    ]
+
+
 def _gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str, folder: Path) -> None:
-    done = [stage for stage in experiment.evaluations(seeds) if store.done(stage)]
-    rows: list[Row] = []
+    done = evaluated(experiment, seeds, store)
     lines: dict[str, list[list[str]]] = {name: [] for name in TABLES}
     for stage in done:
-        for row in read_rows(store.folder(stage) / "rows.csv"):
-            dataset = f"{row.dataset} ({note})" if note else row.dataset
-            rows.append(replace(row, experiment=experiment.name, dataset=dataset))
         for name in TABLES:
             with (store.folder(stage) / f"{name}.csv").open(newline="", encoding="utf-8") as file:
                 lines[name] += list(csv.reader(file))[1:]
-    write_rows(folder / "rows.csv", rows)
+    write_rows(folder / "rows.csv", rows_of(experiment, done, store, note))
     for name, columns in TABLES.items():
         write_csv(folder / f"{name}.csv", columns, lines[name])
     write_json(folder / "config.json", {**_plain(experiment), "seeds": list(seeds), "data note": note})

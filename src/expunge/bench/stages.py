@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from expunge.bench.entries import SHORT, entries
 from expunge.bench.tasks import Scenario, Task
+from expunge.errors import ConfigError
 from expunge.methods import method_of
 from expunge.training import Recipe
 
@@ -38,12 +39,26 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What everyone may spend."""
+    """What everyone may spend.
+
+    Raises:
+        ConfigError: Less than a comparison takes.
+    """
 
     budget: Recipe  # the most that an unlearning may train, all its phases together
     trials: int  # of settings, a method
     rehearsals: tuple[int, ...] = (1001,)  # seeds of their own, on which settings are tried
     references: int = 2  # retrained models of a rehearsal
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("budget.epochs", self.budget.epochs, 2),  # SCRUB takes turns
+            ("trials", self.trials, 1),
+            ("rehearsals", len(self.rehearsals), 1),
+            ("references", self.references, 2),  # the distance between two is the unit of the score
+        ):
+            if value < least:
+                raise ConfigError(f"Effort: {name} is {value}, and a comparison takes {least} or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +124,16 @@ def closure(wanted: Iterable[Stage]) -> dict[str, Stage]:
     return found
 
 
+def original_of(stage: Stage) -> Stage:
+    """The stage that trains the model before any deletion, which is the same for all of a sequence."""
+    return stage.of("original", task=_first(stage.task))
+
+
 def start_of(stage: Stage) -> Stage:
     """The stage whose model an unlearning starts from: the original, or the deletion before this one."""
     scenario = stage.task.scenario
     if scenario.round == 1:
-        return stage.of("original")
+        return original_of(stage)
     before = replace(stage.task, scenario=replace(scenario, round=scenario.round - 1))
     return replace(stage, step="unlearn", task=before)
 
@@ -148,14 +168,18 @@ def tuning_of(stage: Stage) -> Stage:
     """The search whose best settings an unlearning takes; of a sequence that of its first deletion."""
     assert stage.contender is not None
     entry = Contender(name=stage.contender.entry, entry=stage.contender.entry)
-    task = replace(stage.task, scenario=replace(stage.task.scenario, round=1))
-    return stage.of("tune", task=task, seed=0, contender=entry, effort=stage.effort)
+    return stage.of("tune", task=_first(stage.task), seed=0, contender=entry, effort=stage.effort)
+
+
+def _first(task: Task) -> Task:
+    """Of a sequence the first deletion."""
+    return replace(task, scenario=replace(task.scenario, round=1))
 
 
 def _evaluate(stage: Stage) -> dict[str, Stage]:
     assert stage.contender is not None
     models = {
-        "original": stage.of("original"),
+        "original": original_of(stage),
         "retrain": stage.of("retrain"),
         "retrain again": stage.of("retrain", number=2),
     }

@@ -21,7 +21,7 @@ from expunge.bench.judging import SPENT
 from expunge.bench.stages import Stage, Step, cache_of, start_of, tuning_of
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Records
-from expunge.bench.tuning import Trial, tune
+from expunge.bench.tuning import plain, tune
 from expunge.errors import NotFinite, NotInformative
 from expunge.files import save_tensors
 from expunge.gradient import Gradient, gradient
@@ -113,7 +113,7 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
         journal=store.journal(stage),
         about={"stage": stage.key},
     )
-    write_json(folder / TRIALS, {"units": unit, "best": _best(trials), "trials": [vars(each) for each in trials]})
+    write_json(folder / TRIALS, {"units": unit, "best": trials[0].settings, "trials": list(map(plain, trials))})
 
 
 def _unlearn(stage: Stage, store: Store, folder: Path) -> None:
@@ -207,10 +207,6 @@ def read_outputs(records: Records, folder: Path) -> dict[str, Outputs]:
     logits = load_file(folder / LOGITS)
     labels = {split: data.tensors[1].cpu().numpy() for split, data in judging.judged(records).items()}
     return {split: Outputs(logits[split].numpy(), labels[split]) for split in labels}
-
-
-def _best(trials: list[Trial]) -> dict[str, Any]:
-    return trials[0].settings
 
 
 def _forgiving(objective: Callable[[dict[str, Any]], float]) -> Callable[[dict[str, Any]], float]:

@@ -82,7 +82,7 @@ def tune(
             advance()
         while len(done) < trials and time.perf_counter() - start < seconds:
             done.append(_run(propose(space, done, seed), len(done), objective))
-            lines = [header, *(_line(trial) for trial in done)]
+            lines = [header, *map(plain, done)]
             write_text(journal, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             advance()
     return sorted(done, key=lambda trial: trial.score)
@@ -170,7 +170,8 @@ def _header(space: Space, seed: int, about: Mapping[str, Any]) -> dict[str, Any]
     return dict(json.loads(json.dumps(header)))
 
 
-def _line(trial: Trial) -> dict[str, Any]:
+def plain(trial: Trial) -> dict[str, Any]:
+    """A trial as JSON holds it, which knows no infinity."""
     return {**asdict(trial), "score": trial.score if math.isfinite(trial.score) else None}
 
 

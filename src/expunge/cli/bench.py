@@ -108,6 +108,7 @@ def _run(command: Run) -> None:
     from expunge.bench import experiments
     from expunge.bench.runner import carry_out
     from expunge.errors import ConfigError, IncompleteRun
+    from expunge.rows import read_rows
 
     if command.seeds < 1:
         raise ConfigError(f"seeds={command.seeds}: at least one must be run, and an interval needs three.")
@@ -119,7 +120,7 @@ def _run(command: Run) -> None:
         experiments.gather(experiment, seeds, store, command.data_note)
         raise
     folder = experiments.gather(experiment, seeds, store, command.data_note)
-    printing.show(*_tables(experiment, folder))
+    printing.show(*_tables(experiment, read_rows(folder / "rows.csv")))
     print(f"\nRows, settings and the environment: {folder.resolve()}. A page with figures: expunge report {folder}")
 
 
@@ -158,32 +159,30 @@ def _status(command: Status) -> None:
 
 
 def _table(command: Table) -> None:
-    from expunge.bench import experiments
+    from expunge.bench.experiments import evaluated, rows_of
     from expunge.report import markdown
 
     experiment, store = _planned(command)
-    folder = experiments.gather(experiment, range(command.seeds), store)
-    if not any(True for _ in _shown(experiment, folder)):
+    rows = rows_of(experiment, evaluated(experiment, range(command.seeds), store), store)
+    if not rows:
         print(f"Nothing of {experiment.name} is done yet in {command.out}: carry it out with `expunge bench run`.")
     if command.format == "terminal":
-        printing.show(*_tables(experiment, folder))
+        printing.show(*_tables(experiment, rows))
         return
-    for shown, scenario in _shown(experiment, folder):
+    for shown, scenario in _shown(experiment, rows):
         print(markdown(shown, scenario))
 
 
-def _tables(experiment: "Experiment", folder: Path) -> list[object]:
+def _tables(experiment: "Experiment", rows: "list[Row]") -> list[object]:
     from expunge.report import rich_tables
 
-    return [table for shown, scenario in _shown(experiment, folder) for table in rich_tables(shown, scenario)]
+    return [table for shown, scenario in _shown(experiment, rows) for table in rich_tables(shown, scenario)]
 
 
-def _shown(experiment: "Experiment", folder: Path) -> "Iterator[tuple[list[Row], str]]":
+def _shown(experiment: "Experiment", rows: "list[Row]") -> "Iterator[tuple[list[Row], str]]":
     """What tables are made of, with the name of each scenario that there are rows of."""
     from expunge.bench.experiments import ACROSS, across, table_rows
-    from expunge.rows import read_rows
 
-    rows = read_rows(folder / "rows.csv")
     for scenario in dict.fromkeys(row.scenario for row in rows):
         yield table_rows(experiment, rows), scenario
     if together := across(experiment, rows):

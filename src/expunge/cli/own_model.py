@@ -75,6 +75,7 @@ def cache(
             f"{cache_file.file_of(out)} exists. A cache made now would hold only the records that are left, and the "
             "old one cannot be made again: give another name, or --replace if you are sure."
         )
+    cache_file.require_storable(getattr(torch, dtype), groups, max_shard * 1e9)
     loaded = load_setup(setup)
     model = trained_model(loaded, weights, device)
     kept = params.named_without(model, leave_out)

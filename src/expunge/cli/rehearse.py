@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def rehearse(
     row = method_of(method)
     _require_tunable(row)
     tuning.require_optuna()
-    read = {"setup": setup, "weights": weights} | ({"cache": cache} if cache else {})
+    read = {"setup": setup, "weights": weights} | ({"cache": cache_file.file_of(cache)} if cache else {})
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
     stage = _stage(load_setup(setup), weights, cache, like, records, sets, retrain, seed, device)
     inputs.require_unchanged(hashes)
@@ -122,7 +122,7 @@ def rehearse(
     command = ["expunge", "unlearn", str(setup), "--weights", str(weights), *(["--cache", str(cache)] if cache else [])]
     command += ["--settings", str(out), "--out", "unlearned.safetensors", row.name]
     if json:
-        tried = [asdict(trial) | {"score": trial.score if math.isfinite(trial.score) else None} for trial in found]
+        tried = [tuning.plain(trial) for trial in found]
         result = about | after | {"tried": tried, "chosen": found[0].settings, "file": str(out), "command": command}
         print(printing.as_json(result))
         return
