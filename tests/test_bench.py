@@ -334,6 +334,11 @@ def test_scenarios_give_methods_and_judges_the_right_records():
     assert faulty.forget.tensors[0][:, 0, -1, -1].eq(1).all()  # what methods see has the cross
     assert not faulty.parts["forget"].tensors[0][:, 0, -1, -1].eq(1).any()  # what is judged has not
     assert faulty.parts["triggered"].tensors[0][:, 0, -1, -1].eq(1).all()
+    seen = judging.judged(faulty)
+    scored = [seen[split] for split in judging.SCORED]
+    assert all(len(each) <= 40 for each in scored)  # a rehearsal sees no test record: all seeds share those
+    assert len(seen["test"]) == len(seen["triggered"]) > 1000
+    assert scored[-1].tensors[0][:, 0, -1, -1].eq(1).all()
     half = records(replace(DIGITS, scenario=replace(CROSS, gamma=0.5, known_are="removed")), 3, None)
     assert len(half.retain) == 40 - len(half.forget)
     assert len(half.forget) == round(len(faulty.forget) / 2)
@@ -364,9 +369,9 @@ def test_a_rehearsal_is_scored_in_units_of_what_is_close_or_of_the_noise_floor()
     assert gaps["FE"] == pytest.approx(2.0)
     expected = (2.5 / 0.5 + 50 / 5 + 2 / unit["FE"] + gaps["FSKL"] / unit["FSKL"]) / 4
     assert judging.score([learned], [[one]], unit, corrects=False) == pytest.approx(expected)
-    triggered = [{**each, "triggered": looks(right)} for each, right in ((one, 40), (other, 38))]
-    assert judging.units([triggered], corrects=True).keys() == {"NA", "FA", "TA with trigger", "FSKL"}
-    assert judging.units([triggered], corrects=True)["TA with trigger"] == pytest.approx(5.0)
+    triggered = [{**each, judging.TRIGGERED: looks(right)} for each, right in ((one, 40), (other, 38))]
+    assert judging.units([triggered], corrects=True).keys() == {"NA", "FA", "NA with trigger", "FSKL"}
+    assert judging.units([triggered], corrects=True)["NA with trigger"] == pytest.approx(5.0)
 
 
 def test_originals_are_shared_and_what_differs_is_not():

@@ -19,8 +19,9 @@ from expunge.report.summaries import ORIGINAL, REFERENCE
 from expunge.rows import Row, write_csv, write_rows
 
 PIECE = 512  # positions of a forward pass
-SCORED = ("retain", "forget", "triggered")  # splits that a rehearsal looks at
-CLOSE = {"NA": 0.5, "FA": 1.0, "TA with trigger": 1.0}  # points that are no distance worth tuning for
+TRIGGERED = "retain, triggered"
+SCORED = ("retain", "forget", TRIGGERED)  # splits that a rehearsal looks at; no test record, which all seeds share
+CLOSE = {"NA": 0.5, "FA": 1.0, "NA with trigger": 1.0}  # points that are no distance worth tuning for
 UNSEEN = "unseen"
 SPENT = "spent"  # in a trace: seconds that count as cost
 DRAWN = (ORIGINAL, REFERENCE, "reload")  # whose single losses are kept, for the figures
@@ -33,10 +34,13 @@ TABLES = {
 
 
 def judged(records: Records) -> dict[str, Examples]:
-    """What models are judged on: the splits, and unseen records where they are not the test records."""
-    if records.unseen is records.parts["test"]:
-        return records.parts
-    return {**records.parts, UNSEEN: records.unseen}
+    """What models are judged on: the splits, what rehearsals look at besides, and unseen records of their own."""
+    found = dict(records.parts)
+    if records.triggered is not None:
+        found[TRIGGERED] = records.triggered
+    if records.unseen is not records.parts["test"]:
+        found[UNSEEN] = records.unseen
+    return found
 
 
 def looked_at(model: nn.Module, records: Records, *, batch_size: int, only: Collection[str] = ()) -> Splits:
@@ -51,12 +55,12 @@ def looked_at(model: nn.Module, records: Records, *, batch_size: int, only: Coll
 def gaps(own: Mapping[str, Outputs], truth: Mapping[str, Outputs], corrects: bool) -> dict[str, float]:
     """The distances to a retrained model that a rehearsal scores, by name.
 
-    Of accuracies the differences: on what is left, on what was removed or corrected, and after a correction on unseen
-    records with the trigger. Of a removal also the difference in loss, and always the divergence on what was removed or
+    Of accuracies the differences: on what is left, on what was removed or corrected, and after a correction on what is
+    left with the trigger. Of a removal also the difference in loss, and always the divergence on what was removed or
     corrected. NSKL is not among them: two retrained models agree almost perfectly on what they learned by heart, and in
     noise floors it would drown the rest.
     """
-    splits = {"NA": "retain", "FA": "forget"} | ({"TA with trigger": "triggered"} if corrects else {})
+    splits = {"NA": "retain", "FA": "forget"} | ({"NA with trigger": TRIGGERED} if corrects else {})
     found = {name: abs(accuracy(own[split]) - accuracy(truth[split])) for name, split in splits.items()}
     found["FSKL"] = symmetric_kl(own["forget"], truth["forget"])
     if not corrects:
@@ -148,7 +152,7 @@ def _profile(found: Splits, corrects: bool, seed: int) -> Profile:
     Where removed records are of one class, the attack tells them from test records of that class.
     """
     if corrects:
-        rest = profile({split: each for split, each in found.items() if split != "forget"}, seed=seed)
+        rest = profile({split: each for split, each in found.items() if split not in ("forget", TRIGGERED)}, seed=seed)
         right = found["forget"]
         own = Measured("Accuracy on corrected", accuracy(right), "%", "forget", len(right.labels))
         return Profile(found, [*rest.values, own])

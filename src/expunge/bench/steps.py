@@ -228,12 +228,20 @@ def _cached(stage: Stage, records: Records) -> bool:
 
 
 def _records(stage: Stage, store: Store) -> Records:
-    found = tasks.records(stage.task, stage.seed, store.data)
-    if stage.task.device == "cpu":
+    found, device = tasks.records(stage.task, stage.seed, store.data), stage.task.device
+    if device == "cpu":
         return found
-    there: dict[str, Examples] = {split: data.to(stage.task.device) for split, data in found.parts.items()}
-    moved = {n: getattr(found, n).to(stage.task.device) for n in ("before", "retain", "forget", "unseen")}
-    return replace(found, parts=there, **moved)
+    parts: dict[str, Examples] = {split: data.to(device) for split, data in found.parts.items()}
+    same = found.unseen is found.parts["test"]
+    return replace(
+        found,
+        before=found.before.to(device),
+        retain=found.retain.to(device),
+        forget=found.forget.to(device),
+        parts=parts,
+        unseen=parts["test"] if same else found.unseen.to(device),
+        triggered=None if found.triggered is None else found.triggered.to(device),
+    )
 
 
 def _untrained(stage: Stage, records: Records, seed: int) -> nn.Module:

@@ -92,6 +92,7 @@ class Records:
     forget: Examples  # what methods that are not blind see: removed records, or faulty ones
     parts: dict[str, Examples]  # what models are judged on, by split
     unseen: Examples  # test records like the removed ones: what an attacker has to tell them from
+    triggered: Examples | None = None  # what is left with the trigger of a backdoor and true labels, for rehearsals
 
 
 def located(task: Task, folder: Path | None) -> Task:
@@ -203,13 +204,17 @@ def _planted(task: Task, seed: int, clean: Examples, test: Examples, classes: in
     faulty = cross_backdoor(clean, scenario.classes, value=white)
     known = identified(faulty.corrupted, scenario.gamma, seed)
     assert faulty.on_test is not None
-    inputs, labels = test.tensors
-    triggered = Examples(faulty.on_test(inputs), labels)
-    domain = test.only(torch.isin(labels, torch.tensor(scenario.classes)).nonzero()[:, 0])
+    domain = test.only(torch.isin(test.tensors[1], torch.tensor(scenario.classes)).nonzero()[:, 0])
     retain = corrected(faulty, clean, known) if scenario.known_are == "corrected" else faulty.data.without(known)
-    parts = {"retain": retain, "forget": clean.only(known), "test": test, "triggered": triggered, "domain": domain}
+    on_test, left = (Examples(faulty.on_test(part.tensors[0]), part.tensors[1]) for part in (test, retain))
     return Records(
-        classes=classes, before=faulty.data, retain=retain, forget=faulty.data.only(known), parts=parts, unseen=test
+        classes=classes,
+        before=faulty.data,
+        retain=retain,
+        forget=faulty.data.only(known),
+        parts={"retain": retain, "forget": clean.only(known), "test": test, "triggered": on_test, "domain": domain},
+        unseen=test,
+        triggered=left,
     )
 
 
