@@ -1,6 +1,8 @@
 """A cache with the gradient of each group: what a deletion costs, and that it changes nothing else."""
 
 import copy
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,6 +189,16 @@ def test_a_group_may_be_empty_from_the_start():
     assert full.groups.examples.tolist() == [16, 0, 16, 20, 18]
     assert params.norm(full.groups.totals[1]) == 0
     assert second_pass(full, MODEL, cross_entropy, gap)[1] == 0
+
+
+def test_groups_that_could_not_cancel_are_not_kept_and_that_is_said(monkeypatch):
+    module = sys.modules["expunge.gradient"]  # `expunge.gradient` is the function
+    sweep = module.sweep
+    monkeypatch.setattr(module, "sweep", lambda *args, **named: replace(sweep(*args, **named), repeats=False))
+    with pytest.warns(UserWarning, match="groups=5: a second backward pass gave other bits on this device"):
+        full = gradient(MODEL, cross_entropy, DATA, micro_batch=SIZE, groups=GROUPS)
+    assert full.groups is None
+    assert full.micro_batches is None
 
 
 class Opaque:

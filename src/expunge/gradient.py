@@ -280,6 +280,12 @@ def take(
                 assert groups is not None
                 found, parts = in_groups(lambda each: through(own(each), empty()), stream, *ranges(data, size, groups))
         aligned = indexed(data) is not None and found.repeats
+        if groups is not None and not aligned:
+            warnings.warn(
+                f"groups={groups}: a second backward pass gave other bits on this device, so that nothing would cancel "
+                "exactly: no groups are kept, and a deletion takes a whole pass. Take the cache on a CPU to have them.",
+                stacklevel=4,
+            )
         return _finished(model, loss_terms, found, parts, aligned=aligned, whole=only is None)
 
     again = recomputing(repeated_modules(model, checkpoint).values())
