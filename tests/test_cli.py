@@ -388,3 +388,32 @@ def test_how_much_was_removed_is_said(folder, capsys):
     cached()
     unlearned(*RELOAD)
     assert "removed or corrected: 6 of 60 cached loss terms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--groups", "2", "--dtype", "float32"], "a cache with 2 groups is stored in torch.float64"),
+        (["--groups", "0"], "groups=0: the number of groups is at least 1"),
+        (["--groups", "500"], "groups=500: there are 1 micro-batches of 128 positions"),
+        (["--max-shard", "0"], "--max-shard 0: gigabytes a file, more than 0. The default is 5"),
+        (["--max-shard", "-2.5"], "--max-shard -2.5: gigabytes a file, more than 0"),
+        (["--max-shard", "nan"], "--max-shard nan: gigabytes a file, more than 0"),
+        (["--out", "setup.py/c.safetensors"], "cannot be written: "),
+    ],
+)
+def test_options_of_a_cache_that_cannot_be_are_refused_before_the_first_loss(folder, capsys, more, said):
+    with Path("setup.py").open("a", encoding="utf-8") as file:
+        file.write("\ndef loss_terms(model, batch):\n    raise AssertionError('computed')\n")
+    before = sorted(folder.iterdir())
+    assert cached(*more) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+@pytest.mark.parametrize("more", [["--out", "setup.py/u.safetensors"], ["--snapshots", "setup.py/steps"]])
+def test_folders_that_cannot_be_written_are_refused_before_unlearning(folder, capsys, monkeypatch, more):
+    cached()
+    monkeypatch.delattr(own_model, "unlearn_model")
+    assert unlearned(*more, *RELOAD) == 2
+    assert "setup.py takes no new file (Not a directory). Give another folder" in capsys.readouterr().err

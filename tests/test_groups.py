@@ -170,10 +170,20 @@ def test_data_without_positions_is_computed_as_a_whole():
     assert again.micro_batches is None
 
 
-@pytest.mark.parametrize("count", [0, -1, 24])
-def test_numbers_of_groups_that_cannot_be_are_refused(count):
-    with pytest.raises(ConfigError, match=rf"groups={count}: there are 23 micro-batches of 4 positions.*Take fewer"):
-        gradient(MODEL, cross_entropy, DATA, micro_batch=SIZE, groups=count)
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "groups=0: the number of groups is at least 1"),
+        (-1, "groups=-1: the number of groups is at least 1"),
+        (24, "groups=24: there are 23 micro-batches of 4 positions.*Take fewer"),
+    ],
+)
+def test_numbers_of_groups_that_cannot_be_are_refused_before_anything_is_computed(count, said):
+    def never(*_):
+        raise AssertionError
+
+    with pytest.raises(ConfigError, match=said):
+        gradient(MODEL, never, DATA, micro_batch=SIZE, groups=count)
 
 
 def test_data_without_positions_has_no_groups():

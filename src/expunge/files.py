@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from expunge.errors import ConfigError
 
 
 @contextmanager
@@ -31,6 +33,29 @@ def replacing(path: Path | str) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def require_writable(path: Path | str) -> None:
+    """Find out whether a file could be written, by writing one beside it, before hours go into what it shall hold.
+
+    Folders that do not exist yet are not made; the nearest one that does is tried in their place.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if os.access(parent, os.F_OK))
+    probe = folder / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        probe.write_bytes(b"expunge")
+        probe.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            probe.unlink()
+        raise ConfigError(
+            f"{path} cannot be written: {folder} takes no new file ({error.strerror}). Give another folder, or make "
+            "this one writable."
+        ) from error
 
 
 def write_text(path: Path | str, text: str) -> None:

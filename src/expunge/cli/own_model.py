@@ -18,7 +18,7 @@ from expunge.bench import chosen, evaluation, inputs
 from expunge.cli import printing, processes
 from expunge.cli.arguments import Flag, SetupFile
 from expunge.errors import ConfigError
-from expunge.files import write_text
+from expunge.files import require_writable, write_text
 from expunge.gradient import gradient
 from expunge.methods import METHODS, Method, method_of
 from expunge.seeds import keeping_random_state
@@ -69,6 +69,10 @@ def cache(
         replace: Write over a cache that exists.
         json: Print the header as JSON.
     """
+    if not max_shard * 1e9 >= 1:
+        raise ConfigError(
+            f"--max-shard {max_shard:g}: gigabytes a file, more than 0. The default is 5, that is 5e9 bytes."
+        )
     require_new(out, setup, weights)
     if cache_file.exists(out) and not replace:
         raise ConfigError(
@@ -135,6 +139,8 @@ def unlearn(
         json: Print the trace as JSON.
     """
     require_new(out, setup, weights, *(path for path in (cache, settings) if path))
+    if snapshots is not None:
+        distributed.by_the_first(lambda: require_writable(snapshots / "weights"))
     if out.exists() and not replace:
         raise ConfigError(f"{out} exists, and evidence of it may too: give another name, or --replace.")
     story = evaluation.trace_path(out)
@@ -186,7 +192,7 @@ def unlearn(
 
 
 def require_new(out: Path, *inputs: Path) -> None:
-    """Refuse to write over what a command reads, before anything is computed."""
+    """Refuse to write over what a command reads, or where nothing can be written, before anything is computed."""
     if out.is_dir():
         raise ConfigError(f"{out} is a folder: name the file to write.")
     if out.suffix in (".pt", ".pth", ".bin"):
@@ -194,6 +200,7 @@ def require_new(out: Path, *inputs: Path) -> None:
     for path in inputs:
         if out.resolve() == path.resolve():
             raise ConfigError(f"{out} is read by this command and would be overwritten. Give --out another name.")
+    distributed.by_the_first(lambda: require_writable(out))
 
 
 def trained_model(setup: Setup, weights: Path, device: str) -> nn.Module:
