@@ -13,11 +13,15 @@ from expunge.errors import ConfigError
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: Path | str, *, private: bool = False) -> Iterator[Path]:
     """Write to a temporary file beside ``path``; at the end sync it and rename it into place.
 
     Whatever goes wrong inside the block (a full disk, Ctrl-C, a killed process), the file that was there before
     is untouched.
+
+    Args:
+        path: Of the file.
+        private: Whether only the owner may read it.
 
     Yields:
         The temporary path to write to.
@@ -26,6 +30,8 @@ def replacing(path: Path | str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if private:
+            temporary.touch(0o600)
         yield temporary
         sync(temporary)
         temporary.replace(path)
@@ -58,14 +64,14 @@ def require_writable(path: Path | str) -> None:
         ) from error
 
 
-def write_text(path: Path | str, text: str) -> None:
+def write_text(path: Path | str, text: str, *, private: bool = False) -> None:
     """Write a text file whole."""
-    with replacing(path) as temporary:
+    with replacing(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole.
+    """Write a safetensors file whole; only its owner may read it.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written.
@@ -74,7 +80,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], header: dict[s
     if len({tensor.untyped_storage().data_ptr() for tensor in apart.values() if tensor.numel()}) < len(apart):
         apart = {name: tensor.clone() for name, tensor in apart.items()}  # the format knows no shared memory
     try:
-        with replacing(path) as temporary:
+        with replacing(path, private=True) as temporary:
             save_file(apart, temporary, metadata=header)
     except SafetensorError as error:
         raise OSError(
@@ -91,7 +97,9 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def sync(path: Path) -> None:
     """Have a file, or the entries of a folder, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what can be written
     try:
         os.fsync(descriptor)
     finally:
