@@ -87,10 +87,11 @@ def test_cache_unlearn_evaluate_and_show_work_together(folder, capsys):
 
 def test_human_output_names_what_was_written_and_warns_of_the_cache(folder, capsys):
     cached()
+    assert capsys.readouterr().out.endswith("personal data: encrypt it, and destroy it after use:\n  c.safetensors\n")
     unlearned(*RELOAD)
     out = capsys.readouterr().out
     assert "u.safetensors" in out
-    assert "personal data" in out
+    assert out.endswith("and destroy it now:\n  c.safetensors\n")
     assert main(["evaluate", "setup.py", "--weights", "w.safetensors"]) == 0
     assert "defines no forget()" in capsys.readouterr().out
 
@@ -150,10 +151,24 @@ def test_a_cache_with_groups_is_made_shown_and_used_like_any_other(folder, capsy
     assert main(["show", "c.safetensors", "--json"]) == 0
     header = json.loads(capsys.readouterr().out)
     assert (header["groups"], header["files"], header["micro_batch"]) == (3, 4, 4)
+    assert set(header["paths"]) == {path.name for path in folder.glob("c*.safetensors*")}
     assert unlearned(*RELOAD) == 0
+    out = capsys.readouterr().out
+    assert "groups of the cache: 1 of 3 computed again" in out
+    destroy = "".join(f"\n  {path}" for path in header["paths"])
+    assert out.endswith(f"destroy it now:{destroy}\n")
+    assert main(["show", "c.safetensors.index.json"]) == 0
+    assert unlearned("--replace", *RELOAD, cache="c.safetensors.index.json") == 0
+    assert capsys.readouterr().out.endswith(f"destroy it now:{destroy}\n")
+    piece = header["paths"][1]
+    assert main(["show", piece]) == 2
+    assert f"{piece} is one piece of the cache c.safetensors" in capsys.readouterr().err
+    assert unlearned("--replace", *RELOAD, out=piece) == 2
+    assert f"{piece} is read by this command" in capsys.readouterr().err
     trace = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))
     assert trace["provenance"]["files"]["cache"] == file_hash("c.safetensors.index.json")
     assert trace["facts"]["removed_count"] == 6
+    assert (trace["facts"]["groups_computed"], trace["facts"]["groups"]) == (1, 3)
     assert trace["backwarded"] == 20 - 6 + 54 * len(trace["epoch_ends"])  # the first group, and the epochs
 
 
@@ -388,3 +403,41 @@ def test_how_much_was_removed_is_said(folder, capsys):
     cached()
     unlearned(*RELOAD)
     assert "removed or corrected: 6 of 60 cached loss terms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--groups", "2", "--dtype", "float32"], "a cache with 2 groups is stored in torch.float64"),
+        (["--groups", "0"], "groups=0: the number of groups is at least 1"),
+        (["--groups", "500"], "groups=500: there are 1 micro-batches of 128 positions"),
+        (["--max-shard", "0"], "--max-shard 0: gigabytes a file, more than 0. The default is 5"),
+        (["--max-shard", "-2.5"], "--max-shard -2.5: gigabytes a file, more than 0"),
+        (["--max-shard", "nan"], "--max-shard nan: gigabytes a file, more than 0"),
+        (["--out", "setup.py/c.safetensors"], "cannot be written: "),
+        (["--out", "c.index.json"], "c.index.json is the name of an index"),
+    ],
+)
+def test_options_of_a_cache_that_cannot_be_are_refused_before_the_first_loss(folder, capsys, more, said):
+    with Path("setup.py").open("a", encoding="utf-8") as file:
+        file.write("\ndef loss_terms(model, batch):\n    raise AssertionError('computed')\n")
+    before = sorted(folder.iterdir())
+    assert cached(*more) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+def test_many_files_of_a_cache_are_listed_as_a_pattern(folder, capsys):
+    assert cached("--micro-batch", "4", "--groups", "11") == 0
+    listed = capsys.readouterr().out.partition("destroy it after use:\n  ")[2].split()
+    assert listed[0] == "c.safetensors.index.json"
+    assert len(listed) == 2
+    assert len(list(folder.glob(listed[1]))) == 12
+
+
+@pytest.mark.parametrize("more", [["--out", "setup.py/u.safetensors"], ["--snapshots", "setup.py/steps"]])
+def test_folders_that_cannot_be_written_are_refused_before_unlearning(folder, capsys, monkeypatch, more):
+    cached()
+    monkeypatch.delattr(own_model, "unlearn_model")
+    assert unlearned(*more, *RELOAD) == 2
+    assert "setup.py takes no new file (Not a directory). Give another folder" in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from expunge import cache
-from expunge.files import replacing, save_tensors, write_text
+from expunge.errors import ConfigError
+from expunge.files import replacing, require_writable, save_tensors, write_text
 from expunge.gradient import gradient
 from expunge.losses import cross_entropy
 from tests.zoo import classification
@@ -113,3 +115,36 @@ def test_the_file_is_synced_before_it_takes_its_name_and_the_folder_after(tmp_pa
     monkeypatch.setattr(Path, "replace", lambda self, target: (order.append("rename"), rename(self, target))[1])
     write_text(tmp_path / "file", "text")
     assert order == ["sync", "rename", "sync"]
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "new" / "folder" / "file")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_reason_and_cure(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    said = r"file/new cannot be written: .*file takes no new file \(Not a directory\). Give another folder"
+    with pytest.raises(ConfigError, match=said):
+        require_writable(tmp_path / "file" / "new")
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    said = r"new/file cannot be written: .* takes no new file \(Read-only file system\).*make this one writable"
+    with pytest.raises(ConfigError, match=said):
+        require_writable(tmp_path / "new" / "file")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_a_folder_without_permission_is_refused_with_reason_and_cure(mode, tmp_path):
+    tmp_path.chmod(mode)
+    try:
+        with pytest.raises(ConfigError, match=r"takes no new file \(Permission denied\)"):
+            require_writable(tmp_path / "folder" / "file")
+    finally:
+        tmp_path.chmod(0o700)

@@ -69,7 +69,8 @@ def test_a_deletion_equals_the_full_second_pass_and_computes_touched_groups_only
         left = Examples(left.tensors[0], labels, positions=left.positions)
         touched.add(corrected)
     loss_terms, seen = counting(MODEL)
-    mine, computed = second_pass(FULL, MODEL, loss_terms, left)
+    mine, computed, again = second_pass(FULL, MODEL, loss_terms, left)
+    assert again == len(touched)
     groups = torch.searchsorted(FULL.groups.starts, left.positions // SIZE, right=True) - 1
     assert computed == sum(seen) == sum(int((groups == group).sum()) for group in touched)
     plain = gradient(MODEL, cross_entropy, left, micro_batch=SIZE)
@@ -86,8 +87,8 @@ def test_a_deletion_equals_the_full_second_pass_and_computes_touched_groups_only
 
 def test_nothing_removed_computes_nothing_and_differs_by_nothing():
     loss_terms, seen = counting(MODEL)
-    again, computed = second_pass(FULL, MODEL, loss_terms, DATA)
-    assert (computed, seen) == (0, [])
+    again, computed, groups = second_pass(FULL, MODEL, loss_terms, DATA)
+    assert (computed, groups, seen) == (0, 0, [])
     assert torch.equal(flat(FULL.total), flat(again.total))
     assert params.norm((FULL - again).total) == 0
 
@@ -153,7 +154,7 @@ def test_reload_takes_groups_by_itself_and_counts_what_it_computed():
 
 def test_positions_that_were_not_in_the_cached_data_are_refused():
     more = Examples(*(torch.cat([t, t[:1]]) for t in DATA.tensors), positions=torch.tensor([*range(COUNT), 400]))
-    again, _ = second_pass(FULL, MODEL, cross_entropy, more)
+    again, *_ = second_pass(FULL, MODEL, cross_entropy, more)
     with pytest.raises(MismatchError, match="91 terms and the cached data had 90"):
         _ = FULL - again
     left = more.without(torch.tensor([0, 1]))
@@ -167,15 +168,25 @@ def test_other_weights_are_refused():
 
 
 def test_data_without_positions_is_computed_as_a_whole():
-    again, computed = second_pass(FULL, MODEL, cross_entropy, [DATA.tensors])
-    assert computed == COUNT
+    again, computed, groups = second_pass(FULL, MODEL, cross_entropy, [DATA.tensors])
+    assert (computed, groups) == (COUNT, GROUPS)
     assert again.micro_batches is None
 
 
-@pytest.mark.parametrize("count", [0, -1, 24])
-def test_numbers_of_groups_that_cannot_be_are_refused(count):
-    with pytest.raises(ConfigError, match=rf"groups={count}: there are 23 micro-batches of 4 positions.*Take fewer"):
-        gradient(MODEL, cross_entropy, DATA, micro_batch=SIZE, groups=count)
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "groups=0: the number of groups is at least 1"),
+        (-1, "groups=-1: the number of groups is at least 1"),
+        (24, "groups=24: there are 23 micro-batches of 4 positions.*Take fewer"),
+    ],
+)
+def test_numbers_of_groups_that_cannot_be_are_refused_before_anything_is_computed(count, said):
+    def never(*_):
+        raise AssertionError
+
+    with pytest.raises(ConfigError, match=said):
+        gradient(MODEL, never, DATA, micro_batch=SIZE, groups=count)
 
 
 def test_data_without_positions_has_no_groups():

@@ -4,6 +4,9 @@ import copy
 import json
 import multiprocessing
 import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,6 +225,67 @@ def test_names_say_what_belongs_together(tmp_path):
     assert cache.exists(tmp_path / "cache.safetensors")
     assert not cache.exists(tmp_path / "other")
     assert cache.file_of(tmp_path / "cache.safetensors").name == "cache.safetensors.index.json"
+
+
+def test_the_index_stands_for_the_cache(tmp_path):
+    path = tmp_path / "cache.safetensors"
+    cache.save(path, GROUPED)
+    index = tmp_path / "cache.safetensors.index.json"
+    assert equal(load(index), GROUPED)
+    assert cache.read_header(index) == cache.read_header(path)
+    assert cache.exists(index)
+    listed = cache.files_of(path)
+    assert listed == cache.files_of(index)
+    assert listed[0] == index
+    assert {file.name for file in listed} == files(tmp_path)
+    cache.save(tmp_path / "one", PLAIN)
+    assert cache.files_of(tmp_path / "one") == [tmp_path / "one"]
+    with pytest.raises(FileNotFoundError, match=r"other.index.json: no such cache"):
+        load(tmp_path / "other.index.json")
+
+
+def test_nothing_is_saved_under_the_name_of_an_index(tmp_path):
+    cache.save(tmp_path / "cache", GROUPED)
+    before = files(tmp_path)
+    with pytest.raises(ConfigError, match=r"cache.index.json is the name of an index.*Name the cache: .*/cache\.$"):
+        cache.save(tmp_path / "cache.index.json", PLAIN)
+    assert files(tmp_path) == before
+
+
+def test_a_piece_is_told_from_weights_and_names_its_cache(tmp_path):
+    path = tmp_path / "cache.safetensors"
+    cache.save(path, GROUPED)
+    cache.save(tmp_path / "another.safetensors", PLAIN, max_shard_bytes=LIMIT)
+    for piece in cache.files_of(path)[1:]:
+        for read in (load, cache.read_header):
+            with pytest.raises(CorruptCache, match=rf"is one piece of the cache {path}, .* Give {path}\.$"):
+                read(piece)
+    (tmp_path / "cache.safetensors.index.json").unlink()
+    with pytest.raises(CorruptCache, match=r"no index beside it names it. Restore the whole cache"):
+        load(piece)
+
+
+def test_every_file_of_a_cache_is_its_owner_s_alone(tmp_path):
+    cache.save(tmp_path / "cache", GROUPED)
+    cache.save(tmp_path / "one", PLAIN)
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in files(tmp_path)} == {0o600}
+
+
+def test_the_library_works_where_the_system_has_no_locks_and_opens_no_folders(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *how: opened.append(Path(path)) or real(path, *how))
+    cache.save(tmp_path / "cache", PLAIN)
+    cache.save(tmp_path / "cache", GROUPED)
+    assert equal(load(tmp_path / "cache"), GROUPED)
+    assert opened
+    assert tmp_path not in opened
+
+
+def test_importing_the_library_needs_no_locks():
+    without = "import sys; sys.modules['fcntl'] = None; import expunge.cli, expunge.cache"
+    subprocess.run([sys.executable, "-c", without], check=True, timeout=120)
 
 
 def test_a_deep_copy_of_a_loaded_gradient_still_reads_its_groups(tmp_path):

@@ -32,6 +32,7 @@ FORMAT, VERSION = "expunge-gradient", 1
 _OF_GROUPS = ("starts", "examples", "contents")
 _TOTALS = "groups/total/"
 _GROUPED = ("numbers", "counts", "losses", "magnitudes")
+_PREFIXES = ("total/", "noise/", "micro_batches/", "groups/")
 _ROUNDOFF = {torch.float64: 0.0, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
@@ -72,12 +73,11 @@ def save(
         max_shard_bytes: Of one file; a tensor is never divided.
 
     Raises:
-        ConfigError: A type that is no floating type, one of less than float64 for a gradient with groups, or a gradient
-            without its rounding floor.
+        ConfigError: What `require_storable` refuses, or a gradient without its rounding floor.
         NotFinite: NaN or infinity in the gradient, also after rounding to ``dtype``.
         OSError: The disk is full, or the folder cannot be written.
     """
-    require_storable(dtype, len(gradient.groups.totals) if gradient.groups is not None else None, max_shard_bytes)
+    require_storable(path, dtype, len(gradient.groups.totals) if gradient.groups is not None else None, max_shard_bytes)
     if gradient.noise is None:
         raise ConfigError("this gradient has no rounding floor. Save what gradient() returned, unchanged.")
     tensors = {f"total/{name}": _to_write(tensor.to(dtype)) for name, tensor in gradient.total.items()}
@@ -104,12 +104,18 @@ def save(
     distributed.by_the_first(lambda: _write(path, gradient.groups, tensors, header, max_shard_bytes))
 
 
-def require_storable(dtype: torch.dtype, groups: int | None, max_shard_bytes: float) -> None:
+def require_storable(path: Path | str, dtype: torch.dtype, groups: int | None, max_shard_bytes: float) -> None:
     """Refuse what `save` would, before a gradient is computed for it.
 
     Raises:
-        ConfigError: A type that is no floating type, one of less than float64 with groups, or files without room.
+        ConfigError: The name of an index, a type that is no floating type, one of less than float64 with groups, or
+            files without room.
     """
+    if _is_index(Path(path)):
+        raise ConfigError(
+            f"{path} is the name of an index, which a cache in several files gets by itself. Name the cache: "
+            f"{shards.whole_name(Path(path))}."
+        )
     if dtype not in _ROUNDOFF:
         raise ConfigError(f"dtype={dtype}: a cache is stored in one of {', '.join(map(str, _ROUNDOFF))}.")
     if groups is not None and dtype != torch.float64:
@@ -150,11 +156,17 @@ def file_of(path: Path | str) -> Path:
     return index if index.exists() and not path.exists() else path
 
 
+def files_of(path: Path | str) -> list[Path]:
+    """All files of a cache, its index first; just the one of a cache in one file."""
+    file = file_of(path)
+    return [file, *map(file.with_name, sorted(shards.files_of(file) if _is_index(file) else ()))]
+
+
 def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
     """Read a gradient and verify that it is undamaged and belongs to this model and loss.
 
     Args:
-        path: A file that `save` wrote.
+        path: A file that `save` wrote; of several the name they begin with, or their index.
         model: With the weights and buffers that the gradient was taken at.
         loss_terms: The loss it was taken of (compared by name).
 
@@ -223,10 +235,11 @@ def read_header(path: Path | str) -> Header:
 
 def _read(path: Path | str) -> tuple[Header, dict[str, Tensor], shards.Index | None]:
     """The header, the tensors but for the gradients of groups, and the index if there is one."""
-    if file_of(path) != Path(path):
-        return _read_parts(path)
-    if not Path(path).exists():
+    file = file_of(path)
+    if not file.exists():
         raise FileNotFoundError(f"{path}: no such cache. Make one with gradient() and cache.save().")
+    if _is_index(file):
+        return _read_parts(file)
     try:
         with safe_open(path, "pt") as file:
             fields: dict[str, str] = file.metadata() or {}
@@ -238,6 +251,14 @@ def _read(path: Path | str) -> tuple[Header, dict[str, Tensor], shards.Index | N
             f"{path} cannot be read as safetensors ({error}): it is truncated, damaged, or another kind of file. "
             "Restore it from a copy; it cannot be computed again once records are deleted."
         ) from error
+    if fields.get("format") == "pt" and tensors and all(name.startswith(_PREFIXES) for name in tensors):
+        whole = shards.whole_of(path)
+        raise CorruptCache(
+            f"{path} is one piece of the cache {whole}, which is in several files. Give {whole}."
+            if whole is not None
+            else f"{path} is one piece of a cache in several files, and no index beside it names it. Restore the whole "
+            "cache, with its .index.json, from a copy."
+        )
     if "format" not in fields or fields["format"] != json.dumps(FORMAT):
         raise CorruptCache(
             f"{path} is a safetensors file but not a gradient cache (its header names the format "
@@ -341,6 +362,10 @@ def _checked_header(path: Path | str, fields: dict[str, str], tensors: dict[str,
             f"its loss is {header.loss}, that of its micro-batches {math.fsum(losses.tolist())}",
         )
     return header
+
+
+def _is_index(path: Path) -> bool:
+    return path == shards.index_path(path)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

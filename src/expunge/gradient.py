@@ -250,6 +250,8 @@ def take(
     known = indexed(data)
     if known is not None:
         distributed.require_alike("data", params.fingerprint({"positions": known.positions}))
+    if groups is not None:
+        ranges(data, micro_batch or MICRO_BATCH, groups)  # refuses them before anything is computed
     buffers = {n: b.nan_to_num(math.nan, 0, 0) for n, b in model.named_buffers()}  # a mask may hold infinity
     params.require_finite(dict(model.named_parameters()) | buffers, "before the gradient pass")
     device = next(iter(chosen.values())).device

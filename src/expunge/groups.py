@@ -84,6 +84,8 @@ def ranges(data: Batches, size: int, count: int) -> tuple[Int[Tensor, " groups"]
     Raises:
         ConfigError: Data without positions, or fewer micro-batches than groups.
     """
+    if count < 1:
+        raise ConfigError(f"groups={count}: the number of groups is at least 1. Leave groups out to keep none.")
     known = indexed(data)
     if known is None:
         raise ConfigError(
@@ -91,7 +93,7 @@ def ranges(data: Batches, size: int, count: int) -> tuple[Int[Tensor, " groups"]
             "DataLoader over one."
         )
     numbers = int(known.positions[-1]) // size + 1
-    if not 1 <= count <= numbers:
+    if count > numbers:
         raise ConfigError(
             f"groups={count}: there are {numbers} micro-batches of {size} positions, and a group has at least one. "
             "Take fewer groups, or a smaller micro_batch."

@@ -1,6 +1,7 @@
 """The gradient of what is left, computed the way the cached one was, so that the two can be subtracted."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,9 +14,17 @@ from expunge.groups import Groups
 from expunge.passes import MicroBatches
 
 
+class SecondPass(NamedTuple):
+    """The gradient of what is left, and what it took."""
+
+    gradient: Gradient
+    computed: int  # terms that went forward and backward
+    groups: int  # of the cached gradient, that were computed; 0 if it has none
+
+
 def second_pass(
     full: Gradient, model: nn.Module, loss_terms: LossTerms, data: Batches, *, accumulate_on: Place | None = None
-) -> tuple[Gradient, int]:
+) -> SecondPass:
     """The gradient of other data at the weights of a cached gradient, with its parameters and micro-batches.
 
     If the cached one has groups, only those are computed of which something is missing or reads differently; the others
@@ -30,7 +39,7 @@ def second_pass(
         accumulate_on: As of `gradient`.
 
     Returns:
-        What ``full - …`` subtracts, and how many of its terms went forward and backward for it.
+        What ``full - …`` subtracts, and how much of it was computed.
 
     Raises:
         MismatchError: Other weights, buffers or loss than those of the cached gradient.
@@ -40,7 +49,7 @@ def second_pass(
     size = known.size if known is not None else MICRO_BATCH
     if known is None or groups is None or indexed(data) is None:
         whole = gradient(model, loss_terms, data, parameters=full.total, micro_batch=size, accumulate_on=accumulate_on)
-        return whole, whole.count
+        return SecondPass(whole, whole.count, len(groups.totals) if groups is not None else 0)
     touched = groups.touched(data, size)
     part = take(
         model,
@@ -52,7 +61,7 @@ def second_pass(
         only=lambda number: groups.of(number) in touched,
     )
     full.origin.require(part.origin, "the cached gradient")
-    return _patched(full, part, known, groups, touched), part.count
+    return SecondPass(_patched(full, part, known, groups, touched), part.count, len(touched))
 
 
 def _patched(full: Gradient, part: Gradient, known: MicroBatches, groups: Groups, touched: set[int]) -> Gradient:

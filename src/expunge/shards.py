@@ -5,6 +5,7 @@ names of its own and the index takes its name last: until then the old files are
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import secrets
@@ -20,6 +21,8 @@ from torch import Tensor
 from expunge import params
 from expunge.errors import ConfigError, CorruptCache
 from expunge.files import save_tensors, write_text
+
+_ENDING = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,31 @@ class Index:
 
 
 def index_path(path: Path | str) -> Path:
-    """Where the index of a file in parts is."""
+    """Where the index of a file in parts is; an index stands for itself."""
     path = Path(path)
-    return path.with_name(f"{path.name}.index.json")
+    return path if path.name.endswith(_ENDING) else path.with_name(f"{path.name}{_ENDING}")
+
+
+def whole_name(index: Path) -> Path:
+    """The name of the single file that an index stands for."""
+    return index.with_name(index.name.removesuffix(_ENDING))
+
+
+def files_of(index: Path) -> set[str]:
+    """The files that an index names; none if it cannot be read, for nothing may then be deleted on its word."""
+    try:
+        return set(read_index(index).fingerprints)
+    except (FileNotFoundError, CorruptCache):
+        return set()
+
+
+def whole_of(piece: Path | str) -> Path | None:
+    """The name of the single file that a piece belongs to, if an index beside it says so."""
+    piece = Path(piece)
+    for index in sorted(piece.parent.glob(f"*{_ENDING}")):
+        if piece.name in files_of(index):
+            return whole_name(index)
+    return None
 
 
 def write(path: Path | str, blocks: Iterable[Mapping[str, Tensor]], fields: dict[str, str], limit: float) -> None:
@@ -112,13 +137,13 @@ def write(path: Path | str, blocks: Iterable[Mapping[str, Tensor]], fields: dict
             "weight_map": {name: file for file, part in zip(files, parts, strict=True) for name in part},
         }
         with _alone_in(path.parent):
-            before = _files_of(index_path(path))
-            write_text(index_path(path), json.dumps(index, indent=2) + "\n")
+            before = files_of(index_path(path))
+            write_text(index_path(path), json.dumps(index, indent=2) + "\n", private=True)
             for file in before:
                 path.with_name(file).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
     except BaseException:
-        if _files_of(index_path(path)) != set(files):
+        if files_of(index_path(path)) != set(files):
             for file in files:
                 path.with_name(file).unlink(missing_ok=True)
         raise
@@ -140,7 +165,7 @@ def remove(path: Path | str) -> None:
     if not index.exists():
         return
     with _alone_in(index.parent):
-        files = _files_of(index)
+        files = files_of(index)
         index.unlink(missing_ok=True)
         for file in files:
             index.with_name(file).unlink(missing_ok=True)
@@ -150,7 +175,7 @@ def read_index(path: Path | str) -> Index:
     """Read an index and verify it; the files it names are verified when they are read.
 
     Args:
-        path: The name of the single file that it stands for.
+        path: Of the index, or the name of the single file that it stands for.
 
     Raises:
         CorruptCache: It is no index, or was altered.
@@ -199,18 +224,16 @@ def _checksum(fields: dict[str, str], fingerprints: dict[str, str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _files_of(index: Path) -> set[str]:
-    """The files that an index names; none if it cannot be read, for nothing may then be deleted on its word."""
-    try:
-        return set(read_index(index.with_name(index.name.removesuffix(".index.json"))).fingerprints)
-    except (FileNotFoundError, CorruptCache):
-        return set()
-
-
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait for other processes that are putting an index in its place."""
-    import fcntl  # not on Windows
+    """Wait for other processes that are putting an index in its place, where the system has locks on folders.
+
+    On Windows nobody waits: of two at a time the last one's cache is whole, and files of the other may be left.
+    """
+    if importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:

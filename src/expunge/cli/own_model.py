@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +19,7 @@ from expunge.bench import chosen, evaluation, inputs
 from expunge.cli import printing, processes
 from expunge.cli.arguments import Flag, SetupFile
 from expunge.errors import ConfigError
-from expunge.files import write_text
+from expunge.files import require_writable, write_text
 from expunge.gradient import gradient
 from expunge.methods import METHODS, Method, method_of
 from expunge.seeds import keeping_random_state
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 else:
     _each = (Annotated[m.config, tyro.conf.subcommand(m.name, description=m.summary)] for m in METHODS.values())
     MethodConfig = Annotated[functools.reduce(operator.or_, _each), tyro.conf.arg(name="")]
+
+_LISTED = 10  # files that are named one by one
 
 
 def cache(
@@ -69,13 +72,17 @@ def cache(
         replace: Write over a cache that exists.
         json: Print the header as JSON.
     """
+    if not max_shard * 1e9 >= 1:
+        raise ConfigError(
+            f"--max-shard {max_shard:g}: gigabytes a file, more than 0. The default is 5, that is 5e9 bytes."
+        )
     require_new(out, setup, weights)
     if cache_file.exists(out) and not replace:
         raise ConfigError(
             f"{cache_file.file_of(out)} exists. A cache made now would hold only the records that are left, and the "
             "old one cannot be made again: give another name, or --replace if you are sure."
         )
-    cache_file.require_storable(getattr(torch, dtype), groups, max_shard * 1e9)
+    cache_file.require_storable(out, getattr(torch, dtype), groups, max_shard * 1e9)
     loaded = load_setup(setup)
     model = trained_model(loaded, weights, device)
     kept = params.named_without(model, leave_out)
@@ -91,13 +98,15 @@ def cache(
     )
     cache_file.save(out, full, dtype=getattr(torch, dtype), max_shard_bytes=max_shard * 1e9)
     _show_header(out, json)
+    if not json:
+        print(f"It is personal data: encrypt it, and destroy it after use:{_listed(out)}")
 
 
 def show(path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")], *, json: Flag = False) -> None:
     """Say what a cache holds, after verifying that it is undamaged.
 
     Args:
-        path: A cache file.
+        path: The cache; of one in several files the name they begin with, or their index.
         json: Print JSON.
     """
     _show_header(path, json)
@@ -126,7 +135,7 @@ def unlearn(
         method: The method and its settings.
         weights: The trained weights that the cache was made at.
         out: Where the unlearned weights go.
-        cache: The gradient cache, for methods that need it.
+        cache: The gradient cache, for methods that need it; of one in several files the name they begin with.
         settings: A file with the settings of the method, as `expunge rehearse` writes it.
         seed: Names the streams of randomness.
         snapshots: A folder for the weights after every stage and epoch, to look into what happened.
@@ -134,7 +143,9 @@ def unlearn(
         replace: Write over weights that exist.
         json: Print the trace as JSON.
     """
-    require_new(out, setup, weights, *(path for path in (cache, settings) if path))
+    require_new(out, setup, weights, *(cache_file.files_of(cache) if cache else []), *([settings] if settings else []))
+    if snapshots is not None:
+        distributed.by_the_first(lambda: require_writable(snapshots / "weights"))
     if out.exists() and not replace:
         raise ConfigError(f"{out} exists, and evidence of it may too: give another name, or --replace.")
     story = evaluation.trace_path(out)
@@ -179,14 +190,18 @@ def unlearn(
     facts = result.trace.facts
     if "removed_count" in facts:
         print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
+    if "groups" in facts:
+        print(f"groups of the cache: {facts['groups_computed']} of {facts['groups']} computed again")
     print(f"ended because: {result.trace.stopped}")
     print(f"weights: {out}\ntrace:   {story}")
     if cache is not None:
-        print("The cache is personal data: destroy it now, and cache again if more deletions may come.")
+        print(
+            f"The cache is personal data: cache again if more deletions may come, and destroy it now:{_listed(cache)}"
+        )
 
 
 def require_new(out: Path, *inputs: Path) -> None:
-    """Refuse to write over what a command reads, before anything is computed."""
+    """Refuse to write over what a command reads, or where nothing can be written, before anything is computed."""
     if out.is_dir():
         raise ConfigError(f"{out} is a folder: name the file to write.")
     if out.suffix in (".pt", ".pth", ".bin"):
@@ -194,6 +209,7 @@ def require_new(out: Path, *inputs: Path) -> None:
     for path in inputs:
         if out.resolve() == path.resolve():
             raise ConfigError(f"{out} is read by this command and would be overwritten. Give --out another name.")
+    distributed.by_the_first(lambda: require_writable(out))
 
 
 def trained_model(setup: Setup, weights: Path, device: str) -> nn.Module:
@@ -221,10 +237,20 @@ def _sighted(setup: Setup, method: Method, shared: dict[str, Any]) -> Sighted:
     return Sighted(**shared, forget=setup.data("forget"), **more)
 
 
+def _listed(cache: Path) -> str:
+    """The files of a cache, a line each; as a pattern where they are many."""
+    index, *files = map(str, cache_file.files_of(cache))
+    if len(files) > _LISTED:
+        files = [re.sub(r"-\d+(-of-\d+)", r"-*\1", files[0])]
+    return "".join(f"\n  {file}" for file in (index, *files))
+
+
 def _show_header(path: Path, as_json: bool) -> None:
     header = cache_file.read_header(path)
     if as_json:
-        print(printing.as_json({"path": str(path), **asdict(header)}))
+        print(
+            printing.as_json({"path": str(path), "paths": list(map(str, cache_file.files_of(path))), **asdict(header)})
+        )
         return
     from rich.table import Table
 

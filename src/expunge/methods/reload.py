@@ -127,8 +127,9 @@ SPACE: Space = {
 def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: Trace) -> nn.Module:
     """Algorithm 1 of the paper.
 
-    ``trace.facts``: removed_count and cached_count (loss terms), eps, relative_noise (predicted relative error of the
-    difference, an upper estimate), informative_share, reset_count, requested_count, untouched_in_paper_choice and
+    ``trace.facts``: removed_count and cached_count (loss terms), of a cache with groups groups_computed and groups (how
+    many were computed again, of how many), eps, relative_noise (predicted relative error of the difference, an upper
+    estimate), informative_share, reset_count, requested_count, untouched_in_paper_choice and
     overlap_with_paper_choice (how the choice differs from the one that takes untouched entries, too), target_loss; of
     a selector of second order kronecker_share (of entries whose curvature is in blocks); with ``statistics``
     re-estimated, statistics_layers (how many have some).
@@ -147,10 +148,12 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
     theta = params.named_parameters(model, full.total)
 
     with trace.stage("difference", model):
-        retain, computed = second_pass(full, model, given.loss_terms, given.retain)
+        retain, computed, groups = second_pass(full, model, given.loss_terms, given.retain)
         removed = full - retain  # g_D - g_new
         trace.backwarded += computed
         trace.facts |= {"removed_count": removed.count, "cached_count": full.count}
+        if full.groups is not None:
+            trace.facts |= {"groups_computed": groups, "groups": len(full.groups.totals)}
         _require_informative(removed, trace)
         values = new_values(model, theta, given, config.reset_to, std=config.reset_std, seed=seed)
         if "normal-1d" in config.published_code:
