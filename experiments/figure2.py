@@ -11,7 +11,8 @@ Cost: 15 seconds on one core for the digits; training for anything larger.
 Expected (digits, class 8): log-probability of the image 0.00, -7.46, -4.06, and -6.01 nats after fine-tuning; the
 removed class a cluster of its own at first, and between the others in the end.
 
-    python experiments/figure2.py
+    python experiments/figure2.py                       # writes figure2.* into the current folder
+    python experiments/figure2.py --out docs/figure2    # the figure of docs/reload.md
     python experiments/figure2.py --dataset cifar10 --folder data --model convnet --removed 3 --train 5000
 """
 
@@ -54,7 +55,7 @@ class Options:
     fine_tune_epochs: int = 6
     fine_tune_lr: float = 0.05
     seed: int = 0
-    out: Path = Path(__file__).parent.parent / "docs" / "figure2"  # without an ending
+    out: Path = Path("figure2")  # without an ending
 
 
 def data(options: Options) -> tuple[Examples, Examples, int]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from expunge.bench import experiments
+from expunge.cli import main
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
@@ -57,6 +60,24 @@ def test_the_commands_of_a_rehearsal_run_after_a_deletion(tmp_path):
 def test_the_documentation_agrees_with_the_code():
     done = run(sys.executable, "tools/check_docs.py", folder=ROOT)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_experiments_of_a_page_are_planned_as_they_stand_there(tmp_path, capsys):
+    files = []
+    for number, block in enumerate(blocks("docs/experiments.md", "python")):
+        files.append(tmp_path / f"experiment{number}.py")
+        files[-1].write_text(block, encoding="utf-8")
+    profiled, own = files
+    found = experiments.defined(profiled, "cpu")
+    assert (found.tasks[0].scenario.name, found.effort.budget.epochs) == ("random 30 %", 5)
+    assert main(["bench", "status", str(own), "--out", str(tmp_path)]) == 0
+    assert re.search(r"evaluate\W+0\W+15\b", capsys.readouterr().out)
+
+
+def test_the_page_of_experiments_names_every_file():
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for path in (ROOT / "experiments").glob("*.py"):
+        assert f"`{path.name}`" in text, path.name
 
 
 @pytest.mark.parametrize("page", ["docs/data.md", "docs/scenarios.md"])

@@ -8,18 +8,22 @@ import csv
 import hashlib
 import importlib.util
 import json
+import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from expunge.bench.entries import SHORT, entries
-from expunge.bench.judging import TABLES
+from expunge.bench.fit import require_fit
+from expunge.bench.judging import TABLES, metrics_of
+from expunge.bench.required import require
 from expunge.bench.stages import STANDARDS, Contender, Effort, Stage, tuning_of
 from expunge.bench.steps import TRIALS
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Task, located, note_of
-from expunge.errors import ConfigError
+from expunge.errors import ConfigError, ExpungeError
 from expunge.provenance import environment
 from expunge.rows import Row, read_rows, write_csv, write_rows
 
@@ -29,7 +33,8 @@ class Experiment:
     """What is compared, in which situations, and with what everyone may spend.
 
     Raises:
-        ConfigError: Two contenders of the same name, or one who has no entry.
+        ConfigError: A value of another kind, two contenders or scenarios of the same name, or a metric that is not
+            measured in these scenarios.
     """
 
     name: str
@@ -42,15 +47,25 @@ class Experiment:
     printed: tuple[Row, ...] = ()  # what a paper prints for it
 
     def __post_init__(self) -> None:
-        names = [*STANDARDS, *(each.name for each in self.contenders)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ConfigError(
-                f"contenders: {', '.join(twice)} would be there twice. Give everyone a name of their own."
-            )
-        unknown = sorted({each.entry for each in self.contenders} - set(entries(SHORT)))
-        if unknown:
-            raise ConfigError(f"contenders: no entry {', '.join(unknown)}. There are {', '.join(entries(SHORT))}.")
+        named = bool(self.name) and Path(self.name).name == self.name
+        require(named, "name", self.name, "a folder is called after it: write one without slashes")
+        for name, kind in (("tasks", Task), ("contenders", Contender), ("shown", str)):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(each, kind) for each in value):
+                raise ConfigError(f"{name}: write a tuple of {kind.__name__}, with a comma after the last: (one,).")
+        require(len(self.tasks) > 0, "tasks", self.tasks, "there must be one")
+        require(len(self.shown) > 0, "shown", self.shown, "there must be one metric in the table")
+        _require_different("contenders", [*STANDARDS, *(each.name for each in self.contenders)])
+        _require_different("scenarios of the tasks", [task.scenario.name for task in self.tasks])
+        for contender in self.contenders:
+            standard = contender.entry in STANDARDS
+            require(not standard, "entry", contender.entry, "it is in every table anyway: leave the contender out")
+        known = dict.fromkeys(name for task in self.tasks for name in metrics_of(task.scenario.corrects))
+        for metric in (*self.shown, *([self.leading] if self.leading else [])):
+            if metric not in known:
+                raise ConfigError(
+                    f"shown or leading: {metric!r} is not measured in these scenarios. There are {', '.join(known)}."
+                )
 
     def evaluations(self, seeds: Iterable[int]) -> list[Stage]:
         """The stages that leave rows: everyone, for every task and seed; seed by seed.
@@ -92,15 +107,26 @@ def everyone(kind: str) -> tuple[Contender, ...]:
     return (*found[: last + 1], RECIPE_ALONE, *found[last + 1 :])
 
 
+def _require_different(what: str, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"{what}: {', '.join(twice)} would be there twice. Give everyone a name of their own, and scenarios that "
+            "are called the same an experiment each."
+        )
+
+
 def load(path: Path, profile: str, data: Path | None) -> Experiment:
     """The experiment of a file, with the fingerprints of its data.
 
     Raises:
         FileNotFoundError: No such file.
-        ConfigError: It defines no experiment, or not this profile.
+        ConfigError: It fails when it is run, defines no experiment, or one that does not fit its data.
         MissingData: The data is not there.
     """
     found = defined(path, profile)
+    for task in found.tasks:
+        require_fit(task, data)
     return replace(found, tasks=tuple(located(task, data) for task in found.tasks))
 
 
@@ -109,7 +135,7 @@ def defined(path: Path, profile: str) -> Experiment:
 
     Raises:
         FileNotFoundError: No such file.
-        ConfigError: It defines no experiment, or not this profile.
+        ConfigError: It fails when it is run, or defines no experiment.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such experiment.")
@@ -117,14 +143,30 @@ def defined(path: Path, profile: str) -> Experiment:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: an experiment is a Python file, and its name ends in .py.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _failed(path, "failed when it was run", error) from error
     define = getattr(module, "experiment", None)
     if define is None:
         raise ConfigError(f"{path} defines no experiment(profile). docs/experiments.md shows one.")
-    found = define(profile)
+    try:
+        found = define(profile)
+    except Exception as error:
+        raise _failed(path, f"experiment({profile!r}) failed", error) from error
     if not isinstance(found, Experiment):
         raise ConfigError(f"{path}: experiment({profile!r}) returned {type(found).__name__}, and not an Experiment.")
     return found
+
+
+def _failed(path: Path, what: str, error: Exception) -> ConfigError:
+    """The error of an experiment file, with the line of the file that it comes from."""
+    here = (str(path), str(path.absolute()))
+    frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in here]
+    line = f", line {frames[-1]}" if frames else ""
+    why = str(error) if isinstance(error, ExpungeError) else f"{type(error).__name__}: {error}"
+    return ConfigError(f"{path}{line}: {what}: {why}")
 
 
 def folder_of(experiment: Experiment, store: Store) -> Path:

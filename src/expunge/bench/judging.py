@@ -23,6 +23,8 @@ TRIGGERED = "retain, triggered"
 SCORED = ("retain", "forget", TRIGGERED)  # splits that a rehearsal looks at; no test record, which all seeds share
 CLOSE = {"NA": 0.5, "FA": 1.0, "NA with trigger": 1.0}  # points that are no distance worth tuning for
 UNSEEN = "unseen"
+_ALWAYS = ("NA", "TA", "NSKL", "FSKL", "Cost", "Work")
+_OF_REMOVED = ("FA", "FE", "FMIA", "AUC")  # after a correction they say nothing, see `_profile`
 SPENT = "spent"  # in a trace: seconds that count as cost
 DRAWN = (ORIGINAL, REFERENCE, "reload")  # whose single losses are kept, for the figures
 Splits = dict[str, Outputs]
@@ -31,6 +33,13 @@ TABLES = {
     "reset": ("scenario", "method", "seed", "parameter", "share", "entries"),
     "losses": ("scenario", "method", "seed", "split", "loss"),
 }
+
+
+def metrics_of(corrects: bool) -> tuple[str, ...]:
+    """The metrics that there are rows of: after a correction, or after a removal."""
+    if corrects:
+        return (*_ALWAYS, "TA with trigger", "Acc_corr", "Accuracy on corrected")
+    return (*_ALWAYS, *_OF_REMOVED, *(f"Δ{name}" for name in _OF_REMOVED))
 
 
 def judged(records: Records) -> dict[str, Examples]:

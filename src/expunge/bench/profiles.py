@@ -5,6 +5,7 @@ from typing import Any
 
 from expunge.bench.stages import Effort
 from expunge.bench.tasks import Scenario, Task
+from expunge.data.digits import COUNT
 from expunge.errors import ConfigError
 from expunge.training import Recipe
 
@@ -23,9 +24,14 @@ def task(profile: str, dataset: str, scenario: Scenario) -> Task:
     """A task of a table in a profile.
 
     Raises:
-        ConfigError: No such profile.
+        ConfigError: No such profile, or the digits, which are fewer than a profile takes.
     """
     _require(profile)
+    if dataset == "digits":
+        raise ConfigError(
+            f"dataset='digits': they are {COUNT} images, and a profile takes more. Write a Task of your own, as in "
+            "docs/experiments.md, or take cifar10."
+        )
     if profile == "paper":
         recipe = replace(_PAPER, **_AUGMENTED.get(dataset, {}))
         return Task(dataset=dataset, model="resnet18", recipe=recipe, scenario=scenario, device="cuda")
@@ -46,10 +52,15 @@ def effort(task: Task, profile: str) -> Effort:
     The epochs are 0.12 of those of retraining, less the two that the gradients of RELOAD take.
 
     Raises:
-        ConfigError: No such profile.
+        ConfigError: No such profile, or a training too short for that.
     """
     _require(profile)
     epochs = int(SHARE * task.recipe.epochs) - 2
+    if epochs < 2:
+        raise ConfigError(
+            f"recipe.epochs={task.recipe.epochs}: {SHARE} of these less two leaves {epochs} for unlearning. Train for "
+            "34 or more, or write an Effort of your own."
+        )
     budget = replace(task.recipe, epochs=epochs, schedule="cosine", milestones=())
     return Effort(budget=budget, trials=8 if profile == "cpu" else 25)
 

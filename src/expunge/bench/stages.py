@@ -13,9 +13,11 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 from expunge.bench.entries import SHORT, entries
+from expunge.bench.required import is_whole, require, require_settings
 from expunge.bench.tasks import Scenario, Task
 from expunge.errors import ConfigError
 from expunge.methods import method_of
+from expunge.space import settings_of, with_settings
 from expunge.training import Recipe
 
 Step = Literal["original", "cache", "retrain", "outputs", "tune", "unlearn", "evaluate"]
@@ -29,12 +31,26 @@ STANDARDS = ("original", "retrain", "retrain again")  # models that are evaluate
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Who takes part: a method or a control, with settings of its own on top of those that were tuned."""
+    """Who takes part: a method or a control, with settings of its own on top of those that were tuned.
+
+    Raises:
+        ConfigError: There is no such entry, or it does not have these settings or refuses their values.
+    """
 
     name: str  # in tables
     entry: str  # one of `entries`: whose start and search space; of the standards their own name
     settings: tuple[tuple[str, Any], ...] = ()
     tuned: bool = True  # or with the start's settings
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a contender a name")
+        require(isinstance(self.tuned, bool), "tuned", self.tuned, "write True or False")
+        require_settings(self.settings)
+        if self.entry in STANDARDS:
+            require(not self.settings, "settings", self.settings, f"{self.entry} has none of its own. Leave them out")
+            return
+        _require_entry(self.entry)
+        _require_fitting(self.name, self.entry, self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +58,7 @@ class Effort:
     """What everyone may spend.
 
     Raises:
-        ConfigError: Less than a comparison takes.
+        ConfigError: Less than a comparison takes, or a value of another kind.
     """
 
     budget: Recipe  # the most that an unlearning may train, all its phases together
@@ -51,6 +67,13 @@ class Effort:
     references: int = 2  # retrained models of a rehearsal
 
     def __post_init__(self) -> None:
+        require(isinstance(self.budget, Recipe), "budget", self.budget, "write Recipe(epochs=…, lr=…)")
+        seeds = self.rehearsals
+        several = isinstance(seeds, tuple) and all(is_whole(seed, 0) for seed in seeds)
+        require(several, "rehearsals", seeds, "write a tuple of seeds, as (1001,)")
+        require(len(set(seeds)) == len(seeds), "rehearsals", seeds, "name every seed once")
+        for name in ("trials", "references"):
+            require(is_whole(getattr(self, name), 0), name, getattr(self, name), "give a whole number")
         for name, value, least in (
             ("budget.epochs", self.budget.epochs, 2),  # SCRUB takes turns
             ("trials", self.trials, 1),
@@ -237,9 +260,35 @@ def _chosen(config: Any) -> Any:
 
 
 @cache
+def _starts() -> dict[str, Any]:
+    """The configurations that entries start from, with any budget."""
+    return {name: entry.start for name, entry in entries(SHORT).items()}
+
+
+def _require_entry(entry: str) -> None:
+    if entry not in _starts():
+        raise ConfigError(f"contenders: no entry {entry}. There are {', '.join(_starts())}.")
+
+
+@cache  # stages make contenders by the thousand
+def _require_fitting(name: str, entry: str, settings: tuple[tuple[str, Any], ...]) -> None:
+    start = _starts()[entry]
+    known = settings_of(start)
+    for setting, _ in settings:
+        if setting not in known:
+            raise ConfigError(
+                f"contender {name!r}: {entry} has no setting {setting!r}. It has {', '.join(known) or 'none'}."
+            )
+    try:
+        with_settings(start, dict(settings))
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"contender {name!r}, settings={settings!r}: {entry} refuses this: {error}") from error
+
+
+@cache
 def _source(entry: str) -> str:
     """A hash of the file of a method."""
-    module = inspect.getmodule(method_of(entries(SHORT)[entry].start).run)
+    module = inspect.getmodule(method_of(_starts()[entry]).run)
     assert module is not None
     return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
 

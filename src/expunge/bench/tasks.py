@@ -1,20 +1,22 @@
 """What an experiment is about: a dataset, a model, how it is trained, and what is removed or corrected."""
 
 import hashlib
+import inspect
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from expunge.batches import Examples
-from expunge.data import read
-from expunge.data.digits import CLASSES, digits
+from expunge.bench.required import is_whole, require, require_settings
+from expunge.data import READERS, read
+from expunge.data.digits import CLASSES, COUNT, digits
 from expunge.data.images import ImageData, Images, Normalisation, normalisation, to_examples
 from expunge.errors import ConfigError, MismatchError
-from expunge.models import build
+from expunge.models import MODELS, build
 from expunge.scenarios.backdoors import cross_backdoor
 from expunge.scenarios.corruption import corrected, identified
 from expunge.scenarios.removal import in_class_removal, members, random_removal
@@ -27,7 +29,11 @@ NOTE = "NOTE"  # a text file beside the data that says in what it differs from t
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What is removed or corrected."""
+    """What is removed or corrected.
+
+    Raises:
+        ConfigError: A value that cannot work, or that this kind has no use for.
+    """
 
     kind: Kind
     amount: float = 0.0  # random, sequence: share of the training images, each time; in-class: how many
@@ -35,6 +41,43 @@ class Scenario:
     gamma: float = 1.0  # cross-backdoor: share of the faults that are known
     known_are: Literal["corrected", "removed"] = "corrected"  # cross-backdoor: what becomes of known faults
     round: int = 1  # sequence: the how-many-th deletion; the model is what the one before left
+
+    def __post_init__(self) -> None:
+        kind, amount = self.kind, self.amount
+        require(kind in get_args(Kind), "kind", kind, f"choose from {', '.join(get_args(Kind))}")
+        for name in ("amount", "gamma"):
+            require(isinstance(getattr(self, name), int | float), name, getattr(self, name), "give a number")
+        require(is_whole(self.round, 1), "round", self.round, "count deletions from 1")
+        if kind in ("random", "sequence"):
+            share = "of a removal it is the share of the training images, above 0 and below 1"
+            require(0 < amount < 1, "amount", amount, share)
+        elif kind == "in-class":
+            whole = amount >= 1 and float(amount).is_integer()
+            require(whole, "amount", amount, "of a class it is how many images are removed: a whole number, 1 or more")
+        if kind == "sequence":
+            if amount * self.round >= 1:
+                raise ConfigError(
+                    f"amount={amount}, round={self.round}: {self.round} deletions of {100 * amount:g} % each. They "
+                    "must take some and leave some."
+                )
+        else:
+            require(self.round == 1, "round", self.round, f"only a sequence has rounds, and not {kind}")
+        if self.corrects:
+            require(amount == 0, "amount", amount, "a backdoor has none: its images are those of `classes`")
+            self._require_classes()
+            require(0 < self.gamma <= 1, "gamma", self.gamma, "choose a share above 0, up to 1")
+            become = ("corrected", "removed")
+            require(self.known_are in become, "known_are", self.known_are, f"choose from {', '.join(become)}")
+            return
+        for name, without in (("classes", ()), ("gamma", 1), ("known_are", "corrected")):
+            value = getattr(self, name)
+            require(value == without, name, value, f"only a cross-backdoor has this, and not {kind}. Leave it out")
+
+    def _require_classes(self) -> None:
+        classes = self.classes
+        fine = isinstance(classes, tuple) and all(is_whole(each, 0) for each in classes)
+        require(fine and len(classes) > 0, "classes", classes, "name those whose images get the cross, as (0, 1)")
+        require(len(set(classes)) == len(classes), "classes", classes, "name every class once")
 
     @property
     def name(self) -> str:
@@ -61,7 +104,11 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Data, model, training and scenario; with a seed it is a situation that methods can be compared in."""
+    """Data, model, training and scenario; with a seed it is a situation that methods can be compared in.
+
+    Raises:
+        ConfigError: A value that cannot work.
+    """
 
     dataset: str  # one of `data.READERS`, or digits
     model: str  # one of `models.MODELS`
@@ -73,6 +120,47 @@ class Task:
     threads: int = 1  # of torch: results depend on them
     device: str = "cpu"
     fingerprint: str = ""  # of the data: `located` fills it in
+
+    def __post_init__(self) -> None:
+        datasets = ("digits", *READERS)
+        require(self.dataset in datasets, "dataset", self.dataset, f"choose from {', '.join(datasets)}")
+        require(isinstance(self.recipe, Recipe), "recipe", self.recipe, "write Recipe(epochs=…, lr=…)")
+        require(self.recipe.epochs >= 1, "recipe.epochs", self.recipe.epochs, "an original must train: 1 or more")
+        require(isinstance(self.scenario, Scenario), "scenario", self.scenario, "write Scenario(kind=…)")
+        for name in ("train", "test"):
+            require(
+                is_whole(getattr(self, name), 0), name, getattr(self, name), "give a number of images, or 0 for all"
+            )
+        if self.dataset == "digits":
+            some = f"of the {COUNT} digits give 1 to {COUNT - 1}: the others are the test images"
+            require(0 < self.train < COUNT, "train", self.train, some)
+            require(
+                self.test == 0,
+                "test",
+                self.test,
+                "the digits that are not trained on are the test images: leave it out",
+            )
+        require(is_whole(self.threads, 1), "threads", self.threads, "give 1 or more")
+        self._require_device()
+        self._require_model()
+
+    def _require_device(self) -> None:
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"device={self.device!r}: torch has none of this name. Write cpu or cuda.") from error
+
+    def _require_model(self) -> None:
+        require(self.model in MODELS, "model", self.model, f"choose from {', '.join(MODELS)}")
+        require_settings(self.settings)
+        signature = inspect.signature(MODELS[self.model])
+        try:
+            signature.bind(classes=0, channels=0, **dict(self.settings))
+        except TypeError as error:
+            raise ConfigError(
+                f"model={self.model!r}, settings={self.settings!r}: {error}. An experiment gives classes and channels; "
+                f"this model takes {', '.join(signature.parameters)}."
+            ) from error
 
     @property
     def about(self) -> str:

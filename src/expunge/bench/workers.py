@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from expunge.allocator import keep_freed_memory
 from expunge.bench.runner import Ended, attempt
 from expunge.bench.stages import Stage, from_plain
 from expunge.bench.store import Store
@@ -143,6 +144,7 @@ def main() -> None:
     """A worker: a request a line on standard input, an answer a line on standard output; ends with its input."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not garble the answers
+    keep_freed_memory()  # the process is ours
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     try:
         for line in sys.stdin:

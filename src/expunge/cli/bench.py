@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from expunge.bench.experiments import Experiment
     from expunge.bench.runner import Hands
+    from expunge.bench.stages import Stage
     from expunge.bench.store import Store
     from expunge.rows import Row
 
@@ -107,11 +108,9 @@ def bench(command: Annotated[Command, tyro.conf.arg(name="")]) -> None:
 def _run(command: Run) -> None:
     from expunge.bench import experiments
     from expunge.bench.runner import carry_out
-    from expunge.errors import ConfigError, IncompleteRun
+    from expunge.errors import IncompleteRun
     from expunge.rows import read_rows
 
-    if command.seeds < 1:
-        raise ConfigError(f"seeds={command.seeds}: at least one must be run, and an interval needs three.")
     experiment, store = _planned(command)
     seeds = range(command.seeds)
     try:
@@ -163,14 +162,29 @@ def _table(command: Table) -> None:
     from expunge.report import markdown
 
     experiment, store = _planned(command)
-    rows = rows_of(experiment, evaluated(experiment, range(command.seeds), store), store)
-    if not rows:
+    wanted = experiment.evaluations(range(command.seeds))
+    done = evaluated(experiment, range(command.seeds), store)
+    rows = rows_of(experiment, done, store)
+    if not done:
         print(f"Nothing of {experiment.name} is done yet in {command.out}: carry it out with `expunge bench run`.")
     if command.format == "terminal":
         printing.show(*_tables(experiment, rows))
-        return
-    for shown, scenario in _shown(experiment, rows):
-        print(markdown(shown, scenario))
+    else:
+        for shown, scenario in _shown(experiment, rows):
+            print(markdown(shown, scenario))
+    if 0 < len(done) < len(wanted):
+        print(_missing(wanted, done))
+
+
+def _missing(wanted: "list[Stage]", done: "list[Stage]") -> str:
+    """Which seeds a table lacks, or has in part."""
+    total, over = (Counter(stage.seed for stage in each) for each in (wanted, done))
+    lacking = ", ".join(
+        f"seed {seed} ({total[seed] - over[seed]} of {total[seed]} evaluations)"
+        for seed in total
+        if over[seed] < total[seed]
+    )
+    return f"Missing: {lacking}. `expunge bench run` with the same options makes what is missing."
 
 
 def _tables(experiment: "Experiment", rows: "list[Row]") -> list[object]:
@@ -212,7 +226,10 @@ def _diff(command: Diff) -> None:
 def _planned(command: _Named) -> "tuple[Experiment, Store]":
     from expunge.bench import experiments
     from expunge.bench.store import Store
+    from expunge.errors import ConfigError
 
+    if command.seeds < 1:
+        raise ConfigError(f"seeds={command.seeds}: at least one must be run, and an interval needs three.")
     data = command.data or (Path(os.environ[DATA]) if os.environ.get(DATA) else None)
     return experiments.load(command.file, command.profile, data), Store(command.out, data)
 

@@ -11,7 +11,7 @@ from expunge.batches import Examples
 from expunge.errors import ConfigError, MissingExtra
 from expunge.seeds import stream
 
-COUNT, CLASSES = 1797, 10
+COUNT, CLASSES, SIDE = 1797, 10, 8
 
 
 @dataclass(frozen=True)
