@@ -20,6 +20,7 @@ from expunge.bench.rehearsal import Problem, draw, prepare
 from expunge.bench.tuning import Trial
 from expunge.cli import main
 from expunge.errors import ConfigError, CorruptData, NotFinite
+from expunge.methods import METHODS
 from expunge.metrics.outputs import Outputs
 from expunge.provenance import file_hash
 from expunge.space import settings_of, with_settings
@@ -263,6 +264,42 @@ def test_chance_is_the_standard_error_of_a_mean_loss():
     assert closeness.chance([each, each]) == pytest.approx(losses.std() / math.sqrt(12))
 
 
+def test_what_there_is_to_forget_is_how_much_better_records_are_known_that_were_trained_on():
+    sets = [seen(0), seen(1)]
+    known = [*zip(sets[0].left.losses, sets[0].left.labels, strict=True)]
+    known += [*zip(sets[0].forget.losses, sets[0].forget.labels, strict=True)]
+    unseen = [*zip(sets[0].unseen.losses, sets[0].unseen.labels, strict=True)]
+
+    def mean(pairs, label):
+        return np.mean([loss for loss, other in pairs if other == label])
+
+    labels = [label for each in sets for label in each.forget.labels]
+    expected = np.mean([mean(unseen, label) - mean(known, label) for label in labels])
+    assert closeness.to_forget(sets) == pytest.approx(expected)
+
+
+def spread(gain, deviation, records):
+    """Records that are known by `gain` nats better than unseen ones, whose losses deviate by so much."""
+    losses = {"known": [1.0], "unseen": [1.0 + gain - deviation, 1.0 + gain + deviation]}
+    logits = {k: [[0.0, math.log(math.exp(loss) - 1)] for loss in own] for k, own in losses.items()}
+    of = {k: outputs_of(own, [0] * len(own)) for k, own in logits.items()}
+    return Seen(of["known"], outputs_of(logits["known"] * records, [0] * records), of["unseen"])
+
+
+@pytest.mark.parametrize(
+    ("gain", "records", "needed"),
+    [
+        (0.3, 3, 15),  # 3 sets: chance is 0.5 / 3 = 0.17; a quarter of 0.3 with (0.5 · 4 / 0.3)² / 3 = 14.8 records
+        (0.3, 4, None),
+        (0.34, 3, None),
+        (0.3, 15, None),
+        (-0.1, 50, 0),
+    ],
+)
+def test_too_few_records_are_those_of_which_chance_is_half_of_what_there_is_to_forget(gain, records, needed):
+    assert closeness.records_needed([spread(gain, 0.5, records)] * 3) == needed
+
+
 def test_a_class_without_unseen_records_is_named():
     one = seen(0)
     lacking = Seen(one.left, one.forget, outputs_of([[0.0, 0.0, 0.0]], [0]))
@@ -302,6 +339,10 @@ def test_a_cache_in_several_files_is_as_good_as_one(folder):
 
 
 def test_references_are_retrained_if_asked_for(folder, capsys):
+    assert rehearsed("--trials", "2", "--sets", "2", "--retrain", "2", "--like", "class", "--out", "a.json") == 0
+    out = capsys.readouterr().out
+    assert "Scores, noise floors; 1 is as close as another retrained model" in out
+    assert "0 is perfect" not in out
     assert rehearsed("--trials", "2", "--sets", "2", "--retrain", "2", "--like", "class", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["retrain"] == 2
@@ -334,7 +375,14 @@ def test_other_data_is_another_search(folder, capsys):
     setup = Path("setup.py").read_text(encoding="utf-8")
     Path("setup.py").write_text(setup.replace("torch.arange(6)", "torch.arange(7)"), encoding="utf-8")
     assert rehearsed("--trials", "1", "--sets", "2", "--replace") == 2
-    assert "another search (another about)" in capsys.readouterr().err
+    assert re.search(r"another search, .*files.setup: .* there, .* here", capsys.readouterr().err)
+
+
+def test_another_search_is_named_by_the_setting_that_differs(folder, capsys):
+    assert rehearsed("--trials", "1", "--sets", "2") == 0
+    method = ("reload", "--fine-tune.epochs", "3", "--fine-tune.batch-size", "16")
+    assert rehearsed("--trials", "1", "--sets", "2", "--replace", method=method) == 2
+    assert "(fine_tune.epochs: 2 there, 3 here). Name another journal" in capsys.readouterr().err
 
 
 def test_settings_that_do_not_hold_up_are_said_not_to(folder, monkeypatch, capsys):
@@ -342,18 +390,82 @@ def test_settings_that_do_not_hold_up_are_said_not_to(folder, monkeypatch, capsy
     monkeypatch.setattr(tuning, "tune", lambda *_, **__: [Trial(0, broken, 0.1, 0.0)])
     assert rehearsed("--sets", "2", method=(*RELOAD, "--reset-fraction", "0.01", "--priming-lr", "0.01")) == 0
     out = capsys.readouterr().out
-    assert "do NOT hold up" in out
-    assert "no better than not unlearning at all" in out
-    assert json.loads(Path("settings.json").read_text(encoding="utf-8"))["about"]["holds up"] is False
+    assert "do NOT hold up: on the set that they were not tuned on, the settings that were given are better" in out
+    assert "do NOT hold up: on the set that they were not tuned on, they are no better than not unlearning" in out
+    about = json.loads(Path("settings.json").read_text(encoding="utf-8"))["about"]
+    assert about["holds up"] is False
+    assert about["better than nothing"] is False
+    warning, command = out.splitlines()[-2:]
+    assert warning == "This unlearns with them all the same, and warns:"
+    assert main(command.split()[1:]) == 0
+    error = capsys.readouterr().err
+    assert "warning: settings.json: these settings did not hold up when they were chosen: on the set" in error
+    assert "the settings that were given are better, and on the set" in error
+    assert "Rehearse again" in error
 
 
-@pytest.mark.parametrize(("chosen_score", "holds"), [(0.4, True), (0.5, True), (0.6, False)])
-def test_holding_up_is_no_worse_than_the_settings_as_given_on_the_held_out_set(chosen_score, holds):
+@pytest.mark.parametrize(
+    ("score", "holds", "better"), [(0.4, True, True), (0.5, True, True), (0.6, False, True), (0.7, False, False)]
+)
+def test_holding_up_is_judged_on_the_held_out_set(score, holds, better):
     scores = {
         who: {"tuned on": Score(tuned, 0, 0), "held out": Score(held, 0, 0)}
-        for who, tuned, held in (("settings as given", 0.1, 0.5), ("settings chosen", 0.9, chosen_score))
+        for who, tuned, held in (
+            ("settings as given", 0.1, 0.5),
+            ("settings chosen", 0.9, score),
+            ("no unlearning", 0.1, 0.7),
+        )
     }
-    assert importlib.import_module("expunge.cli.rehearse").holds_up(scores) is holds
+    found = importlib.import_module("expunge.cli.rehearse").verdicts(scores)
+    assert found == {"holds up": holds, "better than nothing": better}
+
+
+def test_settings_that_held_up_are_read_without_a_warning(tmp_path, recwarn):
+    for about in ({"holds up": True, "better than nothing": True}, {}):
+        chosen.write_settings(tmp_path / "s.json", Reload(), about)
+        assert chosen.read_settings(tmp_path / "s.json", Reload()) == Reload()
+    assert not recwarn.list
+
+
+def test_the_settings_as_given_are_the_first_trial_and_the_chosen_are_no_worse(folder, capsys):
+    method = (*RELOAD, "--fine-tune.schedule", "constant", "--priming-lr", "0.3")  # outside the space
+    assert rehearsed("--trials", "3", "--sets", "2", "--json", method=method) == 0
+    found = json.loads(capsys.readouterr().out)
+    first = next(trial for trial in found["tried"] if trial["number"] == 0)
+    assert first["settings"]["fine_tune.schedule"] == "constant"
+    assert first["settings"]["priming_lr"] == 0.3
+    assert len(found["tried"]) == 3
+    given, best = (found["scores"][who]["tuned on"]["total"] for who in ("settings as given", "settings chosen"))
+    assert first["score"] == given
+    assert best <= given
+
+
+def test_that_records_are_too_few_is_said_before_the_search(folder, monkeypatch, capsys):
+    def search(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "tune", search)
+    for needed, cure in (
+        (None, None),
+        (8, "Use --records 8."),
+        (18, r"It would take --records 18, more than retain\(\) has: .*--retrain 3"),
+        (0, r"knows what is left no better than test\(\): rehearse against retrained models"),
+    ):
+        monkeypatch.setattr(closeness, "records_needed", lambda _, needed=needed: needed)
+        assert rehearsed("--sets", "2", "--records", "2") == 130
+        error = capsys.readouterr().err
+        if cure is None:
+            assert "too few" not in error
+            continue
+        told = r"warning: 2 records are too few to rehearse: there are \S+ nats to forget, .* misses 0 by about "
+        assert re.search(told + rf"\S+\. {cure}|{cure}", error), error
+
+
+def test_only_methods_that_can_be_rehearsed_are_listed(capsys):
+    assert main(["rehearse", "--help"]) == 0
+    listed = set(re.findall(r"• (\S+)", capsys.readouterr().out))
+    assert listed == {each.name for each in METHODS.values() if each.blind and each.space}
+    assert "scrub" not in listed
 
 
 def test_settings_that_break_the_model_have_no_score_and_the_file_is_json(folder, monkeypatch):
@@ -434,16 +546,11 @@ def test_a_cache_from_which_nothing_was_removed_does_not_say_how_many(folder, ca
     assert "nothing was removed. Say how many records" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        (("scrub",), "scrub needs the removed records, and a rehearsal is for those who have none"),
-        (("retrain", "--recipe.epochs", "1", "--recipe.lr", "0.1"), "retrain has no settings to choose"),
-    ],
-)
-def test_a_method_that_cannot_be_rehearsed_is_refused(method, message, folder, capsys):
+@pytest.mark.parametrize("method", [("scrub",), ("retrain", "--recipe.epochs", "1", "--recipe.lr", "0.1")])
+def test_a_method_that_cannot_be_rehearsed_is_refused(method, folder, capsys):
     assert rehearsed(method=method) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert re.search(r"Available subcommands: reload, fine-tune", said.out + said.err)
 
 
 def test_settings_are_not_written_over(folder, capsys):

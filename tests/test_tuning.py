@@ -198,9 +198,47 @@ def test_a_journal_that_lacks_a_part_is_refused(damage, tmp_path):
 def test_a_journal_of_another_search_is_refused(tmp_path):
     journal = tmp_path / "j.jsonl"
     searched(journal, trials=1, about={"weights": "abc"})
-    for options, other in (({"seed": 1, "about": {"weights": "abc"}}, "seed"), ({"about": {"weights": "x"}}, "about")):
-        with pytest.raises(ConfigError, match=rf"another search \(another {other}\).*Name another journal"):
+    same = {"weights": "abc"}
+    for options, apart in (
+        ({"seed": 1, "about": same}, "seed: 0 there, 1 here"),
+        ({"about": {"weights": "x"}}, 'weights: "abc" there, "x" here'),
+        ({"about": same | {"settings": {"fine_tune.epochs": 8}}}, "fine_tune.epochs: nothing there, 8 here"),
+        ({"about": {}}, 'weights: "abc" there, nothing here'),
+        ({"about": dict.fromkeys("abcde", 1)}, "a: nothing there, 1 here; b: .*; d: nothing there, 1 here; and 2 more"),
+        ({"about": {"weights": "x" * 30}}, 'weights: "abc" there, "x{22}… here'),
+        (
+            {"about": same, "first": {"lr": 0.1, "k": 2, "schedule": "cosine"}},
+            "lr: nothing there, 0.1 here; k: nothing",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=rf"another search, which .*\({apart}.*\)\. Name another journal"):
             searched(journal, trials=1, **options)
+
+
+@pytest.mark.parametrize("learning_rate", [0.01, 5.0])  # inside the space, and outside
+def test_the_settings_in_use_are_tried_first_and_the_best_is_never_worse(learning_rate, tmp_path):
+    given = {"lr": learning_rate, "k": 3, "schedule": "cosine", "epochs": 9}
+    found = searched(tmp_path / "j", trials=12, first=given)
+    assert len(found) == 12
+    trial = next(t for t in found if t.number == 0)
+    assert trial.settings == {"lr": learning_rate, "k": 3, "schedule": "cosine"}
+    assert found[0].score <= bowl(given)
+    assert (found[0] == trial) == (learning_rate == 0.01)  # bowl(given) is 0
+    again = searched(tmp_path / "j", trials=12, first=given, objective=lambda _: pytest.fail("tried again"))
+    assert again == found
+
+
+@pytest.mark.parametrize(
+    ("values", "inside", "outside"),
+    [
+        (Range(0.1, 2.0), (0.1, 1, 2.0), (0.09, 2.1, None, "1", True)),
+        (Range(1, 7), (1, 7), (0, 8, 1.5, None)),
+        (Choice(("a", None)), ("a", None), ("b", 0)),
+    ],
+)
+def test_a_space_knows_what_it_holds(values, inside, outside):
+    assert all(values.holds(value) for value in inside)
+    assert not any(values.holds(value) for value in outside)
 
 
 def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch):

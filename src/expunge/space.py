@@ -27,6 +27,11 @@ class Range:
             value = source.uniform(self.low, self.high + (1 if self.whole else 0))
         return min(int(value), int(self.high)) if self.whole else value
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and self.low <= value <= self.high and (isinstance(value, int) or not self.whole)
+
     @property
     def whole(self) -> bool:
         """Whether these are whole numbers."""
@@ -42,6 +47,10 @@ class Choice:
     def draw(self, source: random.Random) -> Any:
         """One of them."""
         return source.choice(self.options)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        return value in self.options
 
 
 Space = Mapping[str, Range | Choice]  # by setting; "recipe.lr" for one inside another

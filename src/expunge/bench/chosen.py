@@ -1,6 +1,7 @@
 """Chosen settings as a JSON file: `expunge rehearse` writes it and `expunge unlearn --settings` reads it."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ from expunge.files import write_text
 from expunge.methods import METHODS, method_of
 from expunge.space import settings_of, with_settings
 
+# Of "about", by key: what `False` says against the settings.
+AGAINST = {
+    "holds up": "on the set that they were not tuned on, the settings that were given are better",
+    "better than nothing": "on the set that they were not tuned on, they are no better than not unlearning at all",
+}
+
 
 def write_settings(path: Path, config: object, about: Mapping[str, Any]) -> None:
     """Write the settings of a method.
@@ -17,14 +24,14 @@ def write_settings(path: Path, config: object, about: Mapping[str, Any]) -> None
     Args:
         path: Of the file.
         config: The configuration of a method.
-        about: Plain values: how the settings were chosen.
+        about: Plain values: how the settings were chosen. `False` at a key of `AGAINST` is a warning to who reads it.
     """
     whole = {"method": method_of(config).name, "settings": settings_of(config), "about": dict(about)}
     write_text(path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_settings(path: Path, config: Any) -> object:
-    """The configuration that a file holds.
+    """The configuration that a file holds; warns if it says that the settings did not stand the test.
 
     Args:
         path: Of the file.
@@ -39,6 +46,7 @@ def read_settings(path: Path, config: Any) -> object:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         method, settings = found["method"], {key: _plain(value) for key, value in found["settings"].items()}
+        against = [reason for key, reason in AGAINST.items() if found.get("about", {}).get(key) is False]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptData(
             f"{path} is no file of settings, or damaged ({type(error).__name__}: {error}). `expunge rehearse` "
@@ -54,9 +62,16 @@ def read_settings(path: Path, config: Any) -> object:
             "copy of the file."
         )
     try:
-        return with_settings(config, settings)
+        read = with_settings(config, settings)
     except TypeError as error:
         raise ConfigError(f"{path}: {name} cannot use its settings ({error}). Correct the file.") from error
+    if against:
+        warnings.warn(
+            f"{path}: these settings did not hold up when they were chosen: {', and '.join(against)}. Rehearse again "
+            "(more --sets, --records or --trials), or give settings of your own.",
+            stacklevel=2,
+        )
+    return read
 
 
 def _plain(value: Any) -> Any:

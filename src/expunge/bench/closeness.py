@@ -23,10 +23,10 @@ class Seen(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How far from what was wanted; low is good, and 0 is perfect.
+    """How far from what was wanted; low is good.
 
-    Against unseen records: nats, and the total is the sum. Against retrained models: noise floors, and the total is the
-    mean, so that 1 is as close as another retrained model.
+    Against unseen records: nats, the total is the sum, and 0 is perfect. Against retrained models: noise floors, the
+    total is the mean, and 1 is as close as another retrained model: what is below it is chance.
     """
 
     total: float
@@ -87,6 +87,41 @@ def chance(before: Sequence[Seen]) -> float:
         own = losses[labels == label]
         deviations.append(own - own.mean())
     return float(np.concatenate(deviations).std() / math.sqrt(records))
+
+
+def to_forget(before: Sequence[Seen]) -> float:
+    """How much better the trained model knows its records than unseen ones, nats: what forgetting has to undo.
+
+    Formula: mean over the classes of the sets' records of (mean loss of the class's unseen records - that of all that
+    were trained on). From all records of a class, so that it does not depend on which few are in a set.
+    """
+    assert before[0].unseen is not None
+    unseen, one = before[0].unseen, before[0]
+    losses = np.concatenate([one.left.losses, one.forget.losses])
+    labels = np.concatenate([one.left.labels, one.forget.labels])
+    apart = {
+        label: unseen.losses[unseen.labels == label].mean() - losses[labels == label].mean()
+        for label in np.unique(np.concatenate([each.forget.labels for each in before]))
+    }
+    return fmean(float(apart[label]) for each in before for label in each.forget.labels)
+
+
+def records_needed(before: Sequence[Seen]) -> int | None:
+    """Records a set, if there are too few: a size at which chance is a quarter of what there is to forget.
+
+    Too few: what there is to forget is within two standard errors of 0, so that perfect settings could not be told from
+    settings that do nothing.
+
+    Returns:
+        None if there are enough; 0 if no number is enough, since nothing is there to forget.
+    """
+    gain, error = to_forget(before), chance(before)
+    if gain >= 2 * error:
+        return None
+    sets = len(before)
+    return (
+        math.ceil((4 * error / gain) ** 2 * sum(len(each.forget.labels) for each in before) / sets) if gain > 0 else 0
+    )
 
 
 def against_retrained(references: Sequence[Sequence[Seen]], after: Sequence[Seen]) -> Score:

@@ -20,6 +20,7 @@ from expunge.space import Choice, Range, Space
 
 Objective = Callable[[dict[str, Any]], float]  # settings -> score, low is good
 _DIGITS = 3  # of proposed numbers: people read them
+_TOLD, _LONG = 4, 24  # differences between two searches, and characters of a value
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def tune(
     seed: int,
     journal: Path,
     about: Mapping[str, Any] | None = None,
+    first: Mapping[str, Any] | None = None,
     seconds: float = math.inf,
 ) -> list[Trial]:
     """Search a space for settings with a low score.
@@ -57,6 +59,8 @@ def tune(
         seed: Of the proposals.
         journal: Where finished trials are kept.
         about: Plain values that the scores depend on, such as hashes of files: a journal of another search is refused.
+        first: Settings of trial 0, such as those in use, inside the space or not, so that the best is never worse;
+            others than the space's are passed over. By default trial 0 is proposed like all others.
         seconds: No trial begins later than this after the call.
 
     Returns:
@@ -74,14 +78,15 @@ def tune(
         raise ConfigError(
             "the search space is empty: this method declares no setting worth trying. Set its own by hand."
         )
-    header = _header(space, seed, about or {})
+    header = _header(space, seed, about or {}, first)
     done = _read(journal, header)[:trials]
     start = time.perf_counter()
     with progress.task("tuning", trials) as advance:
         for _ in done:
             advance()
         while len(done) < trials and time.perf_counter() - start < seconds:
-            done.append(_run(propose(space, done, seed), len(done), objective))
+            settings = propose(space, done, seed) if done or first is None else {name: first[name] for name in space}
+            done.append(_run(settings, len(done), objective))
             lines = [header, *map(plain, done)]
             write_text(journal, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             advance()
@@ -93,7 +98,7 @@ def propose(space: Space, done: Sequence[Trial], seed: int) -> dict[str, Any]:
 
     Args:
         space: What to search.
-        done: The trials so far, of the same space.
+        done: The trials so far, of the same space; nothing is learned from one outside it.
         seed: The same seed and trials give the same settings.
 
     Returns:
@@ -115,6 +120,8 @@ def propose(space: Space, done: Sequence[Trial], seed: int) -> dict[str, Any]:
     finally:
         optuna.logging.set_verbosity(verbosity)
     for trial in done:
+        if not all(values.holds(trial.settings[name]) for name, values in space.items()):
+            continue
         study.add_trial(
             optuna.trial.create_trial(params=trial.settings, distributions=distributions, value=trial.score)
         )
@@ -159,14 +166,14 @@ def _rounded(value: Any, values: Range | Choice) -> Any:
     return min(max(float(f"{value:.{_DIGITS}g}"), values.low), values.high)
 
 
-def _header(space: Space, seed: int, about: Mapping[str, Any]) -> dict[str, Any]:
+def _header(space: Space, seed: int, about: Mapping[str, Any], first: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a journal begins with: proposals depend on the version of Optuna, too."""
     header = {
         "space": {name: asdict(values) for name, values in space.items()},
         "seed": seed,
         "optuna": require_optuna().__version__,
         "about": dict(about),
-    }
+    } | ({} if first is None else {"first": {name: first[name] for name in space}})
     return dict(json.loads(json.dumps(header)))
 
 
@@ -192,12 +199,30 @@ def _read(journal: Path, header: Mapping[str, Any]) -> list[Trial]:
             "tune from the start."
         ) from error
     if first != header:
-        other = ", ".join(name for name in header if first.get(name) != header[name])
         raise ConfigError(
-            f"{journal} holds trials of another search (another {other}), which cannot be compared with these. Name "
-            "another journal, or delete this one."
+            f"{journal} holds trials of another search, which cannot be compared with these ({_apart(first, header)}). "
+            "Name another journal, or delete this one."
         )
     return done
+
+
+def _apart(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs between two headers, by the names that the user knows."""
+    ones, others = _leaves(there), _leaves(here)
+    names = [name for name in {**others, **ones} if ones.get(name) != others.get(name)]
+    told = [f"{name}: {ones.get(name, 'nothing')} there, {others.get(name, 'nothing')} here" for name in names[:_TOLD]]
+    return "; ".join(told) + (f"; and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
+
+
+def _leaves(header: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in header.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, prefix if name in ("about", "settings", "first") else f"{prefix}{name}.")
+        else:
+            text = json.dumps(value, ensure_ascii=False)
+            found[prefix + name] = text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
+    return found
 
 
 def require_optuna() -> Any:

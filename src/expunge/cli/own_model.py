@@ -3,6 +3,7 @@
 import functools
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,11 +28,17 @@ from expunge.setup import Setup, load_setup
 from expunge.unlearn import unlearn as unlearn_model
 from expunge.weights import load_weights, save_weights
 
+
+def method_argument(methods: Iterable[Method]) -> Any:
+    """The type of an argument that is one of these methods with its settings."""
+    each = (Annotated[m.config, tyro.conf.subcommand(m.name, description=m.summary)] for m in methods)
+    return Annotated[functools.reduce(operator.or_, each), tyro.conf.arg(name="")]
+
+
 if TYPE_CHECKING:
     MethodConfig = object
 else:
-    _each = (Annotated[m.config, tyro.conf.subcommand(m.name, description=m.summary)] for m in METHODS.values())
-    MethodConfig = Annotated[functools.reduce(operator.or_, _each), tyro.conf.arg(name="")]
+    MethodConfig = method_argument(METHODS.values())
 
 _LISTED = 10  # files that are named one by one
 

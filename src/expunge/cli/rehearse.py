@@ -2,10 +2,11 @@
 
 import math
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expunge import cache as cache_file
 from expunge import provenance
@@ -16,13 +17,18 @@ from expunge.bench.rehearsal import Like, Problem, Rehearsal
 from expunge.bench.tuning import Trial
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, SetupFile
-from expunge.cli.own_model import MethodConfig, require_new, trained_model
+from expunge.cli.own_model import method_argument, require_new, trained_model
 from expunge.errors import ConfigError, NotFinite
 from expunge.gradient import MICRO_BATCH, gradient
-from expunge.methods import Method, method_of
+from expunge.methods import METHODS, method_of
 from expunge.metrics.outputs import outputs
 from expunge.setup import Setup, load_setup
 from expunge.space import settings_of, with_settings
+
+if TYPE_CHECKING:
+    Rehearsable = object
+else:
+    Rehearsable = method_argument(each for each in METHODS.values() if each.blind and each.space)
 
 NOTHING, GIVEN, CHOSEN = "no unlearning", "settings as given", "settings chosen"
 _SHOWN = 10  # trials in the table
@@ -41,7 +47,7 @@ class _Stage:
 
 def rehearse(
     setup: SetupFile,
-    method: MethodConfig,
+    method: Rehearsable,
     *,
     weights: Path,
     cache: Path | None = None,
@@ -58,22 +64,23 @@ def rehearse(
     replace: Flag = False,
     json: Flag = False,
 ) -> None:
-    """Choose the settings of a blind method, without the removed records.
+    """Choose the settings of a method that works without the removed records, without them.
 
     Draws pseudo-forget sets from what is left, unlearns them blind with many settings, and takes those that come
     closest to never having seen them; one more set says whether they hold up. Goes on where it was interrupted.
+    Methods that need the removed records cannot be rehearsed, nor can those without settings to choose.
 
     Args:
         setup: Python file with model(seed), retain(), loss_terms, and test() or recipe.
-        method: The method; what it does not tune stays as given, fine_tune.epochs for example.
+        method: The method and the settings to start from; what it does not tune stays so, fine_tune.epochs for example.
         weights: The trained weights that the cache was made at.
         cache: The gradient cache: it says how many records were removed. Without it, give --records.
         out: Where the settings go, for `expunge unlearn --settings`.
         like: What was removed: records at random, records of one class, or a whole class (needs --retrain).
-        records: Size of a pseudo-forget set; by default as many as were removed.
+        records: Size of a pseudo-forget set; by default as many as were removed. Few are ruled by chance: take 50.
         sets: Pseudo-forget sets to tune on, at least 2; one more is drawn to confirm.
         retrain: Models to retrain for each set as references, at least 2; 0 judges against test() instead.
-        trials: Settings to try.
+        trials: Settings to try, those given among them.
         minutes: No trial begins later than this.
         journal: Where finished trials are kept; by default beside OUT.
         seed: Of the sets, the trials and the unlearning.
@@ -94,12 +101,12 @@ def rehearse(
     if like == "class" and records is not None:
         raise ConfigError(f"records={records}, like='class': a whole class has the size it has. Leave one of them out.")
     row = method_of(method)
-    _require_tunable(row)
     tuning.require_optuna()
     read = {"setup": setup, "weights": weights} | ({"cache": cache_file.file_of(cache)} if cache else {})
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
     stage = _stage(load_setup(setup), weights, cache, like, records, sets, retrain, seed, device)
     inputs.require_unchanged(hashes)
+    _warn_of_chance(stage)
     about = stage.about | {"method": row.name, "settings": settings_of(method), "code": provenance.sources()}
     about |= {"files": {role: hashes[path] for role, path in read.items()}}
 
@@ -108,7 +115,16 @@ def rehearse(
         return rehearsal.score(stage.tuned, after).total
 
     kept = journal or out.with_suffix(".trials.jsonl")
-    found = tuning.tune(row.space, objective, trials=trials, seed=seed, journal=kept, about=about, seconds=60 * minutes)
+    found = tuning.tune(
+        row.space,
+        objective,
+        trials=trials,
+        seed=seed,
+        journal=kept,
+        about=about,
+        first=settings_of(method),
+        seconds=60 * minutes,
+    )
     if not found or found[0].score == math.inf:
         reason = found[0].failure if found else f"no trial began in {minutes:g} minutes."
         raise ConfigError(
@@ -117,7 +133,7 @@ def rehearse(
         )
     best = with_settings(method, found[0].settings)
     scores = _confirm(stage, {GIVEN: method, CHOSEN: best})
-    after = {"trials": len(found), "scores": _plain(scores), "holds up": holds_up(scores)}
+    after = {"trials": len(found), "scores": _plain(scores), **verdicts(scores)}
     chosen.write_settings(out, best, about | after)
     command = ["expunge", "unlearn", str(setup), "--weights", str(weights), *(["--cache", str(cache)] if cache else [])]
     command += ["--settings", str(out), "--out", "unlearned.safetensors", row.name]
@@ -127,17 +143,34 @@ def rehearse(
         print(printing.as_json(result))
         return
     _show(stage, found, scores, kept)
-    print(f"settings: {out}\n{shlex.join(command)}")
+    print(f"settings: {out}")
+    if not all(verdicts(scores).values()):
+        print("This unlearns with them all the same, and warns:")
+    print(shlex.join(command))
 
 
-def _require_tunable(row: Method) -> None:
-    if not row.blind:
-        raise ConfigError(
-            f"{row.name} needs the removed records, and a rehearsal is for those who have none. Rehearse a blind "
-            "method (expunge methods lists them)."
+def _warn_of_chance(stage: _Stage) -> None:
+    """Before the search: whether what it looks for can be told from chance at all."""
+    before = [each.before for each in stage.tuned]
+    needed = None if stage.held[0].references else closeness.records_needed(before)
+    if needed is None:
+        return
+    size, gain, error = len(before[0].forget.labels), closeness.to_forget(before), closeness.chance(before)
+    left = len(before[0].left.labels) + size
+    if needed == 0:
+        cure = "The model knows what is left no better than test(): rehearse against retrained models (--retrain 3)."
+    elif needed * (len(before) + 1) >= left:
+        cure = (
+            f"It would take --records {needed}, more than retain() has: rehearse against retrained models "
+            "(--retrain 3), or keep the settings as they are."
         )
-    if not row.space:
-        raise ConfigError(f"{row.name} has no settings to choose.")
+    else:
+        cure = f"Use --records {needed}."
+    warnings.warn(
+        f"{size} records are too few to rehearse: there are {gain:.2g} nats to forget, and by chance alone the "
+        f"forgetting of {len(before)} sets misses 0 by about {error:.2g}. {cure}",
+        stacklevel=2,
+    )
 
 
 def _stage(
@@ -211,9 +244,10 @@ def _plain(scores: _Confirmed) -> dict[str, dict[str, dict[str, float | None]]]:
     }
 
 
-def holds_up(scores: _Confirmed) -> bool:
-    """Whether the chosen settings are no worse than those given, on the set that neither was tuned on."""
-    return scores[CHOSEN]["held out"].total <= scores[GIVEN]["held out"].total
+def verdicts(scores: _Confirmed) -> dict[str, bool]:
+    """By key of `chosen.AGAINST`: whether the chosen settings are what they should be on the set not tuned on."""
+    nothing, given, best = (scores[who]["held out"].total for who in (NOTHING, GIVEN, CHOSEN))
+    return {"holds up": best <= given, "better than nothing": best < nothing}
 
 
 def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Path) -> None:
@@ -224,26 +258,25 @@ def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Pa
     for trial in found[:_SHOWN]:
         values = [f"{value:g}" if isinstance(value, float) else str(value) for value in trial.settings.values()]
         tried.add_row(str(trial.number), f"{trial.score:.3g}", *values, f"{trial.seconds:.1f}")
-    unit = "noise floors" if stage.held[0].references else "nats"
-    compared = Table("", "tuned on", "forgetting", "usefulness", "held out", title=f"Scores, {unit}; 0 is perfect")
+    unit = "nats; 0 is perfect"
+    if stage.held[0].references:
+        unit = "noise floors; 1 is as close as another retrained model"
+    compared = Table("", "tuned on", "forgetting", "usefulness", "held out", title=f"Scores, {unit}")
     for who, each in scores.items():
         compared.add_row(who, *(f"{value:.3g}" for value in (*each["tuned on"], each["held out"].total)))
     printing.show(tried, compared)
     told = f"{len(stage.tuned)} pseudo-forget sets of {len(stage.held[0].before.forget.labels)} records"
     if stage.held[0].references:
-        print(
-            f"{told}, against {len(stage.held[0].references)} retrained models each; 1 is as close as another of them."
-        )
+        print(f"{told}, against {len(stage.held[0].references)} retrained models each.")
     else:
         own, held = (closeness.chance([each.before for each in sets]) for sets in (stage.tuned, stage.held))
         print(f"{told}, against test(). By chance alone forgetting misses 0 by about {own:.2g} (held out: {held:.2g}).")
-    if not holds_up(scores):
-        print(
-            "The chosen settings do NOT hold up: on the set that they were not tuned on, the settings as given are "
-            "better. Rehearse with more --sets, or keep those."
-        )
-    if scores[CHOSEN]["held out"].total >= scores[NOTHING]["held out"].total:
-        print(
-            "By this score they are no better than not unlearning at all. Give more trials or epochs, or retrain from "
-            "what is left."
-        )
+    cures = {
+        "holds up": "Rehearse with more --sets, or keep those.",
+        "better than nothing": "Give more epochs or trials, another optimizer, or retrain from what is left.",
+    }
+    if not stage.held[0].references and closeness.records_needed([each.before for each in stage.tuned]) is not None:
+        cures = dict.fromkeys(cures, "That may be chance: see the warning above.")
+    for name, fine in verdicts(scores).items():
+        if not fine:
+            print(f"The chosen settings do NOT hold up: {chosen.AGAINST[name]}. {cures[name]}")
