@@ -61,10 +61,11 @@ def _require_some(task: Task, count: int, classes: int) -> None:
 
 @cache
 def _require_model(name: str, settings: tuple[tuple[str, Any], ...], classes: int, shape: tuple[int, ...]) -> None:
-    """Refuse a model that cannot be built or does not take such images; without its memory, on the meta device."""
+    """Refuse a model that cannot be built or does not take such images: on a CPU, with two of them."""
     try:
-        with torch.device("meta"), torch.no_grad():
-            build(name, seed=0, classes=classes, channels=shape[0], **dict(settings))(torch.empty(2, *shape))
+        model = build(name, seed=0, classes=classes, channels=shape[0], **dict(settings)).eval()
+        with torch.no_grad():
+            model(torch.zeros(2, *shape))
     except Exception as error:
         raise ConfigError(
             f"model={name!r}, settings={settings!r}: it does not work on images of {shape} (channels, height, width): "
