@@ -5,7 +5,8 @@ torchrun --nproc-per-node 4 unlearn.py
 torchrun --nproc-per-node 4 unlearn.py --shard      (FSDP2: no process holds the whole model)
 
 It writes cache.safetensors and unlearned.safetensors into the current folder. Since it trains first, and training
-agrees within rounding only, so do these files; docs/distributed.md shows how to compare caches made at the same weights.
+agrees within rounding only, so do these files; docs/distributed.md shows how to compare caches of the
+same weights.
 """
 
 import os
