@@ -441,3 +441,19 @@ def test_folders_that_cannot_be_written_are_refused_before_unlearning(folder, ca
     monkeypatch.delattr(own_model, "unlearn_model")
     assert unlearned(*more, *RELOAD) == 2
     assert "setup.py takes no new file (Not a directory). Give another folder" in capsys.readouterr().err
+
+
+def test_settings_that_are_not_there_are_named_with_their_cure(folder, capsys):
+    assert unlearned("--settings", "nope.json", *RELOAD, cache=None) == 2
+    assert capsys.readouterr().err == (
+        "expunge: nope.json: no such file of settings. `expunge rehearse` writes one; or leave --settings out.\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["cache", "unlearn", "rehearse", "evaluate"])
+def test_help_shows_what_an_option_takes_and_not_that_it_may_be_left_out(capsys, command):
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"--\S+ (PATH|INT)\b", shown)
+    assert "None}" not in shown
+    assert "{None" not in shown

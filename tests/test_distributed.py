@@ -512,7 +512,8 @@ def test_the_command_line_works_under_torchrun(tmp_path: Path, monkeypatch: pyte
     assert "weights: two.u.safetensors" in Path("out.0").read_text()
     assert Path("out.1").read_text() == ""
     all_well(2, command, tmp_path, 0, ["show", "one.c.safetensors"], 2)
-    assert "show runs in one process; cache and unlearn run under torchrun" in Path("err.1").read_text()
+    said = "expunge: show runs in one process; cache and unlearn run under torchrun"
+    assert Path("err.1").read_text().startswith(said)
 
 
 def torchrun(script: Path, folder: Path, *arguments: str) -> str:
@@ -548,8 +549,11 @@ def test_torchrun_ends_within_seconds_with_the_cause_and_the_job_can_be_run_agai
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     failed = subprocess.run([*run, how], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert failed.returncode != 0
-    assert "ProcessFailed" in failed.stderr
-    assert ("no such label" if how == "raise" else "SIGKILL") in failed.stderr
+    if how == "raise":
+        assert "ProcessFailed" in failed.stderr
+        assert "no such label" in failed.stderr
+    else:  # torchrun may end the other one before it can say anything
+        assert re.search(r"exitcode\s*: -9 .*SIGKILL", failed.stderr.partition("Root Cause")[2])
     assert not list(tmp_path.glob("*.safetensors*")) + list(tmp_path.glob(".*.tmp"))
     subprocess.run([*run, "well"], cwd=tmp_path, capture_output=True, timeout=120, check=True)
     model = network()

@@ -4,7 +4,9 @@ python unlearn.py
 torchrun --nproc-per-node 4 unlearn.py
 torchrun --nproc-per-node 4 unlearn.py --shard      (FSDP2: no process holds the whole model)
 
-It writes cache.safetensors and unlearned.safetensors into the current folder.
+It writes cache.safetensors and unlearned.safetensors into the current folder. Since it trains first, and training
+agrees within rounding only, so do these files; docs/distributed.md shows how to compare caches of the
+same weights.
 """
 
 import os

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expunge.errors import ConfigError, CorruptData
+from expunge.errors import ConfigError, CorruptData, MissingData
 from expunge.files import write_text
 from expunge.methods import METHODS, method_of
 from expunge.space import settings_of, with_settings
@@ -38,11 +38,13 @@ def read_settings(path: Path, config: Any) -> object:
         config: The configuration of the same method as it is without any settings.
 
     Raises:
-        FileNotFoundError: No such file.
+        MissingData: No such file.
         CorruptData: It is no file of settings.
         ConfigError: Settings of another method, settings beside those of the file, or values that the method refuses.
     """
     name = method_of(config).name
+    if not path.is_file():
+        raise MissingData(f"{path}: no such file of settings. `expunge rehearse` writes one; or leave --settings out.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         method, settings = found["method"], {key: _plain(value) for key, value in found["settings"].items()}

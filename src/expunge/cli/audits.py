@@ -10,7 +10,7 @@ from torch import nn
 from expunge import cache as cache_file
 from expunge.batches import Batches
 from expunge.cli import printing
-from expunge.cli.arguments import Flag, SetupFile
+from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.cli.own_model import trained_model
 from expunge.errors import (
     ConfigError,
@@ -30,7 +30,7 @@ def audit_cache(
     *,
     setup: Path,
     weights: Path,
-    out: Path | None = None,
+    out: Maybe[Path] = None,
     seed: int = 0,
     device: str = "auto",
     json: Flag = False,
@@ -124,7 +124,7 @@ def audit_residual(
     setup: SetupFile,
     *,
     weights: Path,
-    original: Path | None = None,
+    original: Maybe[Path] = None,
     retrained: tuple[Path, ...] = (),
     seed: int = 0,
     device: str = "auto",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from expunge.cli import printing
-from expunge.cli.arguments import Flag
+from expunge.cli.arguments import Flag, Maybe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ class _Named:
     """How many repetitions: seeds 0, 1, …"""
     out: Path = Path("runs/bench")
     """Folder for the results of stages, which experiments share, and for the run."""
-    data: Path | None = None
+    data: Maybe[Path] = None
     """Folder of the datasets; by default what the environment variable EXPUNGE_DATA says."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from expunge.bench import evaluation, inputs
 from expunge.cli import printing
-from expunge.cli.arguments import Flag, SetupFile
+from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.cli.own_model import trained_model
 from expunge.errors import ConfigError
 from expunge.metrics.compare import Profile, profile
@@ -25,8 +25,8 @@ def evaluate(
     *,
     weights: Path,
     retrained: tuple[Path, ...] = (),
-    original: Path | None = None,
-    out: Path | None = None,
+    original: Maybe[Path] = None,
+    out: Maybe[Path] = None,
     device: str = "auto",
     json: Flag = False,
 ) -> None:

@@ -18,7 +18,7 @@ from expunge.access import Blind, Sighted
 from expunge.accumulator import Place
 from expunge.bench import chosen, evaluation, inputs
 from expunge.cli import printing, processes
-from expunge.cli.arguments import Flag, SetupFile
+from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.errors import ConfigError
 from expunge.files import require_writable, write_text
 from expunge.gradient import gradient
@@ -48,9 +48,9 @@ def cache(
     *,
     weights: Path,
     out: Path,
-    micro_batch: int | None = None,
-    groups: int | None = None,
-    accumulate_on: Place | None = None,
+    micro_batch: Maybe[int] = None,
+    groups: Maybe[int] = None,
+    accumulate_on: Maybe[Place] = None,
     checkpoint: tuple[str, ...] = (),
     max_shard: float = 5.0,
     dtype: Literal["float64", "float32", "bfloat16"] = "float64",
@@ -125,10 +125,10 @@ def unlearn(
     *,
     weights: Path,
     out: Path,
-    cache: Path | None = None,
-    settings: Path | None = None,
+    cache: Maybe[Path] = None,
+    settings: Maybe[Path] = None,
     seed: int = 0,
-    snapshots: Path | None = None,
+    snapshots: Maybe[Path] = None,
     device: str = "auto",
     replace: Flag = False,
     json: Flag = False,

@@ -16,7 +16,7 @@ from expunge.bench.closeness import Score
 from expunge.bench.rehearsal import Like, Problem, Rehearsal
 from expunge.bench.tuning import Trial
 from expunge.cli import printing
-from expunge.cli.arguments import Flag, SetupFile
+from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.cli.own_model import method_argument, require_new, trained_model
 from expunge.errors import ConfigError, NotFinite
 from expunge.gradient import MICRO_BATCH, gradient
@@ -50,15 +50,15 @@ def rehearse(
     method: Rehearsable,
     *,
     weights: Path,
-    cache: Path | None = None,
+    cache: Maybe[Path] = None,
     out: Path = Path("settings.json"),
     like: Like = "random",
-    records: int | None = None,
+    records: Maybe[int] = None,
     sets: int = 3,
     retrain: int = 0,
     trials: int = 25,
     minutes: float = math.inf,
-    journal: Path | None = None,
+    journal: Maybe[Path] = None,
     seed: int = 0,
     device: str = "auto",
     replace: Flag = False,
