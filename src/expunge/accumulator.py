@@ -98,8 +98,10 @@ class Flat:
             torch.zeros(size, dtype=torch.float32, device=home or device) for size, (_, device) in alike
         ]
         self._first: list[Tensor] = []  # to compare with, where the sums are not of one process
-        for members, flat in zip(self._members, self._gradients, strict=True):
-            for name, view in _views(members, flat):
+        # Made once: for small networks, cutting a buffer into views anew took as long as adding it up.
+        self._views = [dict(_views(*pair)) for pair in zip(self._members, self._gradients, strict=True)]
+        for members, views in zip(self._members, self._views, strict=True):
+            for name, view in views.items():
                 members[name].grad = view
 
     def start(self) -> None:
@@ -113,8 +115,8 @@ class Flat:
             self._pool.ready()
             if not self._first and self._gradients[0].device.type != "cpu":
                 self._first = [flat.clone() for flat in self._gradients]
-        for members, flat, total, magnitude in zip(
-            self._members, self._gradients, self._totals, self._magnitudes, strict=True
+        for members, flat, views, total, magnitude in zip(
+            self._members, self._gradients, self._views, self._totals, self._magnitudes, strict=True
         ):
             here = flat if self._pool else flat.to(total.device)
             for row in self._pool.rows(here) if self._pool else (here,):
@@ -123,7 +125,8 @@ class Flat:
                 magnitude.add_(part.abs_())
             if self._pool:
                 here.abs_()
-            sizes |= {name: view.sum(dtype=torch.float64) for name, view in _views(members, here)}
+            own = views if here is flat else dict(_views(members, here))
+            sizes |= {name: view.sum(dtype=torch.float64) for name, view in own.items()}
         return summed(sizes[name] for name in self._order)
 
     def comparing(self) -> None:
