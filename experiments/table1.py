@@ -10,23 +10,11 @@ of its own) and may train for 0.12 of the epochs of retraining less two, which i
     expunge bench run experiments/table1.py --profile cpu --seeds 3 --jobs 2 --data DIR
 """
 
-from expunge.bench.experiments import Experiment, everyone
-from expunge.bench.printed import printed
-from expunge.bench.profiles import effort, task
-from expunge.bench.tables import REMOVAL
+from expunge.bench.experiments import Experiment
+from expunge.bench.tables import everyone_on
 from expunge.bench.tasks import Scenario
 
 
 def experiment(profile: str) -> Experiment:
     """Everyone on a random removal."""
-    scenario = Scenario(kind="random", amount=0.1)
-    situation = task(profile, "cifar100", scenario)
-    return Experiment(
-        name="table1",
-        profile=profile,
-        tasks=(situation,),
-        contenders=everyone("removal"),
-        effort=effort(situation, profile),
-        shown=REMOVAL,
-        printed=printed("table1", scenario.name),
-    )
+    return everyone_on(Scenario(kind="random", amount=0.1), "cifar100", name="table1", profile=profile)

@@ -10,22 +10,13 @@ Expected: fine-tuning is a strong contender, because the corrected images are th
     expunge bench run experiments/table3.py --profile cpu --seeds 3 --jobs 2 --data DIR
 """
 
-from expunge.bench.experiments import Experiment, everyone
-from expunge.bench.printed import printed
-from expunge.bench.profiles import effort, task
+from expunge.bench.experiments import Experiment
+from expunge.bench.tables import everyone_on
 from expunge.bench.tasks import Scenario
 
 
 def experiment(profile: str) -> Experiment:
     """Everyone on the correction of a backdoor."""
+    shown = ("TA", "TA with trigger", "Acc_corr", "NSKL", "FSKL", "Cost", "Work")
     scenario = Scenario(kind="cross-backdoor", classes=(0, 1))
-    situation = task(profile, "cifar10", scenario)
-    return Experiment(
-        name="table3",
-        profile=profile,
-        tasks=(situation,),
-        contenders=everyone("backdoor-correction"),
-        effort=effort(situation, profile),
-        shown=("TA", "TA with trigger", "Acc_corr", "NSKL", "FSKL", "Cost", "Work"),
-        printed=printed("table3", scenario.name),
-    )
+    return everyone_on(scenario, "cifar10", name="table3", profile=profile, shown=shown)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from expunge.bench.stages import Stage
+from expunge.bench.stages import Stage, closure
 from expunge.bench.steps import do
 from expunge.bench.store import Store
 from expunge.errors import ExpungeError, IncompleteRun
@@ -99,7 +99,7 @@ def carry_out(wanted: Iterable[Stage], store: Store, hands: Hands, say: Say = la
     Raises:
         IncompleteRun: Stages failed, or the disk is full; what is done is kept.
     """
-    todo = missing(wanted, store)
+    todo = closure(wanted, store.done)
     waiting = dict(todo)
     total, lost = len(todo), dict.fromkeys(todo, 0)
     failed: dict[str, str] = {}
@@ -142,21 +142,5 @@ def carry_out(wanted: Iterable[Stage], store: Store, hands: Hands, say: Say = la
         raise IncompleteRun(
             f"{len(failed)} of {total} stages are missing. What failed:\n  "
             + "\n  ".join(causes)
-            + "\nSee to the cause "
-            "and run the same command again: what is done is kept."
+            + "\nSee to the cause and run the same command again: what is done is kept."
         )
-
-
-def missing(wanted: Iterable[Stage], store: Store) -> dict[str, Stage]:
-    """Stages that are still to be done, by key, what is needed first; what only done stages need is not."""
-    found: dict[str, Stage] = {}
-
-    def visit(stage: Stage) -> None:
-        if stage.key not in found and not store.done(stage):
-            for need in stage.needs.values():
-                visit(need)
-            found[stage.key] = stage
-
-    for stage in wanted:
-        visit(stage)
-    return found

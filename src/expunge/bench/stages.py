@@ -7,7 +7,7 @@ stages it needs, and of a version. Stages with the same key are the same work an
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -132,12 +132,17 @@ def from_plain(plain: dict[str, Any]) -> Stage:
     return Stage(**values)
 
 
-def closure(wanted: Iterable[Stage]) -> dict[str, Stage]:
-    """These stages and all that they need, by key; what is needed comes first."""
+def closure(wanted: Iterable[Stage], done: Callable[[Stage], bool] = lambda _: False) -> dict[str, Stage]:
+    """These stages and all that they need, by key; what is needed comes first.
+
+    Args:
+        wanted: The stages asked for.
+        done: Which are left out, with what only they need.
+    """
     found: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
-        if stage.key not in found:
+        if stage.key not in found and not done(stage):
             for need in stage.needs.values():
                 visit(need)
             found[stage.key] = stage
