@@ -131,7 +131,10 @@ def try_out(entry: Entry, scenario: str, rehearsals: Sequence[Rehearsal], floor:
         try:
             models = [
                 unlearn(
-                    r.situation.original, r.situation.given, entry.configured(settings, r.situation), seed=seed
+                    r.situation.original,
+                    r.situation.given_with(entry.cached_loss),
+                    entry.configured(settings, r.situation),
+                    seed=seed,
                 ).model
                 for seed, r in zip(SEEDS, rehearsals, strict=True)
             ]

@@ -5,7 +5,7 @@ from expunge.access import Blind, Sighted
 from expunge.batches import Batches, Examples, LossTerms
 from expunge.gradient import Gradient, gradient
 from expunge.importance import Importance
-from expunge.losses import causal_lm, cross_entropy, squared_error
+from expunge.losses import causal_lm, cross_entropy, logit_margin, squared_error
 from expunge.methods import METHODS
 from expunge.methods.amnesiac import Amnesiac
 from expunge.methods.bad_teacher import BadTeacher
@@ -20,6 +20,7 @@ from expunge.methods.gar import GAR
 from expunge.methods.gradient_ascent import GradientAscent
 from expunge.methods.grda import GRDA
 from expunge.methods.l1_sparse import L1Sparse
+from expunge.methods.orthogonal_ascent import OrthogonalAscent
 from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
 from expunge.methods.salun import SalUn
@@ -55,6 +56,7 @@ __all__ = [
     "Importance",
     "L1Sparse",
     "LossTerms",
+    "OrthogonalAscent",
     "Params",
     "Recipe",
     "Reload",
@@ -72,6 +74,7 @@ __all__ = [
     "exact",
     "gradient",
     "importance",
+    "logit_margin",
     "seeded",
     "selectors",
     "squared_error",

@@ -27,6 +27,7 @@ class Blind:
     loss_terms: LossTerms
     fresh: Callable[[int], nn.Module]  # seed -> untrained model: where re-initialised values come from
     full: Gradient | None = None  # of all data, cached at exactly the model's weights
+    cached_loss: LossTerms | None = None  # what `full` is the gradient of, if that is not the loss of training
 
     def __post_init__(self) -> None:
         require_reiterable(self.retain, "retain")
@@ -43,6 +44,11 @@ class Blind:
                 "full=cache.load(…), on the command line --cache."
             )
         return self.full
+
+    @property
+    def cached_terms(self) -> LossTerms:
+        """The loss that the cached gradient is of."""
+        return self.cached_loss or self.loss_terms
 
     def fresh_model(self, seed: int, like: nn.Module) -> nn.Module:
         """An untrained model of the architecture of another; the same for the same seed.

@@ -33,6 +33,30 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
         ) from error
 
 
+def logit_margin(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
+    """Classification: log((1 - p) / p) of the probability of the label, to be cached for `OrthogonalAscent`.
+
+    The gradient of cross-entropy is (1 - p) times this one: a record that is fitted well has hardly a part in it, and
+    here as much as any other. The batch is (inputs, class numbers), the model returns two or more logits. Nats an
+    example, without a lower bound: nothing to train with. Source: Carlini et al., "Membership Inference Attacks From
+    First Principles" (2022), with the opposite sign.
+
+    Raises:
+        ConfigError: The batch is something else, or labels and logits do not fit.
+    """
+    inputs, labels = _pair(batch)
+    logits = model(inputs)
+    if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ConfigError(
+            f"labels {_described(labels)} do not fit logits {_described(logits)}: a margin takes class numbers, int64 "
+            "of shape (examples,), and a model with logits for two classes or more."
+        )
+    wide = _wide(logits)
+    own = wide.gather(1, labels[:, None])
+    others: Tensor = wide.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return others - own[:, 0]
+
+
 def squared_error(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
     """Regression: the batch is (inputs, targets). Squared units of the target, summed over its dimensions.
 

@@ -3,7 +3,8 @@
 It defines ``model(seed)`` and ``loss_terms``, and of the following what a command needs: ``original()`` to cache,
 ``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``validation()`` for SCRUB's
 rewind, ``test()`` for evaluation, ``candidates()`` and ``triggered()`` for audits, ``recipe`` for rehearsals that
-retrain, ``logits(model, batch)`` where a batch is not (inputs, labels). Only what is needed is called.
+retrain, ``logits(model, batch)`` where a batch is not (inputs, labels),
+``cached_loss`` if gradients are cached of another loss than that of training. Only what is needed is called.
 """
 
 import importlib.util
@@ -43,6 +44,12 @@ class Setup:
         """Unreduced losses of a batch."""
         loss_terms: LossTerms = self._get("loss_terms", "def loss_terms(model, batch): …, one loss a term")
         return loss_terms
+
+    @property
+    def cached_loss(self) -> LossTerms:
+        """What cached gradients are of: ``cached_loss`` if the file defines it, otherwise ``loss_terms``."""
+        cached: LossTerms = getattr(self.module, "cached_loss", None) or self.loss_terms
+        return cached
 
     @property
     def logits(self) -> Logits:

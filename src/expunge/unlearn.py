@@ -68,7 +68,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     infinite = {name for name, buffer in inner.named_buffers() if bool(buffer.isinf().any())}  # masks, on purpose
     params.require_finite(_tensors(inner, infinite), "the model to unlearn from")
     if given.full is not None:
-        given.full.origin.require(Origin.of(inner, given.loss_terms), "the cached gradient")
+        given.full.origin.require(Origin.of(inner, given.cached_terms), "the cached gradient")
         if sharded:
             given = replace(given, full=given.full.placed_like(inner))
     # torch imports its compiler at the first optimiser step, a second that belongs to no method: do it off the clock.

@@ -32,6 +32,7 @@ from expunge import (
     Gradient,
     GradientAscent,
     L1Sparse,
+    OrthogonalAscent,
     Recipe,
     Reload,
     Retrain,
@@ -49,6 +50,7 @@ BRIEF = Recipe(epochs=3, lr=0.05, batch_size=16)
 
 QUICK: dict[str, object] = {  # cheap, and still moving the forget loss
     "reload": Reload(reset_fraction=0.3, priming_lr=0.5, fine_tune=BRIEF),
+    "orthogonal-ascent": OrthogonalAscent(fine_tune=BRIEF),
     "retrain": Retrain(recipe=BRIEF),
     "fine-tune": FineTune(recipe=BRIEF),
     "cf-k": CFk(k=1, recipe=BRIEF),

@@ -16,7 +16,6 @@ from expunge.bench.case import Case, attempt, curves, measure, standards
 from expunge.bench.entries import Entry, chosen, entries
 from expunge.bench.situations import FAULTY, FULL, LEADING, REMOVED, SITUATIONS, Size
 from expunge.errors import ConfigError, NotFinite, NotInformative
-from expunge.methods.reload import Reload
 from expunge.report import rich_tables
 from expunge.report.summaries import FLOOR, REFERENCE
 from expunge.rows import Row
@@ -85,11 +84,11 @@ def case(scenario: str, taking_part: Iterable[Entry], size: Size, folder: Path, 
             try:
                 results[entry.name] = attempt(
                     situation.original,
-                    situation.given,
+                    situation.given_with(entry.cached_loss),
                     config,
                     seed,
                     blind=entry.blind,
-                    caching=situation.caching if isinstance(config, Reload) else 0.0,
+                    caching=situation.caching if entry.cached_loss else 0.0,
                     watch=watch,
                 )
             except (NotFinite, NotInformative) as error:

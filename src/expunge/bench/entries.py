@@ -11,10 +11,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from expunge.batches import LossTerms
 from expunge.bench.situations import Situation
 from expunge.errors import ConfigError
+from expunge.losses import cross_entropy, logit_margin
 from expunge.methods import METHODS, Method, fine_tune, reload
 from expunge.methods.fisher import FisherForgetting
+from expunge.methods.orthogonal_ascent import OrthogonalAscent
 from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
 from expunge.space import Range, Space, with_settings
@@ -23,6 +26,7 @@ from expunge.training import Recipe
 FILE = "digits_settings.json"
 LAYERS = 3  # weight layers of the network on the digits
 _OF_THE_BUDGET = ("batch_size", "crop", "flip", "cutout", "channels_last", "precision", "compile")
+_CACHED: dict[type, LossTerms] = {Reload: cross_entropy, OrthogonalAscent: logit_margin}
 SHORT = Recipe(epochs=10, lr=0.1)  # where any budget will do
 
 _WHOLE_CLASSES = {
@@ -50,6 +54,11 @@ class Entry:
     space: Space
     blind: bool
     unfit: Mapping[str, str] = field(default_factory=dict)  # scenario: why it does not take part
+
+    @property
+    def cached_loss(self) -> LossTerms | None:
+        """What it needs a cached gradient of, if it needs one."""
+        return next((loss for config, loss in _CACHED.items() if isinstance(self.start, config)), None)
 
     def configured(self, settings: Mapping[str, Any], situation: Situation) -> object:
         """Its configuration with chosen settings.

@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from expunge.access import Sighted
-from expunge.batches import Examples
+from expunge.batches import Examples, LossTerms
 from expunge.bench import digits_setup
 from expunge.data.digits import CLASSES, digits
-from expunge.gradient import gradient
-from expunge.losses import cross_entropy
+from expunge.gradient import Gradient, gradient
+from expunge.losses import cross_entropy, logit_margin
 from expunge.scenarios.labels import wrong_labels
 from expunge.scenarios.removal import class_removal, members, random_removal
 from expunge.seeds import seeded
@@ -44,10 +44,19 @@ class Situation:
     seed: int
     original: nn.Module
     given: Sighted  # with the cached gradient; a blind method gets the blind part of it
-    caching: float  # seconds that the gradient took
+    margins: Gradient  # cached for OrthogonalAscent
+    caching: float  # seconds that a gradient took
     parts: dict[str, Examples]  # retain, forget, test: what a judge looks at
     unseen: Examples  # test records like the removed ones: what an attacker has to tell them from
     removed_class: int | None = None
+
+    def given_with(self, cached_loss: LossTerms | None) -> Sighted:
+        """What a method is given that wants a gradient of this loss."""
+        return (
+            replace(self.given, full=self.margins, cached_loss=logit_margin)
+            if cached_loss is logit_margin
+            else self.given
+        )
 
 
 def removal(seed: int, size: Size = FULL) -> Situation:
@@ -117,6 +126,7 @@ def _situation(
     start = time.perf_counter()
     full = gradient(original, cross_entropy, before)
     caching = time.perf_counter() - start
+    margins = gradient(original, logit_margin, before)
     return Situation(
         scenario=scenario,
         seed=seed,
@@ -129,6 +139,7 @@ def _situation(
             fresh=digits_setup.model,
             full=full,
         ),
+        margins=margins,
         caching=caching,
         parts=parts,
         unseen=unseen,

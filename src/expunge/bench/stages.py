@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_args
 
+from expunge.batches import LossTerms
 from expunge.bench.entries import SHORT, entries
 from expunge.bench.required import is_whole, require, require_settings
 from expunge.bench.tasks import Scenario, Task
 from expunge.errors import ConfigError
+from expunge.losses import cross_entropy, name_of
 from expunge.methods import method_of
 from expunge.space import settings_of, with_settings
 from expunge.training import Recipe
@@ -94,6 +96,7 @@ class Stage:
     number: int = 1  # of a retrained model
     contender: Contender | None = None
     effort: Effort | None = None
+    cached_loss: str = cross_entropy.__name__  # of a cached gradient
 
     @property
     def label(self) -> str:
@@ -167,8 +170,16 @@ def start_of(stage: Stage) -> Stage:
 
 
 def cache_of(stage: Stage) -> Stage:
-    """The stage that caches the gradient at that model: after each deletion anew."""
-    return stage.of("cache") if stage.task.scenario.round == 1 else replace(stage, step="cache")
+    """The stage that caches the gradient at that model: after each deletion anew, of the loss that the entry takes."""
+    assert stage.contender is not None
+    loss = name_of(cached_loss_of(stage.contender) or cross_entropy)
+    first = stage.task.scenario.round == 1
+    return stage.of("cache", cached_loss=loss) if first else replace(stage, step="cache", cached_loss=loss)
+
+
+def cached_loss_of(contender: Contender) -> LossTerms | None:
+    """What a contender needs a cached gradient of, if it needs one."""
+    return None if contender.entry in STANDARDS else entries(SHORT)[contender.entry].cached_loss
 
 
 def _trained(stage: Stage) -> dict[str, Stage]:
@@ -238,7 +249,8 @@ def _key(stage: Stage) -> str:
 def _matters(stage: Stage) -> dict[str, Any]:
     """What a stage depends on beside its needs."""
     if stage.step == "cache":
-        return {}  # all of it follows from the original
+        other = stage.cached_loss != cross_entropy.__name__
+        return {"loss": stage.cached_loss} if other else {}  # all else follows from the original
     task = _chosen(stage.task)
     if stage.step == "original":
         return {**task, "scenario": stage.task.scenario.before, "seed": stage.seed}

@@ -18,16 +18,15 @@ from expunge.batches import Examples
 from expunge.bench import judging, tasks
 from expunge.bench.entries import Entry, entries
 from expunge.bench.judging import SPENT
-from expunge.bench.stages import Stage, Step, cache_of, start_of, tuning_of
+from expunge.bench.stages import Stage, Step, cache_of, cached_loss_of, start_of, tuning_of
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Records
 from expunge.bench.tuning import plain, tune
 from expunge.errors import NotFinite, NotInformative
 from expunge.files import save_tensors
 from expunge.gradient import Gradient, gradient
-from expunge.losses import cross_entropy
+from expunge.losses import cross_entropy, logit_margin
 from expunge.methods.fisher import FisherForgetting
-from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
 from expunge.metrics.outputs import Outputs
 from expunge.space import with_settings
@@ -39,6 +38,7 @@ from expunge.weights import load_weights, save_weights
 WEIGHTS, TRACE, CACHE, LOGITS, TRIALS = (
     "model.safetensors", "trace.json", "cache.safetensors", "logits.safetensors", "trials.json",
 )  # fmt: skip
+_LOSSES = {loss.__name__: loss for loss in (cross_entropy, logit_margin)}
 FAILURES = (NotFinite, NotInformative)  # of a method: results, not mistakes
 
 
@@ -70,7 +70,7 @@ def _cache(stage: Stage, store: Store, folder: Path) -> None:
     records = _records(stage, store)
     model = _stored(stage, records, store.result(start_of(stage)))
     with _timed(stage) as spent:
-        full = gradient(model, cross_entropy, records.before)
+        full = gradient(model, _LOSSES[stage.cached_loss], records.before)
     cache.save(folder / CACHE, full)
     write_json(folder / TRACE, {SPENT: spent(), "backwarded": full.count, "forwarded": 0})
 
@@ -142,7 +142,7 @@ def _evaluate(stage: Stage, store: Store, folder: Path) -> None:
         model = _stored(stage, records, store.result(needs["model"]))
         own = judging.looked_at(model, records, batch_size=judging.PIECE)
     truth = read_outputs(records, store.result(needs["truth"]))
-    judging.write(folder, stage, own, truth, done, reference, caching if _cached(stage, records) else None)
+    judging.write(folder, stage, own, truth, done, reference, caching if cached_loss_of(stage.contender) else None)
 
 
 _STEPS: Mapping[Step, Callable[[Stage, Store, Path], None]] = {
@@ -162,8 +162,10 @@ class _Situation:
     def __init__(self, stage: Stage, store: Store) -> None:
         self.stage, self.records = stage, _records(stage, store)
         self.original = _stored(stage, self.records, store.result(start_of(stage)))
-        path = store.result(cache_of(stage)) / CACHE
-        self.given = _given(stage, self.records, cache.load(path, self.original, cross_entropy))
+        cached = cache_of(stage)
+        loss = _LOSSES[cached.cached_loss]
+        full = cache.load(store.result(cached) / CACHE, self.original, loss)
+        self.given = replace(_given(stage, self.records, full), cached_loss=loss)
 
     def unlearned(self, entry: Entry, settings: Mapping[str, Any], seed: int) -> tuple[nn.Module, Trace]:
         """What a method makes of the model; its warnings are in the trace."""
@@ -219,12 +221,6 @@ def _forgiving(objective: Callable[[dict[str, Any]], float]) -> Callable[[dict[s
             raise NotFinite(str(error)) from error
 
     return tried
-
-
-def _cached(stage: Stage, records: Records) -> bool:
-    """Whether the cost of the cached gradient is one of this contender's."""
-    assert stage.contender is not None
-    return stage.effort is not None and isinstance(entry_of(stage, records).start, Reload)
 
 
 def _records(stage: Stage, store: Store) -> Records:

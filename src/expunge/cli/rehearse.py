@@ -191,10 +191,10 @@ def _stage(
     model = trained_model(loaded, weights, device)
     retain, cached = loaded.data("retain"), None
     if cache is not None:
-        cached = cache_file.load(cache, model, loaded.loss_terms)
+        cached = cache_file.load(cache, model, loaded.cached_loss)
     left = gradient(
         model,
-        loaded.loss_terms,
+        loaded.cached_loss,
         retain,
         parameters=cached.total if cached else None,
         micro_batch=cached.micro_batches.size if cached and cached.micro_batches else MICRO_BATCH,
@@ -204,7 +204,13 @@ def _stage(
         count = rehearsal.removed_count(cached, left)
     problem = Problem(
         model=model,
-        given=Blind(retain=retain, loss_terms=loaded.loss_terms, fresh=loaded.model, full=left),
+        given=Blind(
+            retain=retain,
+            loss_terms=loaded.loss_terms,
+            fresh=loaded.model,
+            full=left,
+            cached_loss=loaded.cached_loss,
+        ),
         unseen=loaded.data("test") if loaded.has("test") and not retrain else None,
         logits=loaded.logits,
     )

@@ -27,6 +27,7 @@ from expunge.methods import (
     gradient_ascent,
     grda,
     l1_sparse,
+    orthogonal_ascent,
     reload,
     retrain,
     salun,
@@ -76,6 +77,12 @@ METHODS = {
     method.name: method
     for method in (
         Method("reload", reload.Reload, reload.reload, reload.SPACE),
+        Method(
+            "orthogonal-ascent",
+            orthogonal_ascent.OrthogonalAscent,
+            orthogonal_ascent.orthogonal_ascent,
+            orthogonal_ascent.SPACE,
+        ),
         Method("retrain", retrain.Retrain, retrain.retrain, retrain.SPACE),
         Method("fine-tune", fine_tune.FineTune, fine_tune.fine_tune, fine_tune.SPACE),
         Method("cf-k", cf_k.CFk, cf_k.cf_k, cf_k.SPACE),

@@ -1,0 +1,114 @@
+"""Ascend in what only the removed records have, then fine-tune: blind, from one cached gradient.
+
+Source: this library, docs/findings.md; the difference of gradients is that of RELOAD, "Blind Unlearning: Unlearning
+Without a Forget Set". Deviations from RELOAD: nothing is re-initialised, and the ascent is another. Where a model fits
+its data, g_D - g_new points largely where g_new points, so that fine-tuning on what is left undoes a step along it, for
+the removed records as well. Therefore
+  * the step is along the part of the difference that is orthogonal to g_new;
+  * its length is a share of the norm of the weights: gradients shrink with the loss, and a learning rate that is right
+    for one model does nothing to another;
+  * the cached gradient is best one of margins (`logit_margin`), in which every record counts alike. In one of
+    cross-entropy a record counts with its error, so that those known best have hardly a part in the difference;
+  * biases and the scales of normalisation stay: few entries that move everything, known records and others.
+
+Needs: a cached gradient, of margins or of the loss of training.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from expunge import params
+from expunge.access import Blind
+from expunge.errors import ConfigError, NotInformative
+from expunge.methods.difference import difference
+from expunge.params import Params
+from expunge.seeds import derive
+from expunge.space import Range, Space
+from expunge.trace import Trace
+from expunge.training import Recipe, train
+
+PARALLEL = 1e-9  # share of the difference that is rounding of the projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrthogonalAscent:
+    """Blind unlearning: ascend where only the removed records point, and fine-tune, in turns.
+
+    Raises:
+        ConfigError: A value that cannot work.
+    """
+
+    step: float = 0.2  # length of each ascent, as a share of the norm of the weights that it moves
+    rounds: int = 2  # ascents, each followed by its share of the epochs
+    fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step < math.inf:
+            raise ConfigError(f"step={self.step}: must be a positive share of the norm of the weights.")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds={self.rounds}: must be at least 1.")
+        if self.fine_tune.epochs < self.rounds:
+            raise ConfigError(
+                f"fine_tune.epochs={self.fine_tune.epochs}, rounds={self.rounds}: an ascent without an epoch after it "
+                "leaves a wreck. Take more epochs, or fewer rounds."
+            )
+
+
+SPACE: Space = {
+    "step": Range(0.05, 0.5, log=True),
+    "rounds": Range(1, 3),
+    "fine_tune.lr": Range(0.003, 0.3, log=True),
+}
+
+
+def orthogonal_ascent(
+    model: nn.Module, given: Blind, config: OrthogonalAscent, *, seed: int, trace: Trace
+) -> nn.Module:
+    """Steps W ← W + step ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d is g_D - g_new less its part along g_new.
+
+    W are the parameters of two or more dimensions (all, if there are none), and d is of the gradients in these.
+
+    ``trace.facts``: those of `difference`, alignment (cosine of the difference and g_new), ascent (length of a step).
+
+    Raises:
+        NotInformative: The difference shows nothing of what was removed, or nothing that g_new does not.
+        MismatchError: A cache and a retain set that do not belong together.
+        ConfigError: There is no cached gradient.
+    """
+    cached = params.named_parameters(model, given.cached().total)
+    weights = {name: p for name, p in cached.items() if p.ndim > 1} or cached
+
+    with trace.stage("difference", model):
+        removed, retain = difference(model, given, trace)
+        direction = _alone(*({name: each.total[name] for name in weights} for each in (removed, retain)), trace)
+        trace.facts["ascent"] = length = config.step * params.norm({name: p.detach() for name, p in weights.items()})
+
+    for number in range(config.rounds):
+        with trace.stage("ascend", model), torch.no_grad():
+            for name, p in weights.items():
+                p.add_((length * direction[name]).to(p))
+        with trace.stage("fine-tune", model):
+            ends = [config.fine_tune.epochs * each // config.rounds for each in (number, number + 1)]
+            recipe = replace(config.fine_tune, epochs=ends[1] - ends[0])
+            train(model, given.retain, given.loss_terms, recipe, seed=derive(seed, "round", number), trace=trace)
+    return model
+
+
+def _alone(removed: Params, retain: Params, trace: Trace) -> Params:
+    """The unit vector of what the removed records have and what is left has not."""
+    product = params.total({name: removed[name] * each for name, each in retain.items()})
+    lengths = params.norm(removed), params.norm(retain)
+    along = product / lengths[1] ** 2 if lengths[1] else 0.0
+    alone = {name: removed[name] - along * each for name, each in retain.items()}
+    norm = params.norm(alone)
+    trace.facts["alignment"] = along * lengths[1] / lengths[0]
+    if norm <= PARALLEL * lengths[0]:
+        raise NotInformative(
+            f"the gradient difference has norm {lengths[0]:.3g}, and all but {norm:.3g} is along the gradient of what "
+            "is left: the removed records have nothing of their own, as if every one of them were still there. Are the "
+            "records that are left copies of them?"
+        )
+    return {name: each / norm for name, each in alone.items()}
