@@ -1,6 +1,7 @@
 """Orthogonal ascent against steps worked by hand in float64, and what it is for."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from expunge import (
 from expunge.errors import ConfigError, MismatchError, NotInformative
 from expunge.seeds import derive
 from expunge.training import mean_loss
-from tests.contract import world
+from tests.contract import without_type_checks, world
 from tests.zoo import classification, network
 
 REMOVED = torch.arange(0, 40, 5)
@@ -98,6 +99,27 @@ def test_it_ascends_where_only_the_removed_records_point_and_fine_tunes_in_turns
     assert result.trace.backwarded == 32 + 3 * 32
 
 
+@pytest.mark.parametrize("direction", ["difference", "reversed", "random"])
+def test_controls_take_steps_of_the_same_length_in_other_directions(direction):
+    model, after = network("mlp"), {}
+    for name in ("orthogonal", direction):
+        config = OrthogonalAscent(step=0.4, rounds=1, direction=name, fine_tune=TWICE)
+
+        def watch(moment, now, name=name):
+            if moment == "ascend":
+                after[name] = flat(weights(now)) - flat(weights(model))
+
+        unlearn(model, given("mlp", model), config, seed=3, watch=watch)
+    assert after[direction].norm() == pytest.approx(after["orthogonal"].norm())
+    cosine = float(after[direction] @ after["orthogonal"] / after["orthogonal"].norm() ** 2)
+    removed = by_hand(model, classification(40).only(REMOVED))
+    alike = {"difference": float(after["orthogonal"] @ removed / (after["orthogonal"].norm() * removed.norm()))}
+    if direction == "random":
+        assert 1e-6 < abs(cosine) < 0.6
+    else:
+        assert cosine == pytest.approx({"reversed": -1.0, **alike}[direction])
+
+
 def test_the_loss_on_what_is_left_does_not_move_to_first_order():
     at = network("mlp")
     blind, before = given("mlp", at, cached_loss=None, full=gradient(at, cross_entropy, classification(40))), []
@@ -152,11 +174,12 @@ def test_of_a_cache_with_groups_only_the_touched_ones_are_computed():
         ({"step": 0.0}, "step=0.0: must be a positive share"),
         ({"step": float("inf")}, "step=inf"),
         ({"rounds": 0}, "rounds=0: must be at least 1"),
+        ({"direction": "up"}, "direction='up': choose from orthogonal, difference, reversed, random"),
         ({"rounds": 4, "fine_tune": TWICE}, "fine_tune.epochs=3, rounds=4: an ascent without an epoch"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
+    with without_type_checks(), pytest.raises(ConfigError, match=message):
         OrthogonalAscent(**settings)
 
 
@@ -204,7 +227,7 @@ def test_a_margin_of_a_record_fitted_beyond_float32_is_finite_and_still_moves():
     logits = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
     margin = logit_margin(Says(logits), (torch.zeros(1), torch.tensor([0])))
     (moves,) = torch.autograd.grad(margin.sum(), logits)
-    assert float(margin) == pytest.approx(-60 + torch.tensor(2.0).log().item())
+    assert float(margin.detach()) == pytest.approx(-60 + math.log(2))
     assert moves.tolist() == [[-1.0, 0.5, 0.5]]
 
 

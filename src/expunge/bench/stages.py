@@ -17,7 +17,7 @@ from expunge.bench.entries import SHORT, entries
 from expunge.bench.required import is_whole, require, require_settings
 from expunge.bench.tasks import Scenario, Task
 from expunge.errors import ConfigError
-from expunge.losses import cross_entropy, name_of
+from expunge.losses import cross_entropy, logit_margin, name_of
 from expunge.methods import method_of
 from expunge.space import settings_of, with_settings
 from expunge.training import Recipe
@@ -28,6 +28,7 @@ STEPS: tuple[Step, ...] = get_args(Step)
 # Only the file of a method counts by itself. A hash of the whole library would throw away days of training after a
 # change of a comment; env.json of every stage has that hash, and `bench status` says when results mix.
 VERSIONS: dict[Step, int] = dict.fromkeys(STEPS, 1)
+LOSSES = {name_of(loss): loss for loss in (cross_entropy, logit_margin)}  # that gradients are cached of
 STANDARDS = ("original", "retrain", "retrain again")  # models that are evaluated beside those that unlearned
 
 
@@ -43,11 +44,14 @@ class Contender:
     entry: str  # one of `entries`: whose start and search space; of the standards their own name
     settings: tuple[tuple[str, Any], ...] = ()
     tuned: bool = True  # or with the start's settings
+    cached_loss: str = ""  # that its cached gradient is of, by name; by default what the entry takes
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a contender a name")
         require(isinstance(self.tuned, bool), "tuned", self.tuned, "write True or False")
         require_settings(self.settings)
+        fitting = self.cached_loss in ("", *LOSSES)
+        require(fitting, "cached_loss", self.cached_loss, f"choose from {', '.join(LOSSES)}, or leave it out")
         if self.entry in STANDARDS:
             require(not self.settings, "settings", self.settings, f"{self.entry} has none of its own. Leave them out")
             return
@@ -179,6 +183,8 @@ def cache_of(stage: Stage) -> Stage:
 
 def cached_loss_of(contender: Contender) -> LossTerms | None:
     """What a contender needs a cached gradient of, if it needs one."""
+    if contender.cached_loss:
+        return LOSSES[contender.cached_loss]
     return None if contender.entry in STANDARDS else entries(SHORT)[contender.entry].cached_loss
 
 

@@ -18,14 +18,14 @@ from expunge.batches import Examples
 from expunge.bench import judging, tasks
 from expunge.bench.entries import Entry, entries
 from expunge.bench.judging import SPENT
-from expunge.bench.stages import Stage, Step, cache_of, cached_loss_of, start_of, tuning_of
+from expunge.bench.stages import LOSSES, Stage, Step, cache_of, cached_loss_of, start_of, tuning_of
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Records
 from expunge.bench.tuning import plain, tune
 from expunge.errors import NotFinite, NotInformative
 from expunge.files import save_tensors
 from expunge.gradient import Gradient, gradient
-from expunge.losses import cross_entropy, logit_margin
+from expunge.losses import cross_entropy
 from expunge.methods.fisher import FisherForgetting
 from expunge.methods.retrain import Retrain
 from expunge.metrics.outputs import Outputs
@@ -38,7 +38,6 @@ from expunge.weights import load_weights, save_weights
 WEIGHTS, TRACE, CACHE, LOGITS, TRIALS = (
     "model.safetensors", "trace.json", "cache.safetensors", "logits.safetensors", "trials.json",
 )  # fmt: skip
-_LOSSES = {loss.__name__: loss for loss in (cross_entropy, logit_margin)}
 FAILURES = (NotFinite, NotInformative)  # of a method: results, not mistakes
 
 
@@ -70,7 +69,7 @@ def _cache(stage: Stage, store: Store, folder: Path) -> None:
     records = _records(stage, store)
     model = _stored(stage, records, store.result(start_of(stage)))
     with _timed(stage) as spent:
-        full = gradient(model, _LOSSES[stage.cached_loss], records.before)
+        full = gradient(model, LOSSES[stage.cached_loss], records.before)
     cache.save(folder / CACHE, full)
     write_json(folder / TRACE, {SPENT: spent(), "backwarded": full.count, "forwarded": 0})
 
@@ -163,7 +162,7 @@ class _Situation:
         self.stage, self.records = stage, _records(stage, store)
         self.original = _stored(stage, self.records, store.result(start_of(stage)))
         cached = cache_of(stage)
-        loss = _LOSSES[cached.cached_loss]
+        loss = LOSSES[cached.cached_loss]
         full = cache.load(store.result(cached) / CACHE, self.original, loss)
         self.given = replace(_given(stage, self.records, full), cached_loss=loss)
 

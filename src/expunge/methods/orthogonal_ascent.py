@@ -16,6 +16,7 @@ Needs: a cached gradient, of margins or of the loss of training.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -24,12 +25,14 @@ from expunge import params
 from expunge.access import Blind
 from expunge.errors import ConfigError, NotInformative
 from expunge.methods.difference import difference
+from expunge.methods.reinitialise import normal
 from expunge.params import Params
 from expunge.seeds import derive
 from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train
 
+Direction = Literal["orthogonal", "difference", "reversed", "random"]
 PARALLEL = 1e-9  # share of the difference that is rounding of the projection
 
 
@@ -43,6 +46,7 @@ class OrthogonalAscent:
 
     step: float = 0.2  # length of each ascent, as a share of the norm of the weights that it moves
     rounds: int = 2  # ascents, each followed by its share of the epochs
+    direction: Direction = "orthogonal"  # or a control: "difference" as it is, "reversed", "random"
     fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together
 
     def __post_init__(self) -> None:
@@ -50,6 +54,8 @@ class OrthogonalAscent:
             raise ConfigError(f"step={self.step}: must be a positive share of the norm of the weights.")
         if self.rounds < 1:
             raise ConfigError(f"rounds={self.rounds}: must be at least 1.")
+        if self.direction not in get_args(Direction):
+            raise ConfigError(f"direction={self.direction!r}: choose from {', '.join(get_args(Direction))}.")
         if self.fine_tune.epochs < self.rounds:
             raise ConfigError(
                 f"fine_tune.epochs={self.fine_tune.epochs}, rounds={self.rounds}: an ascent without an epoch after it "
@@ -70,6 +76,7 @@ def orthogonal_ascent(
     """Steps W ← W + step ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d is g_D - g_new less its part along g_new.
 
     W are the parameters of two or more dimensions (all, if there are none), and d is of the gradients in these.
+    The controls step equally far along g_D - g_new, against d, or anywhere.
 
     ``trace.facts``: those of `difference`, alignment (cosine of the difference and g_new), ascent (length of a step).
 
@@ -83,7 +90,8 @@ def orthogonal_ascent(
 
     with trace.stage("difference", model):
         removed, retain = difference(model, given, trace)
-        direction = _alone(*({name: each.total[name] for name in weights} for each in (removed, retain)), trace)
+        own, left = ({name: each.total[name] for name in weights} for each in (removed, retain))
+        direction = _direction(own, left, config.direction, seed, trace)
         trace.facts["ascent"] = length = config.step * params.norm({name: p.detach() for name, p in weights.items()})
 
     for number in range(config.rounds):
@@ -97,18 +105,22 @@ def orthogonal_ascent(
     return model
 
 
-def _alone(removed: Params, retain: Params, trace: Trace) -> Params:
-    """The unit vector of what the removed records have and what is left has not."""
-    product = params.total({name: removed[name] * each for name, each in retain.items()})
+def _direction(removed: Params, retain: Params, which: Direction, seed: int, trace: Trace) -> Params:
+    """The unit vector to ascend along: what the removed records have and what is left has not, or a control."""
     lengths = params.norm(removed), params.norm(retain)
+    product = params.total({name: removed[name] * each for name, each in retain.items()})
     along = product / lengths[1] ** 2 if lengths[1] else 0.0
     alone = {name: removed[name] - along * each for name, each in retain.items()}
-    norm = params.norm(alone)
-    trace.facts["alignment"] = along * lengths[1] / lengths[0]
-    if norm <= PARALLEL * lengths[0]:
+    if params.norm(alone) <= PARALLEL * lengths[0]:
         raise NotInformative(
-            f"the gradient difference has norm {lengths[0]:.3g}, and all but {norm:.3g} is along the gradient of what "
-            "is left: the removed records have nothing of their own, as if every one of them were still there. Are the "
-            "records that are left copies of them?"
+            f"the gradient difference has norm {lengths[0]:.3g} in the weights, and all but {params.norm(alone):.3g} "
+            "is along the gradient of what is left: the removed records have nothing of their own, as if every one of "
+            "them were still there. Are the records that are left copies of them?"
         )
-    return {name: each / norm for name, each in alone.items()}
+    trace.facts["alignment"] = along * lengths[1] / lengths[0]
+    if which == "difference":
+        alone = removed
+    elif which == "random":
+        alone = {name: normal(each, 1, seed, name, "direction") for name, each in removed.items()}
+    scale = (-1 if which == "reversed" else 1) / params.norm(alone)
+    return {name: scale * each for name, each in alone.items()}
