@@ -428,6 +428,26 @@ def test_originals_are_shared_and_what_differs_is_not():
     assert key("original") != key("original", fingerprint="other data")
 
 
+def test_a_cached_gradient_is_of_the_loss_that_the_contender_takes(tmp_path):
+    entry, three = "orthogonal-ascent", (("step", 0.1),)
+    others = [Contender(name=n, entry=entry, settings=three, tuned=False, cached_loss=n) for n in stages.LOSSES]
+    own = Contender(name=entry, entry=entry, settings=three, tuned=False)
+    experiment = tiny(DIGITS, contenders=(own, *others, TWO[0]))
+    needed = {s.contender.name: s.needs["cache"] for s in experiment.evaluations([0]) if s.effort is not None}
+    losses = {name: stage.cached_loss for name, stage in needed.items()}
+    assert losses == {entry: "logit_margin", "reload": "cross_entropy", **{name: name for name in stages.LOSSES}}
+    assert needed[entry].key == needed["logit_margin"].key != needed["reload"].key == needed["cross_entropy"].key
+    assert needed["reload"].key == Stage(step="cache", task=DIGITS, seed=0).key
+    rows = read_rows(run(experiment, tmp_path) / "rows.csv")
+    found = {row.method: row.value for row in rows if row.metric == "FE" and row.method in losses}
+    assert found[entry] == found["logit_margin"] != found["cross_entropy"]
+    work = {row.method: row.value for row in rows if row.metric == "Work"}
+    passes = 40 + 36 + 36 * BRIEF.budget.epochs  # examples: the cached gradient, the second one, fine-tuning
+    assert work[entry] == work["logit_margin"] == passes / (36 * RECIPE.epochs)
+    store = Store(tmp_path)
+    assert {n: cache.read_header(store.result(s) / "cache.safetensors").loss_terms for n, s in needed.items()} == losses
+
+
 def test_deletions_in_a_row_start_from_what_the_one_before_left_and_cache_anew(tmp_path):
     rounds = [replace(DIGITS, scenario=Scenario(kind="sequence", amount=0.1, round=number)) for number in (1, 2)]
     experiment = tiny(*rounds, contenders=TWO[:1])
@@ -674,6 +694,7 @@ def test_a_task_that_cannot_be_is_refused(values, message):
         ({"settings": (("fine_tune.lr", -1.0),)}, "reload refuses this: lr=-1.0"),
         ({"entry": "retrain", "settings": (("lr", 1),)}, "settings=.*: retrain has none of its own. Leave them out"),
         ({"tuned": "no"}, "tuned='no': write True or False"),
+        ({"cached_loss": "mse"}, "cached_loss='mse': choose from cross_entropy, logit_margin, or leave it out"),
     ],
 )
 def test_a_contender_that_cannot_be_is_refused(values, message):

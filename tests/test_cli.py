@@ -68,6 +68,21 @@ def unlearned(*more, cache="c.safetensors", weights="w.safetensors", out="u.safe
     return main(["unlearn", "setup.py", "--weights", weights, *options, "--out", out, *more])
 
 
+def test_a_setup_file_may_cache_another_loss_than_it_trains_with(folder, capsys):
+    assert cached() == 0
+    before = Path("c.safetensors").read_bytes()
+    Path("setup.py").write_text(SETUP + "from expunge import logit_margin as cached_loss\n", encoding="utf-8")
+    ascent = ("orthogonal-ascent", "--step", "0.1", "--fine-tune.epochs", "2")
+    assert unlearned(*ascent) == 2  # that cache is of the loss of training
+    assert "of the loss 'cross_entropy', and now 'logit_margin' is used" in capsys.readouterr().err
+    assert cached("--replace") == 0
+    assert Path("c.safetensors").read_bytes() != before
+    assert unlearned(*ascent) == 0
+    trace = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))
+    assert trace["facts"]["removed_count"] == 6
+    assert main(["audit", "preflight", "setup.py", "--weights", "w.safetensors", "--cache", "c.safetensors"]) == 0
+
+
 def test_cache_unlearn_evaluate_and_show_work_together(folder, capsys):
     assert cached() == 0
     assert unlearned(*RELOAD) == 0

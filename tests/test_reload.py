@@ -13,7 +13,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from expunge import Blind, Examples, Recipe, Reload, cross_entropy, gradient, squared_error, train, unlearn
+from expunge import (
+    Blind,
+    Examples,
+    Recipe,
+    Reload,
+    cross_entropy,
+    gradient,
+    logit_margin,
+    squared_error,
+    train,
+    unlearn,
+)
 from expunge.errors import ConfigError, MismatchError, NotFinite, NotInformative
 from expunge.methods.kronecker import diagonal_fisher, kronecker_fisher
 from expunge.methods.reload import PUBLISHED_CODE
@@ -226,6 +237,17 @@ def test_corrected_labels_are_learned_and_the_counts_match():
     assert mean_loss(result.model, corrected, cross_entropy) < mean_loss(model, corrected, cross_entropy) / 2
     assert result.trace.facts["target_loss"] == pytest.approx(full.loss / 90)
     assert (full - gradient(model, cross_entropy, corrected)).count == 0
+
+
+def test_with_a_cache_of_another_loss_fine_tuning_aims_at_the_loss_of_training():
+    here = world("batch-norm")
+    margins = gradient(here.model, logit_margin, here.original, micro_batch=8)
+    given = here.blind(full=margins, cached_loss=logit_margin)
+    recipe = Recipe(epochs=2, lr=0.01, batch_size=16)
+    result = unlearn(here.model, given, Reload(priming_lr=None, reset_fraction=0.1, fine_tune=recipe))
+    aim = mean_loss(here.model, here.retain, cross_entropy)
+    assert result.trace.facts["target_loss"] == pytest.approx(aim)
+    assert margins.mean_loss < 0 < aim
 
 
 def steps(departures: tuple[str, ...], **changes: Any) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ Deviations from the paper, each with a way back:
   * Entries whose difference is below its rounding floor are not re-initialised: what was removed never touched
     them, so resetting them cannot unlearn it. ``reset_untouched=True`` is the paper to the letter.
   * ε is not a constant: "auto" takes the mean rounding floor of the difference, below which a ratio is noise.
-  * "To convergence" ends when the loss on what is left is down to the original model's own, on a plateau, or
-    after the epochs of ``fine_tune``.
+  * "To convergence" ends when the loss on what is left is down to the original model's own (on all data; on what is
+    left if the cached gradient is of another loss), on a plateau, or after the epochs of ``fine_tune``.
 """
 
 import math
@@ -25,9 +25,10 @@ from torch import nn
 from expunge import params, sharding
 from expunge.access import Blind
 from expunge.curvature import Curvature
-from expunge.errors import ConfigError, NotInformative, UnsupportedModule
+from expunge.errors import ConfigError, UnsupportedModule
 from expunge.gradient import Gradient
 from expunge.methods.choice import Masks, Scope, at_most, choose, decimal, smallest_share
+from expunge.methods.difference import difference
 from expunge.methods.kronecker import diagonal_fisher, kronecker_fisher
 from expunge.methods.reinitialise import (
     ResetTo,
@@ -38,11 +39,10 @@ from expunge.methods.reinitialise import (
     reinitialise_,
 )
 from expunge.params import Params
-from expunge.second_pass import second_pass
 from expunge.selectors import SECOND_ORDER, SELECTORS, Evidence, Name
 from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
-from expunge.training import Recipe, train, until_converged
+from expunge.training import Recipe, mean_loss, train, until_converged
 
 Departure = Literal["absolute-direction", "batch-means", "normal-1d", "scaled-fraction"]
 PUBLISHED_CODE: tuple[Departure, ...] = get_args(Departure)
@@ -127,9 +127,7 @@ SPACE: Space = {
 def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: Trace) -> nn.Module:
     """Algorithm 1 of the paper.
 
-    ``trace.facts``: removed_count and cached_count (loss terms), of a cache with groups groups_computed and groups (how
-    many were computed again, of how many), eps, relative_noise (predicted relative error of the difference, an upper
-    estimate), informative_share, reset_count, requested_count, untouched_in_paper_choice and
+    ``trace.facts``: those of `difference`, eps, reset_count, requested_count, untouched_in_paper_choice and
     overlap_with_paper_choice (how the choice differs from the one that takes untouched entries, too), target_loss; of
     a selector of second order kronecker_share (of entries whose curvature is in blocks); with ``statistics``
     re-estimated, statistics_layers (how many have some).
@@ -148,13 +146,10 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
     theta = params.named_parameters(model, full.total)
 
     with trace.stage("difference", model):
-        retain, computed, groups = second_pass(full, model, given.loss_terms, given.retain)
-        removed = full - retain  # g_D - g_new
-        trace.backwarded += computed
-        trace.facts |= {"removed_count": removed.count, "cached_count": full.count}
-        if full.groups is not None:
-            trace.facts |= {"groups_computed": groups, "groups": len(full.groups.totals)}
-        _require_informative(removed, trace)
+        removed = difference(model, given, trace)[0]
+        target = full.mean_loss
+        if given.cached_terms is not given.loss_terms:
+            target = mean_loss(model, given.retain, given.loss_terms, trace)
         values = new_values(model, theta, given, config.reset_to, std=config.reset_std, seed=seed)
         if "normal-1d" in config.published_code:
             one_d = [name for name, value in values.items() if value.ndim == 1]
@@ -195,13 +190,13 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
         stop = until_converged(
             given.retain,
             given.loss_terms,
-            target=full.mean_loss,
+            target=target,
             tolerance=config.tolerance,
             patience=config.patience,
             trace=trace,
         )
         train(model, given.retain, given.loss_terms, config.fine_tune, seed=seed, trace=trace, stop=stop)
-    trace.facts |= {"eps": eps, "target_loss": full.mean_loss}
+    trace.facts |= {"eps": eps, "target_loss": target}
     return model
 
 
@@ -213,18 +208,6 @@ def ascend_(theta: dict[str, nn.Parameter], removed: Params, config: Reload, ter
     for name, p in theta.items():
         direction = removed[name].abs() if "absolute-direction" in config.published_code else removed[name]
         p.add_((step * direction).to(p))
-
-
-def _require_informative(removed: Gradient, trace: Trace) -> None:
-    marked = removed.informative()
-    share = params.count(marked) / params.size(marked)
-    trace.facts |= {"informative_share": share, "relative_noise": removed.relative_noise()}
-    if share == 0:
-        raise NotInformative(
-            f"the gradient difference of {removed.count} removed terms is below its rounding floor in every entry "
-            f"(norm {params.norm(removed.total):.3g}). Either nothing was removed or corrected, or too little to be "
-            "seen at this precision: delete more records at once, cache in float64, keep positions with the data."
-        )
 
 
 def _eps(removed: Gradient, config: Reload) -> float:
