@@ -88,7 +88,7 @@ class Scenario:
             return f"in-class {self.amount:g}"
         if self.kind == "sequence":
             return f"deletion {self.round} of {100 * self.amount:g} % each"
-        known = "" if self.gamma == 1 else f", {100 * self.gamma:g} % known"
+        known = "" if self.known_are == "corrected" and self.gamma == 1 else f", {100 * self.gamma:g} % known"
         return f"cross backdoor {self.known_are}{known}"
 
     @property

@@ -49,6 +49,8 @@ def write_page(run: Path | str) -> Path:
 
 
 def _context(run: Run) -> dict[str, Any]:
+    from expunge.report.series import series
+
     summaries = summarise(run.rows)
     first = next(row for row in run.rows if row.source == "measured")
     metrics = list(dict.fromkeys(summary.metric for summary in summaries))
@@ -59,6 +61,7 @@ def _context(run: Run) -> dict[str, Any]:
         "repetitions": repetitions(summaries),
         "date": run.environment.get("date", ""),
         "sections": [_section(run, summaries, name) for name in dict.fromkeys(s.scenario for s in summaries)],
+        "series": series(summaries),
         "findings": {(_title(s), label(m)): found for (s, m), found in findings(run.facts).items()},
         "definitions": {metric: define(metric) for metric in metrics},
         "config": list(flat(run.config)),
