@@ -27,9 +27,9 @@ def contenders() -> Iterator[Contender]:
     for loss in LOSSES:
         for direction in ("orthogonal", "difference", "reversed"):
             for step in STEPS:
-                yield _ascent(f"{direction}, {loss}, {step}", direction, step, loss)
+                yield _ascent(f"{direction} {step} ({loss})", direction, step, loss)
     for step in STEPS:
-        yield _ascent(f"random, {step}", "random", step, "cross_entropy")
+        yield _ascent(f"random {step}", "random", step, "cross_entropy")
     yield Contender(name="fine-tune", entry="fine-tune", settings=(("recipe.lr", LR),), tuned=False)
 
 

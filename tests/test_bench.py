@@ -17,7 +17,8 @@ import scipy.stats
 import torch
 
 from expunge import cache
-from expunge.bench import difference, experiments, fit, judging, profiles, runner, stages, steps, workers
+from expunge.access import Blind
+from expunge.bench import difference, experiments, fit, judging, profiles, runner, stages, steps, tasks, workers
 from expunge.bench.experiments import Experiment, everyone
 from expunge.bench.fit import require_fit
 from expunge.bench.printed import printed
@@ -448,6 +449,61 @@ def test_a_cached_gradient_is_of_the_loss_that_the_contender_takes(tmp_path):
     assert {n: cache.read_header(store.result(s) / "cache.safetensors").loss_terms for n, s in needed.items()} == losses
 
 
+def test_a_blind_tuning_sees_what_is_left_of_its_own_seed_and_nothing_else(tmp_path, monkeypatch):
+    blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
+    experiment = tiny(DIGITS, contenders=(blind, TWO[0]))
+    tunings = {
+        (s.contender.tuned, s.seed): s for s in closure(experiment.evaluations([0, 1])).values() if s.step == "tune"
+    }
+    assert set(tunings) == {("blind", 0), ("blind", 1), (True, 0)}
+    assert len({stage.key for stage in tunings.values()}) == 3
+    needed = closure([tunings["blind", 1]])
+    assert [(each.step, each.seed) for each in needed.values()] == [("original", 1), ("cache", 1), ("tune", 1)]
+
+    given = []
+    drawn = steps.rehearsal.prepare
+    monkeypatch.setattr(
+        steps.rehearsal, "prepare", lambda problem, *a, **k: given.append(problem) or drawn(problem, *a, **k)
+    )
+    rows = read_rows(run(experiment, tmp_path) / "rows.csv")
+    assert len({row.value for row in rows if row.method in ("reload", blind.name) and row.metric == "FE"}) == 2
+    left, forget = records(DIGITS, 0, None).retain, records(DIGITS, 0, None).forget
+    assert type(given[0].given) is Blind
+    assert torch.equal(given[0].given.retain.positions, left.positions)
+    assert given[0].given.full.count == len(left)
+    assert not set(forget.positions.tolist()) & set(given[0].given.retain.positions.tolist())
+    trials = read_json(Store(tmp_path).result(tunings["blind", 0]) / "trials.json")
+    assert len(trials["trials"]) == BRIEF.trials
+
+
+def test_a_correction_cannot_be_rehearsed_blind():
+    blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
+    with pytest.raises(ConfigError, match=r"only one removal of records can be rehearsed, random or in-class, and not"):
+        replace(tiny(), tasks=(replace(DIGITS, scenario=CROSS),), contenders=(blind,), shown=("TA",))
+
+
+def test_images_to_spare_are_neither_trained_on_nor_test_images(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count):
+        pixels = torch.randint(256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        return Images(pixels, torch.arange(count) % 2)
+
+    found = ImageData(name="some", train=some(30), test=some(10), classes=("a", "b"))
+    monkeypatch.setattr(tasks, "images", lambda *_: found)
+    task = Task(dataset="cifar10", model="convnet", recipe=RECIPE, scenario=RANDOM, train=20)
+    tasks.records.cache_clear()
+    trained = records(task, 3, None).before.tensors[0]
+    spare = tasks.spare(task, 3, None).tensors[0]
+    assert (len(trained), len(spare)) == (20, 10)
+    assert not any(torch.equal(one, other) for one in spare for other in trained)
+    everything = replace(task, train=0)
+    assert torch.equal(
+        tasks.spare(everything, 3, None).tensors[0], records(everything, 3, None).parts["test"].tensors[0]
+    )
+    tasks.records.cache_clear()
+
+
 def test_deletions_in_a_row_start_from_what_the_one_before_left_and_cache_anew(tmp_path):
     rounds = [replace(DIGITS, scenario=Scenario(kind="sequence", amount=0.1, round=number)) for number in (1, 2)]
     experiment = tiny(*rounds, contenders=TWO[:1])
@@ -693,7 +749,7 @@ def test_a_task_that_cannot_be_is_refused(values, message):
         ),
         ({"settings": (("fine_tune.lr", -1.0),)}, "reload refuses this: lr=-1.0"),
         ({"entry": "retrain", "settings": (("lr", 1),)}, "settings=.*: retrain has none of its own. Leave them out"),
-        ({"tuned": "no"}, "tuned='no': write True or False"),
+        ({"tuned": "no"}, "tuned='no': write True, False or 'blind'"),
         ({"cached_loss": "mse"}, "cached_loss='mse': choose from cross_entropy, logit_margin, or leave it out"),
     ],
 )

@@ -19,7 +19,7 @@ from expunge.bench.entries import SHORT, entries
 from expunge.bench.fit import require_fit
 from expunge.bench.judging import TABLES, metrics_of
 from expunge.bench.required import require
-from expunge.bench.stages import STANDARDS, Contender, Effort, Stage, tuning_of
+from expunge.bench.stages import PSEUDO_SETS_LIKE, STANDARDS, Contender, Effort, Stage, tuning_of
 from expunge.bench.steps import TRIALS
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Task, located, note_of
@@ -60,6 +60,12 @@ class Experiment:
         for contender in self.contenders:
             standard = contender.entry in STANDARDS
             require(not standard, "entry", contender.entry, "it is in every table anyway: leave the contender out")
+            unfit = [t.scenario.name for t in self.tasks if t.scenario.kind not in PSEUDO_SETS_LIKE]
+            if contender.tuned == "blind" and unfit:
+                raise ConfigError(
+                    f"contender {contender.name!r}, tuned='blind': without a forget set only one removal of records "
+                    f"can be rehearsed, random or in-class, and not {unfit[0]!r}. Leave tuned out."
+                )
         known = dict.fromkeys(name for task in self.tasks for name in metrics_of(task.scenario.corrects))
         for metric in (*self.shown, *([self.leading] if self.leading else [])):
             if metric not in known:

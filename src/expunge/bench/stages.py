@@ -29,6 +29,8 @@ STEPS: tuple[Step, ...] = get_args(Step)
 # change of a comment; env.json of every stage has that hash, and `bench status` says when results mix.
 VERSIONS: dict[Step, int] = dict.fromkeys(STEPS, 1)
 LOSSES = {name_of(loss): loss for loss in (cross_entropy, logit_margin)}  # that gradients are cached of
+# Scenarios for which a contender can be tuned blind, and what pseudo-forget sets are like then.
+PSEUDO_SETS_LIKE: dict[str, Literal["random", "in-class"]] = {"random": "random", "in-class": "in-class"}
 STANDARDS = ("original", "retrain", "retrain again")  # models that are evaluated beside those that unlearned
 
 
@@ -43,12 +45,12 @@ class Contender:
     name: str  # in tables
     entry: str  # one of `entries`: whose start and search space; of the standards their own name
     settings: tuple[tuple[str, Any], ...] = ()
-    tuned: bool = True  # or with the start's settings
+    tuned: bool | Literal["blind"] = True  # on a rehearsal, or "blind" on what is left, or with the start's settings
     cached_loss: str = ""  # that its cached gradient is of, by name; by default what the entry takes
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a contender a name")
-        require(isinstance(self.tuned, bool), "tuned", self.tuned, "write True or False")
+        require(self.tuned in (True, False, "blind"), "tuned", self.tuned, "write True, False or 'blind'")
         require_settings(self.settings)
         fitting = self.cached_loss in ("", *LOSSES)
         require(fitting, "cached_loss", self.cached_loss, f"choose from {', '.join(LOSSES)}, or leave it out")
@@ -194,6 +196,9 @@ def _trained(stage: Stage) -> dict[str, Stage]:
 
 def _tune(stage: Stage) -> dict[str, Stage]:
     assert stage.effort is not None
+    assert stage.contender is not None
+    if stage.contender.tuned == "blind":
+        return _trained(stage)
     found: dict[str, Stage] = {}
     for seed in stage.effort.rehearsals:
         found |= {f"{role} {seed}": need for role, need in _trained(replace(stage, seed=seed)).items()}
@@ -210,10 +215,14 @@ def _unlearn(stage: Stage) -> dict[str, Stage]:
 
 
 def tuning_of(stage: Stage) -> Stage:
-    """The search whose best settings an unlearning takes; of a sequence that of its first deletion."""
+    """The search whose best settings an unlearning takes; of a sequence that of its first deletion.
+
+    A blind one is made anew for each seed, on what is left of its data.
+    """
     assert stage.contender is not None
-    entry = Contender(name=stage.contender.entry, entry=stage.contender.entry)
-    return stage.of("tune", task=_first(stage.task), seed=0, contender=entry, effort=stage.effort)
+    entry = replace(stage.contender, name=stage.contender.entry, settings=())
+    seed = stage.seed if entry.tuned == "blind" else 0
+    return stage.of("tune", task=_first(stage.task), seed=seed, contender=entry, effort=stage.effort)
 
 
 def _first(task: Task) -> Task:
@@ -269,7 +278,8 @@ def _matters(stage: Stage) -> dict[str, Any]:
     assert stage.effort is not None
     code = {"method": _source(stage.contender.entry)}
     if stage.step == "tune":
-        return {**found, **code, "entry": stage.contender.entry, "effort": _chosen(stage.effort)}
+        how = {"tuned": "blind"} if stage.contender.tuned == "blind" else {}
+        return {**found, **code, **how, "entry": stage.contender.entry, "effort": _chosen(stage.effort)}
     choice = {name: value for name, value in _chosen(stage.contender).items() if name != "name"}
     return {**found, **code, "contender": choice, "budget": _chosen(stage.effort.budget)}
 

@@ -15,13 +15,13 @@ from torch import nn
 from expunge import cache
 from expunge.access import Blind, Sighted
 from expunge.batches import Examples
-from expunge.bench import judging, tasks
+from expunge.bench import judging, rehearsal, tasks
 from expunge.bench.entries import Entry, entries
 from expunge.bench.judging import SPENT
-from expunge.bench.stages import LOSSES, Stage, Step, cache_of, cached_loss_of, start_of, tuning_of
+from expunge.bench.stages import LOSSES, PSEUDO_SETS_LIKE, Stage, Step, cache_of, cached_loss_of, start_of, tuning_of
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Records
-from expunge.bench.tuning import plain, tune
+from expunge.bench.tuning import Objective, plain, tune
 from expunge.errors import NotFinite, NotInformative
 from expunge.files import save_tensors
 from expunge.gradient import Gradient, gradient
@@ -38,6 +38,7 @@ from expunge.weights import load_weights, save_weights
 WEIGHTS, TRACE, CACHE, LOGITS, TRIALS = (
     "model.safetensors", "trace.json", "cache.safetensors", "logits.safetensors", "trials.json",
 )  # fmt: skip
+PSEUDO_SETS = 2  # that a blind tuning tries every setting on
 FAILURES = (NotFinite, NotInformative)  # of a method: results, not mistakes
 
 
@@ -82,9 +83,25 @@ def _outputs(stage: Stage, store: Store, folder: Path) -> None:
 
 
 def _tune(stage: Stage, store: Store, folder: Path) -> None:
-    """Every setting is tried on every rehearsal; the score is how far they are from retraining."""
+    """Every setting is tried on every rehearsal; the score is how far they are from never having been seen."""
     assert stage.effort is not None
     assert stage.contender is not None
+    entry = entry_of(stage, _records(stage, store))
+    objective, units = (_on_what_is_left if stage.contender.tuned == "blind" else _on_rehearsals)(stage, store, entry)
+    trials = tune(
+        entry.space,
+        _forgiving(objective),
+        trials=stage.effort.trials,
+        seed=stage.seed,
+        journal=store.journal(stage),
+        about={"stage": stage.key},
+    )
+    write_json(folder / TRIALS, {"units": units, "best": trials[0].settings, "trials": list(map(plain, trials))})
+
+
+def _on_rehearsals(stage: Stage, store: Store, entry: Entry) -> tuple[Objective, dict[str, float]]:
+    """Other seeds, with forget sets and retrained models; how far from these, and the units of the distances."""
+    assert stage.effort is not None
     rehearsals = [_Situation(replace(stage, seed=seed), store) for seed in stage.effort.rehearsals]
     truths = [
         [
@@ -95,7 +112,6 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
     ]
     corrects = stage.task.scenario.corrects
     unit = judging.units(truths, corrects)
-    entry = entry_of(stage, rehearsals[0].records)
 
     def objective(settings: dict[str, Any]) -> float:
         found = []
@@ -104,15 +120,29 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
             found.append(judging.looked_at(model, each.records, batch_size=judging.PIECE, only=judging.SCORED))
         return judging.score(found, truths, unit, corrects)
 
-    trials = tune(
-        entry.space,
-        _forgiving(objective),
-        trials=stage.effort.trials,
-        seed=stage.seed,
-        journal=store.journal(stage),
-        about={"stage": stage.key},
+    return objective, unit
+
+
+def _on_what_is_left(stage: Stage, store: Store, entry: Entry) -> tuple[Objective, dict[str, float]]:
+    """Pseudo-forget sets of the very seed, as `expunge rehearse` draws them: blind, and nothing is retrained; nats."""
+    situation = _Situation(stage, store)
+    given = situation.given
+    left = gradient(situation.original, given.cached_terms, given.retain)
+    blind = Blind(
+        **{name: getattr(given, name) for name in ("retain", "loss_terms", "fresh", "cached_loss")}, full=left
     )
-    write_json(folder / TRIALS, {"units": unit, "best": trials[0].settings, "trials": list(map(plain, trials))})
+    unseen = tasks.spare(stage.task, stage.seed, store.data).to(stage.task.device)
+    problem = rehearsal.Problem(model=situation.original, given=blind, unseen=unseen)
+    labels = situation.records.retain.tensors[1].cpu().numpy()
+    drawn = rehearsal.draw(
+        labels, PSEUDO_SETS_LIKE[stage.task.scenario.kind], len(situation.records.forget), PSEUDO_SETS, stage.seed
+    )
+    sets = rehearsal.prepare(problem, drawn, seed=stage.seed)
+
+    def objective(settings: dict[str, Any]) -> float:
+        return rehearsal.score(sets, rehearsal.rehearse(problem, sets, with_settings(entry.start, settings))).total
+
+    return objective, {}
 
 
 def _unlearn(stage: Stage, store: Store, folder: Path) -> None:

@@ -102,6 +102,9 @@ class Scenario:
         return (self.kind, self.classes) if self.corrects else ()
 
 
+SPARE = 2000  # images
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """Data, model, training and scenario; with a seed it is a situation that methods can be compared in.
@@ -244,6 +247,19 @@ def records(task: Task, seed: int, folder: Path | None) -> Records:
         if not task.scenario.corrects
         else _planted(task, seed, clean, test, classes, white)
     )
+
+
+def spare(task: Task, seed: int, folder: Path | None) -> Examples:
+    """Images that nothing of this seed was trained on: others of the training set, or the test set where all are used.
+
+    Rehearsals without a forget set judge by them, since test images are for what is reported.
+    """
+    found = None if task.dataset == "digits" else images(task, folder)
+    if found is None or not 0 < task.train < len(found.train):
+        return records(task, seed, folder).parts["test"]
+    order = torch.randperm(len(found.train), generator=stream(seed, "training images"))
+    rows = order[task.train : task.train + SPARE].sort().values
+    return to_examples(Images(found.train.pixels[rows], found.train.labels[rows]), _drawn(task, found, seed)[1])
 
 
 def untrained(task: Task, classes: int, channels: int, seed: int) -> nn.Module:
