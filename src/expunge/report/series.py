@@ -42,17 +42,18 @@ def series(summaries: Sequence[Summary]) -> Drawing | None:
     if found is None or not metrics:
         return None
     title, at = found
+    lines = {metric: _lines(summaries, metric, at) for metric in metrics}
 
     def plot(figure: Figure) -> None:
         axes: Sequence[Axes] = figure.subplots(1, len(metrics), squeeze=False).flatten().tolist()
         for ax, metric in zip(axes, metrics, strict=True):
-            _panel(ax, [each for each in summaries if each.metric == metric], at)
+            _panel(ax, lines[metric], at)
             unit = next(each.unit for each in summaries if each.metric == metric)
             ax.set_ylabel(f"{metric} ({unit} {ARROWS[define(metric).good]})")
             ax.set_xlabel(title)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
-    said = "; ".join(_said(summaries, metric, at) for metric in metrics)
+    said = "; ".join(_said(lines[metric], metric, at) for metric in metrics)
     return Drawing(
         title.capitalize(),
         draw("series", f"{title}. {said}", (3.6 * len(metrics), 3.4), plot),
@@ -61,12 +62,16 @@ def series(summaries: Sequence[Summary]) -> Drawing | None:
     )
 
 
-def _panel(ax: Axes, summaries: Iterable[Summary], at: dict[str, float]) -> None:
+def _lines(summaries: Iterable[Summary], metric: str, at: dict[str, float]) -> dict[str, list[Summary]]:
+    """The points of every method, in the order of the number."""
     lines: dict[str, list[Summary]] = {}
-    for each in summaries:
+    for each in sorted((s for s in summaries if s.metric == metric), key=lambda s: at[s.scenario]):
         lines.setdefault(each.method, []).append(each)
+    return lines
+
+
+def _panel(ax: Axes, lines: dict[str, list[Summary]], at: dict[str, float]) -> None:
     for place, (method, points) in enumerate(lines.items()):
-        points.sort(key=lambda each: at[each.scenario])
         colour = RULE if method in (FLOOR, ORIGINAL) else _COLOURS[place % len(_COLOURS)]
         ax.errorbar(
             [at[each.scenario] for each in points], [each.mean for each in points],
@@ -76,12 +81,10 @@ def _panel(ax: Axes, summaries: Iterable[Summary], at: dict[str, float]) -> None
     ax.grid(color=RULE, lw=0.5)
 
 
-def _said(summaries: Iterable[Summary], metric: str, at: dict[str, float]) -> str:
+def _said(lines: dict[str, list[Summary]], metric: str, at: dict[str, float]) -> str:
     """The first and the last value of the method that the page is about."""
-    own = [each for each in summaries if each.metric == metric and each.method not in (ORIGINAL, FLOOR)]
-    about = "reload" if any(each.method == "reload" for each in own) else own[0].method
-    points = sorted((each for each in own if each.method == about), key=lambda each: at[each.scenario])
-    first, last = points[0], points[-1]
+    about = next((method for method in ("reload", *lines) if method in lines and method not in (FLOOR, ORIGINAL)))
+    first, *_, last = lines[about]
     return (
         f"{metric} of {label(about)} goes from {number(first.mean, first.unit)} at {at[first.scenario]:g} to "
         f"{number(last.mean, last.unit)} at {at[last.scenario]:g}"
