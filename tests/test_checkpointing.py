@@ -1,12 +1,16 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
+from expunge import cache
 from expunge.batches import Examples
 from expunge.checkpointing import repeated_modules
 from expunge.errors import ConfigError
 from expunge.gradient import gradient
 from expunge.losses import cross_entropy
+from expunge.second_pass import second_pass
 from tests.test_gradient import same, state
 from tests.test_gradient_memory import identical
 from tests.zoo import classification, network
@@ -91,6 +95,23 @@ def test_less_is_kept_between_forward_and_backward():
     assert whole > 0
     assert half < 0.65 * whole
     assert all_ < 0.3 * whole
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+def test_the_second_pass_computes_again_what_the_first_did_also_from_a_file(tmp_path, groups):
+    model, left = blocks(), words().without(torch.tensor([3]))
+    full = gradient(model, cross_entropy, words(), micro_batch=8, checkpoint=["layers.*"], groups=groups)
+    cache.save(tmp_path / "c.safetensors", full)
+    stored = cache.load(tmp_path / "c.safetensors", model, cross_entropy)
+    assert stored.recomputed == full.recomputed == ("layers.0", "layers.1", "layers.2", "layers.3")
+    calls = []
+    model.layers[0].norm1.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    again = second_pass(stored, model, cross_entropy, left)
+    whole = [batch for batch in calls if batch]
+    calls.clear()
+    plain = second_pass(dataclasses.replace(stored, recomputed=()), model, cross_entropy, left)
+    assert len(whole) > len([batch for batch in calls if batch])
+    assert all(torch.equal(again.gradient.total[n], plain.gradient.total[n]) for n in full.total)
 
 
 def test_by_default_the_blocks_of_the_longest_list_are_taken():

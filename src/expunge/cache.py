@@ -51,6 +51,7 @@ class Header:
     expunge: str  # versions that wrote it
     torch: str
     created: str  # UTC, ISO 8601
+    recomputed: str = ""  # names of modules whose activations are computed again in both passes, a line each
     parameters: int = 0  # tensors, and entries over all of them
     entries: int = 0
     groups: int = 0  # of which the gradient is kept besides
@@ -100,6 +101,8 @@ def save(
         "torch": torch.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if gradient.recomputed:
+        fields["recomputed"] = "\n".join(gradient.recomputed)
     header = {key: json.dumps(value) for key, value in fields.items()}
     distributed.by_the_first(lambda: _write(path, gradient.groups, tensors, header, max_shard_bytes))
 
@@ -211,6 +214,7 @@ def load(path: Path | str, model: nn.Module, loss_terms: LossTerms) -> Gradient:
         micro_batches=groups,
         storage_roundoff=_ROUNDOFF[stored],
         groups=parts,
+        recomputed=tuple(header.recomputed.splitlines()),
     ).placed_like(model)
 
 

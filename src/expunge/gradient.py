@@ -84,6 +84,7 @@ class Gradient:
     micro_batches: MicroBatches | None = None  # None: no positions, or a backward pass that does not repeat
     storage_roundoff: float = 0.0  # unit roundoff of the type the total was stored in, 0 for float64
     groups: Groups | None = None  # the gradient of each range of micro-batches, if it was asked for
+    recomputed: tuple[str, ...] = ()  # modules whose activations were computed again; the second pass does the same
 
     @property
     def mean_loss(self) -> float:
@@ -201,7 +202,8 @@ def gradient(
         groups: Keep the gradient of each of so many ranges of positions besides, 8 bytes an entry each. After a
             deletion only the ranges that lost a record are computed again; see `second_pass`.
         checkpoint: Modules, by names or patterns, whose activations are computed again in the backward pass, which
-            takes less memory and one forward pass more; True for the blocks of the longest list of modules.
+            takes less memory and one forward pass more; True for the blocks of the longest list of modules. The second
+            pass of an unlearning does the same.
 
     Returns:
         Float64 sums on the model's device (on the CPU for devices without float64).
@@ -288,9 +290,11 @@ def take(
                 "exactly: no groups are kept, and a deletion takes a whole pass. Take the cache on a CPU to have them.",
                 stacklevel=4,
             )
-        return _finished(model, loss_terms, found, parts, aligned=aligned, whole=only is None)
+        finished = _finished(model, loss_terms, found, parts, aligned=aligned, whole=only is None)
+        return replace(finished, recomputed=tuple(repeated))
 
-    again = recomputing(repeated_modules(model, checkpoint).values())
+    repeated = repeated_modules(model, checkpoint)
+    again = recomputing(repeated.values())
     with (
         distributed.failing_together(),
         keeping_random_state(),

@@ -48,7 +48,15 @@ def second_pass(
     known, groups = full.micro_batches, full.groups
     size = known.size if known is not None else MICRO_BATCH
     if known is None or groups is None or indexed(data) is None:
-        whole = gradient(model, loss_terms, data, parameters=full.total, micro_batch=size, accumulate_on=accumulate_on)
+        whole = gradient(
+            model,
+            loss_terms,
+            data,
+            parameters=full.total,
+            micro_batch=size,
+            accumulate_on=accumulate_on,
+            checkpoint=full.recomputed,
+        )
         return SecondPass(whole, whole.count, len(groups.totals) if groups is not None else 0)
     touched = groups.touched(data, size)
     part = take(
@@ -58,6 +66,7 @@ def second_pass(
         parameters=full.total,
         micro_batch=size,
         accumulate_on=accumulate_on,
+        checkpoint=full.recomputed,
         only=lambda number: groups.of(number) in touched,
     )
     full.origin.require(part.origin, "the cached gradient")

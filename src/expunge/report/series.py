@@ -83,8 +83,8 @@ def _panel(ax: Axes, lines: dict[str, list[Summary]], at: dict[str, float]) -> N
 
 def _said(lines: dict[str, list[Summary]], metric: str, at: dict[str, float]) -> str:
     """The first and the last value of the method that the page is about."""
-    about = next((method for method in ("reload", *lines) if method in lines and method not in (FLOOR, ORIGINAL)))
-    first, *_, last = lines[about]
+    about = next(method for method in ("reload", *lines) if method in lines and method not in (FLOOR, ORIGINAL))
+    first, last = lines[about][0], lines[about][-1]
     return (
         f"{metric} of {label(about)} goes from {number(first.mean, first.unit)} at {at[first.scenario]:g} to "
         f"{number(last.mean, last.unit)} at {at[last.scenario]:g}"
