@@ -1,0 +1,248 @@
+"""Stages of experiments: what they depend on, which records they see, how settings are chosen."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from expunge import cache
+from expunge.access import Blind
+from expunge.bench import judging, stages, steps, tasks
+from expunge.bench.experiments import everyone
+from expunge.bench.stages import Contender, Stage, closure, from_plain
+from expunge.bench.store import Store, read_json
+from expunge.bench.tasks import Scenario, Task, records
+from expunge.data.images import ImageData, Images
+from expunge.errors import ConfigError
+from expunge.metrics.outputs import Outputs
+from expunge.rows import read_rows
+from tests.tiny_bench import BRIEF, CROSS, DIGITS, RANDOM, RECIPE, TINY, TWO, run, tiny
+
+
+def test_scenarios_give_methods_and_judges_the_right_records():
+    removed = records(DIGITS, 3, None)
+    assert (len(removed.before), len(removed.retain), len(removed.forget)) == (40, 36, 4)
+    assert removed.unseen is removed.parts["test"]
+    within = records(replace(DIGITS, train=100, scenario=Scenario(kind="in-class", amount=2)), 3, None)
+    assert within.forget.tensors[1].tolist() == [3, 3]
+    assert set(within.unseen.tensors[1].tolist()) == {3}
+    faulty = records(replace(DIGITS, scenario=CROSS), 3, None)
+    assert len(faulty.retain) == len(faulty.before) == 40
+    assert faulty.forget.tensors[0][:, 0, -1, -1].eq(1).all()  # what methods see has the cross
+    assert not faulty.parts["forget"].tensors[0][:, 0, -1, -1].eq(1).any()  # what is judged has not
+    assert faulty.parts["triggered"].tensors[0][:, 0, -1, -1].eq(1).all()
+    seen = judging.judged(faulty)
+    scored = [seen[split] for split in judging.SCORED]
+    assert all(len(each) <= 40 for each in scored)  # a rehearsal sees no test record: all seeds share those
+    assert len(seen["test"]) == len(seen["triggered"]) > 1000
+    assert scored[-1].tensors[0][:, 0, -1, -1].eq(1).all()
+    half = records(replace(DIGITS, scenario=replace(CROSS, gamma=0.5, known_are="removed")), 3, None)
+    assert len(half.retain) == 40 - len(half.forget)
+    assert len(half.forget) == round(len(faulty.forget) / 2)
+
+
+def looks(right, *, confidence=4.0, count=40):
+    """Outputs of a model of two classes that gets so many of the records right, with one margin for all."""
+    labels = np.zeros(count, dtype=np.int64)
+    margin = np.where(np.arange(count) < right, confidence, -confidence)
+    return Outputs(np.stack([margin, np.zeros(count)], axis=1), labels)
+
+
+def test_a_rehearsal_is_scored_in_units_of_what_is_close_or_of_the_noise_floor():
+    one = {"retain": looks(40), "forget": looks(20)}
+    other = {"retain": looks(40), "forget": looks(22)}
+    unit = judging.units([[one, other]], corrects=False)
+    assert unit["NA"] == 0.5  # the two do not differ
+    assert unit["FA"] == pytest.approx(5.0)  # they do, by 2 of 40
+    apart = one["forget"].losses - other["forget"].losses  # 4 nats for two of the records
+    assert unit["FE"] == pytest.approx(scipy.stats.sem(apart))
+    p = 1 / (1 + math.exp(-4))
+    assert unit["FSKL"] == pytest.approx(2 / 40 * 2 * (2 * p - 1) * 4)
+    assert judging.score([one], [[one]], unit, corrects=False) == 0
+    learned = {"retain": looks(39), "forget": looks(40)}
+    gaps = judging.gaps(learned, one, corrects=False)
+    assert gaps["NA"] == pytest.approx(2.5)
+    assert gaps["FA"] == pytest.approx(50)
+    assert gaps["FE"] == pytest.approx(2.0)
+    expected = (2.5 / 0.5 + 50 / 5 + 2 / unit["FE"] + gaps["FSKL"] / unit["FSKL"]) / 4
+    assert judging.score([learned], [[one]], unit, corrects=False) == pytest.approx(expected)
+    triggered = [{**each, judging.TRIGGERED: looks(right)} for each, right in ((one, 40), (other, 38))]
+    assert judging.units([triggered], corrects=True).keys() == {"NA", "FA", "NA with trigger", "FSKL"}
+    assert judging.units([triggered], corrects=True)["NA with trigger"] == pytest.approx(5.0)
+
+
+def test_originals_are_shared_and_what_differs_is_not():
+    def key(step, **changes):
+        return Stage(step=step, task=replace(DIGITS, **changes), seed=0).key
+
+    more = Scenario(kind="random", amount=0.2)
+    assert key("original") == key("original", scenario=more)
+    assert key("cache") == key("cache", scenario=more)
+    assert key("retrain") != key("retrain", scenario=more)
+    assert key("original") != key("original", scenario=CROSS)
+    assert key("original", scenario=CROSS) == key("original", scenario=replace(CROSS, gamma=0.5))
+    assert key("original") != key("original", recipe=replace(RECIPE, epochs=5))
+    assert key("original") != key("original", fingerprint="other data")
+
+
+def test_a_cached_gradient_is_of_the_loss_that_the_contender_takes(tmp_path):
+    entry, three = "orthogonal-ascent", (("step", 0.1),)
+    others = [Contender(name=n, entry=entry, settings=three, tuned=False, cached_loss=n) for n in stages.LOSSES]
+    own = Contender(name=entry, entry=entry, settings=three, tuned=False)
+    experiment = tiny(DIGITS, contenders=(own, *others, TWO[0]))
+    needed = {s.contender.name: s.needs["cache"] for s in experiment.evaluations([0]) if s.effort is not None}
+    losses = {name: stage.cached_loss for name, stage in needed.items()}
+    assert losses == {entry: "logit_margin", "reload": "cross_entropy", **{name: name for name in stages.LOSSES}}
+    assert needed[entry].key == needed["logit_margin"].key != needed["reload"].key == needed["cross_entropy"].key
+    assert needed["reload"].key == Stage(step="cache", task=DIGITS, seed=0).key
+    rows = read_rows(run(experiment, tmp_path) / "rows.csv")
+    found = {row.method: row.value for row in rows if row.metric == "FE" and row.method in losses}
+    assert found[entry] == found["logit_margin"] != found["cross_entropy"]
+    work = {row.method: row.value for row in rows if row.metric == "Work"}
+    passes = 40 + 36 + 36 * BRIEF.budget.epochs  # examples: the cached gradient, the second one, fine-tuning
+    assert work[entry] == work["logit_margin"] == passes / (36 * RECIPE.epochs)
+    store = Store(tmp_path)
+    assert {n: cache.read_header(store.result(s) / "cache.safetensors").loss_terms for n, s in needed.items()} == losses
+
+
+def test_a_blind_tuning_sees_what_is_left_of_its_own_seed_and_nothing_else(tmp_path, monkeypatch):
+    blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
+    experiment = tiny(DIGITS, contenders=(blind, TWO[0]))
+    tunings = {
+        (s.contender.tuned, s.seed): s for s in closure(experiment.evaluations([0, 1])).values() if s.step == "tune"
+    }
+    assert set(tunings) == {("blind", 0), ("blind", 1), (True, 0)}
+    assert len({stage.key for stage in tunings.values()}) == 3
+    needed = closure([tunings["blind", 1]])
+    assert [(each.step, each.seed) for each in needed.values()] == [("original", 1), ("cache", 1), ("tune", 1)]
+
+    given = []
+    drawn = steps.rehearsal.prepare
+    monkeypatch.setattr(
+        steps.rehearsal, "prepare", lambda problem, *a, **k: given.append(problem) or drawn(problem, *a, **k)
+    )
+    rows = read_rows(run(experiment, tmp_path) / "rows.csv")
+    assert len({row.value for row in rows if row.method in ("reload", blind.name) and row.metric == "FE"}) == 2
+    left, forget = records(DIGITS, 0, None).retain, records(DIGITS, 0, None).forget
+    assert type(given[0].given) is Blind
+    assert torch.equal(given[0].given.retain.positions, left.positions)
+    assert given[0].given.full.count == len(left)
+    assert not set(forget.positions.tolist()) & set(given[0].given.retain.positions.tolist())
+    trials = read_json(Store(tmp_path).result(tunings["blind", 0]) / "trials.json")
+    assert len(trials["trials"]) == BRIEF.trials
+
+
+def test_a_correction_cannot_be_rehearsed_blind():
+    blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
+    with pytest.raises(ConfigError, match=r"only one removal of records can be rehearsed, random or in-class, and not"):
+        replace(tiny(), tasks=(replace(DIGITS, scenario=CROSS),), contenders=(blind,), shown=("TA",))
+
+
+def test_images_to_spare_are_neither_trained_on_nor_test_images(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count):
+        pixels = torch.randint(256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        return Images(pixels, torch.arange(count) % 2)
+
+    found = ImageData(name="some", train=some(30), test=some(10), classes=("a", "b"))
+    monkeypatch.setattr(tasks, "images", lambda *_: found)
+    task = Task(dataset="cifar10", model="convnet", recipe=RECIPE, scenario=RANDOM, train=20)
+    tasks.records.cache_clear()
+    trained = records(task, 3, None).before.tensors[0]
+    spare = tasks.spare(task, 3, None).tensors[0]
+    assert (len(trained), len(spare)) == (20, 10)
+    assert not any(torch.equal(one, other) for one in spare for other in trained)
+    everything = replace(task, train=0)
+    assert torch.equal(
+        tasks.spare(everything, 3, None).tensors[0], records(everything, 3, None).parts["test"].tensors[0]
+    )
+    tasks.records.cache_clear()
+
+
+def test_deletions_in_a_row_start_from_what_the_one_before_left_and_cache_anew(tmp_path):
+    rounds = [replace(DIGITS, scenario=Scenario(kind="sequence", amount=0.1, round=number)) for number in (1, 2)]
+    experiment = tiny(*rounds, contenders=TWO[:1])
+    listed = closure(experiment.evaluations([0]))
+    unlearned = {stage.task: stage for stage in listed.values() if stage.step == "unlearn"}
+    first, second = (unlearned[task] for task in rounds)
+    assert second.needs["original"].key == first.key
+    assert second.needs["cache"].needs["original"].key == first.key
+    assert second.needs["tune"].key == first.needs["tune"].key
+    assert first.needs["original"].key == Stage(step="original", task=DIGITS, seed=0).key
+    alone = closure(replace(experiment, tasks=(rounds[1],)).evaluations([0]))
+    assert {len(records(s.task, s.seed, None).before) for s in alone.values() if s.step == "original"} == {40}
+    one, two = (records(task, 0, None) for task in rounds)
+    assert torch.equal(two.before.positions, one.retain.positions)
+    assert not set(two.forget.positions.tolist()) & set(one.forget.positions.tolist())
+    judged = set(two.parts["forget"].positions.tolist())
+    assert judged == {*one.forget.positions.tolist(), *two.forget.positions.tolist()}
+    folder = run(experiment, tmp_path)
+    counts = {row.scenario: row.n for row in read_rows(folder / "rows.csv") if row.metric == "FE"}
+    assert list(counts.values()) == [4, 8]
+    assert cache.read_header(Store(tmp_path).result(second.needs["cache"]) / "cache.safetensors").count == 36
+    with pytest.raises(ConfigError, match=r"10 deletions of 10 % each\. They must take some and leave some"):
+        Scenario(kind="sequence", amount=0.1, round=10)
+    with pytest.raises(ConfigError, match=r"1 deletions of 0 of 40 images each\. They must take some and leave some"):
+        records(replace(DIGITS, scenario=Scenario(kind="sequence", amount=0.01)), 0, None)
+
+
+def test_a_setting_that_is_new_and_has_its_default_leaves_keys_as_they_are():
+    @dataclass(frozen=True)
+    class Old:
+        a: int = 1
+
+    @dataclass(frozen=True)
+    class New:
+        a: int = 1
+        b: int = 2
+
+    assert stages._chosen(New(a=3)) == stages._chosen(Old(a=3)) == {"a": 3}
+    assert stages._chosen(New(b=3)) == {"b": 3}
+
+
+def test_another_version_or_file_of_a_method_makes_its_stages_anew_and_no_others(monkeypatch):
+    def keys():
+        stages._key.cache_clear()
+        return {stage.label: stage.key for stage in closure(TINY.evaluations([0])).values()}
+
+    before = keys()
+    monkeypatch.setattr(stages, "_source", lambda entry: "changed" if entry == "ssd" else entry)
+    other = keys()
+    monkeypatch.setattr(stages, "_source", lambda entry: entry)
+    same = keys()
+    assert {label for label in same if other[label] != same[label]} == {
+        f"{step} ssd (random 10 %, seed 0)" for step in ("tune", "unlearn", "evaluate")
+    }
+    monkeypatch.setitem(stages.VERSIONS, "retrain", 99)
+    assert keys()["original (random 10 %, seed 0)"] == before["original (random 10 %, seed 0)"]
+    assert keys()["retrain 1 (random 10 %, seed 0)"] != same["retrain 1 (random 10 %, seed 0)"]
+    stages._key.cache_clear()
+
+
+def test_stages_survive_the_way_to_a_worker():
+    listed = closure(tiny(DIGITS, replace(DIGITS, scenario=CROSS)).evaluations([0, 1]))
+    assert {from_plain(json.loads(json.dumps(stage.plain()))).key for stage in listed.values()} == set(listed)
+
+
+def test_everyone_is_every_method_that_fits_and_six_controls():
+    names = [each.name for each in everyone("removal")]
+    assert len([name for name in names if name.startswith("control: ")]) == 6
+    assert names[0] == "reload"
+    assert not {"retrain", "unsir", "boundary-shrink"} & set(names)
+    assert "scrub" in names
+    assert "salun" in [each.name for each in everyone("backdoor-correction")]
+
+
+def test_no_seed_is_both_tuned_on_and_reported():
+    with pytest.raises(ConfigError, match="seed 1 is one that settings are tuned on"):
+        tiny(effort=replace(BRIEF, rehearsals=(1,))).evaluations([0, 1])
+
+
+def test_a_repetition_is_planned_seed_by_seed():
+    seeds = [stage.seed for stage in TINY.evaluations([0, 1])]
+    assert seeds == sorted(seeds)
