@@ -29,6 +29,7 @@ from expunge.definitions import METRICS, Definition
 from expunge.methods import METHODS
 from expunge.metrics.stats import t_interval
 from expunge.report import markdown
+from expunge.report.summaries import label
 from expunge.rows import read_rows
 from expunge.space import Choice, Range
 
@@ -175,6 +176,23 @@ def _kept(path: Path, profile: str) -> str:
     return "\n\n".join(tables)
 
 
+def finding(name: str) -> str:
+    """The figures that docs/findings.md speaks of, from the rows that were kept: mean ± sd over seeds."""
+    methods, metrics = FINDINGS[name]
+    found: dict[tuple[str, str], list[float]] = {}
+    file = ROOT / "results" / f"{name}-cpu.csv"
+    for row in read_rows(file) if file.exists() else []:
+        if row.source == "measured":
+            found.setdefault((row.method, row.metric), []).append(row.value)
+    listed = methods or tuple(dict.fromkeys(method for method, _ in found))
+    lines = [f"| method | {' | '.join(metrics)} |", f"|---|{'--:|' * len(metrics)}"]
+    for method in listed:
+        values = [found.get((method, metric), []) for metric in metrics]
+        cells = [f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" if v else "" for v in values]
+        lines.append(f"| {label(method)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def unfit() -> str:
     """Who takes no part in a scenario of the comparison, and why."""
     lines = ["| method | scenario | why not |", "|---|---|---|"]
@@ -249,6 +267,15 @@ def _apart(found: dict[str, float], other: dict[str, float]) -> str:
     return f"{(interval.low + interval.high) / 2:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
 
 
+FINDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of an experiment: methods (none: all), metrics
+    "table1": (
+        ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
+         "control: recipe alone", "control: short retraining", "fine-tune", "l1-sparse", "orthogonal-ascent", "duck",
+         "scrub", "salun"),
+        ("NA", "FA", "ΔFA", "ΔFMIA", "FSKL", "NSKL", "Work"),
+    ),
+    "ascent": ((), ("NA", "ΔFA", "ΔFMIA", "FSKL", "NSKL")),
+}  # fmt: skip
 GENERATED: dict[str, Callable[[], str]] = {
     "compare-overview": lambda: compared(compare.OVERVIEW),
     "compare-removal": lambda: compared("removal"),
@@ -257,6 +284,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "compare-unfit": unfit,
     "ablation": ablation_table,
     "results": results,
+    **{f"finding:{name}": functools.partial(finding, name) for name in FINDINGS},
     "rehearsal-value": rehearsal_table,
     "demo": demo_table,
     "methods-table": methods_table,
