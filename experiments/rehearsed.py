@@ -5,8 +5,8 @@ Ways: tuned on the rehearsal of table1.py, with forget sets and retrained models
 two pseudo-forget sets drawn from what is left of the very seed, as `expunge rehearse` does, with nothing retrained; and
 the methods' defaults.
 Fairness: the same number of trials over the same space. A blind rehearsal unlearns twice a trial and once for a tuned
-setting, but needs no other data, forget sets or retrained models. It judges by images that nothing was trained on and
-that are not test images.
+setting, but needs no other data, forget sets or retrained models. It judges by training images that were not drawn; the
+paper profile uses all, and judges by test images.
 Cost: shares all but the blind rehearsals with table1.py; these are 16 unlearnings a method and seed.
 Expected: on the digits (docs/rehearse.md) nothing was lost after a random removal.
 

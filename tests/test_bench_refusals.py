@@ -132,6 +132,9 @@ def test_a_task_that_cannot_be_is_refused(values, message):
         ({"settings": (("fine_tune.lr", -1.0),)}, "reload refuses this: lr=-1.0"),
         ({"entry": "retrain", "settings": (("lr", 1),)}, "settings=.*: retrain has none of its own. Leave them out"),
         ({"tuned": "no"}, "tuned='no': write True, False or 'blind'"),
+        ({"tuned": 1}, "tuned=1: write True, False or 'blind'"),
+        ({"entry": "ssd", "tuned": "blind"}, "tuned='blind': ssd needs the removed records"),
+        ({"entry": "fine-tune", "cached_loss": "logit_margin"}, "fine-tune uses no cached gradient. Leave it out"),
         ({"cached_loss": "mse"}, "cached_loss='mse': choose from cross_entropy, logit_margin, or leave it out"),
     ],
 )

@@ -125,21 +125,26 @@ def test_a_blind_tuning_sees_what_is_left_of_its_own_seed_and_nothing_else(tmp_p
     monkeypatch.setattr(
         steps.rehearsal, "prepare", lambda problem, *a, **k: given.append(problem) or drawn(problem, *a, **k)
     )
-    rows = read_rows(run(experiment, tmp_path) / "rows.csv")
-    assert len({row.value for row in rows if row.method in ("reload", blind.name) and row.metric == "FE"}) == 2
+    run(experiment, tmp_path)
     left, forget = records(DIGITS, 0, None).retain, records(DIGITS, 0, None).forget
     assert type(given[0].given) is Blind
     assert torch.equal(given[0].given.retain.positions, left.positions)
     assert given[0].given.full.count == len(left)
     assert not set(forget.positions.tolist()) & set(given[0].given.retain.positions.tolist())
-    trials = read_json(Store(tmp_path).result(tunings["blind", 0]) / "trials.json")
-    assert len(trials["trials"]) == BRIEF.trials
+    own, other = (
+        read_json(Store(tmp_path).result(tunings[how, 0]) / "trials.json")["trials"] for how in ("blind", True)
+    )
+    assert len(own) == BRIEF.trials
+    assert {json.dumps(trial["settings"]) for trial in own} == {json.dumps(trial["settings"]) for trial in other}
+    assert not {trial["score"] for trial in own} & {trial["score"] for trial in other}
 
 
 def test_a_correction_cannot_be_rehearsed_blind():
     blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
     with pytest.raises(ConfigError, match=r"only one removal of records can be rehearsed, random or in-class, and not"):
         replace(tiny(), tasks=(replace(DIGITS, scenario=CROSS),), contenders=(blind,), shown=("TA",))
+    with pytest.raises(ConfigError, match=r"'random 40 %' leaves too little for 2 pseudo-forget sets of its size"):
+        tiny(replace(DIGITS, scenario=Scenario(kind="random", amount=0.4)), contenders=(blind,))
 
 
 def test_images_to_spare_are_neither_trained_on_nor_test_images(monkeypatch):

@@ -68,6 +68,13 @@ def unlearned(*more, cache="c.safetensors", weights="w.safetensors", out="u.safe
     return main(["unlearn", "setup.py", "--weights", weights, *options, "--out", out, *more])
 
 
+def test_a_loss_that_is_no_function_is_refused(folder, capsys):
+    Path("setup.py").write_text(SETUP + "cached_loss = 'logit_margin'\n", encoding="utf-8")
+    assert cached() == 2
+    said = capsys.readouterr().err
+    assert "setup.py: cached_loss is 'logit_margin', no function. Write def cached_loss(model, batch)" in said
+
+
 def test_a_setup_file_may_cache_another_loss_than_it_trains_with(folder, capsys):
     assert cached() == 0
     before = Path("c.safetensors").read_bytes()

@@ -49,8 +49,9 @@ def odds_against(logits: Tensor, labels: Tensor) -> Tensor:
 
 def given(kind: str, model: nn.Module, **changes) -> Blind:
     data = classification(40)
-    full = gradient(model, logit_margin, data, micro_batch=8)
-    blind = {"retain": data.without(REMOVED), "loss_terms": cross_entropy, "full": full, "cached_loss": logit_margin}
+    blind = {"retain": data.without(REMOVED), "loss_terms": cross_entropy, "cached_loss": logit_margin}
+    if "full" not in changes:
+        blind["full"] = gradient(model, logit_margin, data, micro_batch=8)
     return Blind(**({"fresh": lambda seed: network(kind, seed + 100)} | blind | changes))
 
 
@@ -173,7 +174,8 @@ def test_of_a_cache_with_groups_only_the_touched_ones_are_computed():
     [
         ({"step": 0.0}, "step=0.0: must be a positive share"),
         ({"step": float("inf")}, "step=inf"),
-        ({"rounds": 0}, "rounds=0: must be at least 1"),
+        ({"rounds": 0}, "rounds=0: must be a whole number, at least 1"),
+        ({"rounds": 1.5}, "rounds=1.5: must be a whole number"),
         ({"direction": "up"}, "direction='up': choose from orthogonal, difference, reversed, random"),
         ({"rounds": 4, "fine_tune": TWICE}, "fine_tune.epochs=3, rounds=4: an ascent without an epoch"),
     ],
@@ -201,8 +203,9 @@ def test_nothing_removed_shows_nothing():
         unlearn(model, given("mlp", model, retain=classification(40)), OrthogonalAscent(fine_tune=TWICE))
 
 
-def test_removed_copies_of_what_is_left_have_no_direction_of_their_own():
-    model, (inputs, labels) = network("mlp"), classification(20).tensors
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_removed_copies_of_what_is_left_have_no_direction_of_their_own(dtype):
+    model, (inputs, labels) = network("mlp").to(dtype), classification(20, dtype=dtype).tensors
     doubled = Examples(torch.cat([inputs, inputs]), torch.cat([labels, labels]))
     full = gradient(model, logit_margin, doubled, micro_batch=8)
     left = doubled.only(torch.arange(20))
@@ -243,3 +246,10 @@ def test_a_margin_of_a_record_fitted_beyond_float32_is_finite_and_still_moves():
 def test_labels_and_logits_without_margins_are_refused(logits, labels):
     with pytest.raises(ConfigError, match="a margin takes class numbers, int64"):
         logit_margin(Says(logits), (torch.zeros(4), labels))
+
+
+@pytest.mark.parametrize("label", [3, -1, -100])
+def test_labels_of_no_class_have_no_margin(label):
+    labels = torch.tensor([0, label, 2])
+    with pytest.raises(ConfigError, match=r"a margin is one of a class, 0 to 2\. Leave records without a class out"):
+        logit_margin(Says(torch.zeros(3, 3)), (torch.zeros(3), labels))

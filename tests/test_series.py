@@ -61,6 +61,13 @@ def test_points_stand_in_the_order_of_the_number_with_their_means():
     assert drawing.svg == series(summaries(DELETIONS[::-1])).svg
 
 
+def test_where_only_standards_have_values_there_is_nothing_to_draw():
+    only = [each for each in summaries() if each.method == "retrain"]
+    assert series(only) is None
+    others = [each for each in summaries() if each.method != "reload"]
+    assert series(others).finding.startswith("ΔFE of fine-tune goes from")
+
+
 def test_a_page_of_a_series_begins_with_it_and_others_have_none(tmp_path):
     def page(scenarios):
         rows = [

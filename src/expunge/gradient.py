@@ -63,7 +63,8 @@ class Origin:
             )
         if self.loss_terms != now.loss_terms:
             raise MismatchError(
-                f"{what} is of the loss {self.loss_terms!r}, and now {now.loss_terms!r} is used. Use the same loss."
+                f"{what} is of the loss {self.loss_terms!r}, and now {now.loss_terms!r} is used. Use the same loss, or "
+                "say of which the cache is: Blind(cached_loss=…), in a setup file cached_loss = …"
             )
 
 

@@ -51,6 +51,11 @@ def logit_margin(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
             f"labels {_described(labels)} do not fit logits {_described(logits)}: a margin takes class numbers, int64 "
             "of shape (examples,), and a model with logits for two classes or more."
         )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise ConfigError(
+            f"labels from {int(labels.min())} to {int(labels.max())} do not fit logits {_described(logits)}: a margin "
+            f"is one of a class, 0 to {logits.shape[1] - 1}. Leave records without a class out."
+        )
     wide = _wide(logits)
     own = wide.gather(1, labels[:, None])
     others: Tensor = wide.scatter(1, labels[:, None], -torch.inf).logsumexp(1)

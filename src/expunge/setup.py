@@ -3,8 +3,8 @@
 It defines ``model(seed)`` and ``loss_terms``, and of the following what a command needs: ``original()`` to cache,
 ``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``validation()`` for SCRUB's
 rewind, ``test()`` for evaluation, ``candidates()`` and ``triggered()`` for audits, ``recipe`` for rehearsals that
-retrain, ``logits(model, batch)`` where a batch is not (inputs, labels),
-``cached_loss`` if gradients are cached of another loss than that of training. Only what is needed is called.
+retrain, ``logits(model, batch)`` where a batch is not (inputs, labels), ``cached_loss`` if gradients are cached of
+another loss than that of training. Only what is needed is called.
 """
 
 import importlib.util
@@ -42,14 +42,12 @@ class Setup:
     @property
     def loss_terms(self) -> LossTerms:
         """Unreduced losses of a batch."""
-        loss_terms: LossTerms = self._get("loss_terms", "def loss_terms(model, batch): …, one loss a term")
-        return loss_terms
+        return self._loss("loss_terms")
 
     @property
-    def cached_loss(self) -> LossTerms:
+    def cached_terms(self) -> LossTerms:
         """What cached gradients are of: ``cached_loss`` if the file defines it, otherwise ``loss_terms``."""
-        cached: LossTerms = getattr(self.module, "cached_loss", None) or self.loss_terms
-        return cached
+        return self._loss("cached_loss" if hasattr(self.module, "cached_loss") else "loss_terms")
 
     @property
     def logits(self) -> Logits:
@@ -80,6 +78,13 @@ class Setup:
         data: Batches = self._call(split)
         require_reiterable(data, f"what {split}() of {self.path} returns")
         return data
+
+    def _loss(self, name: str) -> LossTerms:
+        example = f"def {name}(model, batch): …, one loss a term"
+        loss: LossTerms = self._get(name, example)
+        if not callable(loss):
+            raise ConfigError(f"{self.path}: {name} is {loss!r}, no function. Write {example}")
+        return loss
 
     def _get(self, name: str, example: str) -> Any:
         if not hasattr(self.module, name):

@@ -197,27 +197,27 @@ def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Tra
 
 
 def until_converged(
-    data: Batches, loss_terms: LossTerms, *, target: float, tolerance: float, patience: int, trace: Trace
+    data: Batches, loss_terms: LossTerms, *, target: float | None, tolerance: float, patience: int, trace: Trace
 ) -> StopRule:
     """End when the mean loss on the data is down to that of the original model on its own, or on a plateau.
 
     Args:
         data: What is fine-tuned on.
         loss_terms: Its loss.
-        target: Mean loss, nats a term, that the original model had reached on all of its data.
+        target: Mean loss, nats a term, that the original model had reached on all of its data; None: not known.
         tolerance: Share of the target by which the loss may stay above it.
         patience: Epochs without a new lowest training loss that make a plateau; 0 for never.
         trace: Counts the extra forward passes.
     """
     best, waited, epoch = math.inf, 0, 0
-    enough = target * (1 + tolerance)
+    enough = -math.inf if target is None else target * (1 + tolerance)
 
     def stop(model: nn.Module, training_loss: float) -> str | None:
         nonlocal best, waited, epoch
         epoch += 1
         # The training loss is an average over moving weights (and dropout), an upper estimate: look closer once it
         # is near, and now and then in any case.
-        if training_loss <= 4 * enough or epoch % 5 == 0:
+        if target is not None and (training_loss <= 4 * enough or epoch % 5 == 0):
             reached = mean_loss(model, data, loss_terms, trace)
             if reached <= enough:
                 return f"loss {reached:.4g} reached the original's {target:.4g} (tolerance {tolerance:.0%})"

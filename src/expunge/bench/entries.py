@@ -144,7 +144,7 @@ def _within(config: Any, budget: Recipe) -> Any:
     return replace(config, **changed)
 
 
-def _fitted(path: str, values: Any, start: object, layers: int) -> Any:
+def _fitted(path: str, values: Any, start: Any, layers: int) -> Any:
     """Values that the budget and the network allow."""
     last = path.rpartition(".")[2]
     if last == "epochs":
@@ -152,6 +152,8 @@ def _fitted(path: str, values: Any, start: object, layers: int) -> Any:
         for name in path.split("."):
             most = getattr(most, name)
         return Range(min(values.low, most), min(values.high, most), values.log)
+    if last == "rounds":  # of one epoch at least
+        return Range(values.low, min(values.high, start.fine_tune.epochs))
     if last == "k":  # a layer must stay as it is, or it is no longer the method
         return Range(values.low, min(values.high, layers - 1))
     return values

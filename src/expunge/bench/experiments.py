@@ -19,7 +19,7 @@ from expunge.bench.entries import SHORT, entries
 from expunge.bench.fit import require_fit
 from expunge.bench.judging import TABLES, metrics_of
 from expunge.bench.required import require
-from expunge.bench.stages import PSEUDO_SETS_LIKE, STANDARDS, Contender, Effort, Stage, tuning_of
+from expunge.bench.stages import PSEUDO_SETS, PSEUDO_SETS_LIKE, STANDARDS, Contender, Effort, Stage, tuning_of
 from expunge.bench.steps import TRIALS
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Task, located, note_of
@@ -65,6 +65,14 @@ class Experiment:
                 raise ConfigError(
                     f"contender {contender.name!r}, tuned='blind': without a forget set only one removal of records "
                     f"can be rehearsed, random or in-class, and not {unfit[0]!r}. Leave tuned out."
+                )
+            large = [
+                t for t in self.tasks if t.scenario.kind == "random" and t.scenario.amount * (1 + PSEUDO_SETS) >= 1
+            ]
+            if contender.tuned == "blind" and large:
+                raise ConfigError(
+                    f"contender {contender.name!r}, tuned='blind': {large[0].scenario.name!r} leaves too little for "
+                    f"{PSEUDO_SETS} pseudo-forget sets of its size. Remove less, or leave tuned out."
                 )
         known = dict.fromkeys(name for task in self.tasks for name in metrics_of(task.scenario.corrects))
         for metric in (*self.shown, *([self.leading] if self.leading else [])):

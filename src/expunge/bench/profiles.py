@@ -49,7 +49,7 @@ def task(profile: str, dataset: str, scenario: Scenario) -> Task:
 def effort(task: Task, profile: str) -> Effort:
     """What everyone may spend on a task in a profile: epochs of training, and a number of trials.
 
-    The epochs are 0.12 of those of retraining, less the two that the gradients of RELOAD take.
+    The epochs are 0.12 of those of retraining, less the two that the cached gradient and the second pass take.
 
     Raises:
         ConfigError: No such profile, or a training too short for that.

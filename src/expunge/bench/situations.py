@@ -52,11 +52,13 @@ class Situation:
 
     def given_with(self, cached_loss: LossTerms | None) -> Sighted:
         """What a method is given that wants a gradient of this loss."""
-        return (
-            replace(self.given, full=self.margins, cached_loss=logit_margin)
-            if cached_loss is logit_margin
-            else self.given
-        )
+        cached: dict[LossTerms | None, Gradient | None] = {
+            None: self.given.full,
+            cross_entropy: self.given.full,
+            logit_margin: self.margins,
+        }
+        full = cached[cached_loss]
+        return replace(self.given, full=full, cached_loss=cached_loss)
 
 
 def removal(seed: int, size: Size = FULL) -> Situation:

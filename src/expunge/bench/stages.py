@@ -30,6 +30,7 @@ STEPS: tuple[Step, ...] = get_args(Step)
 VERSIONS: dict[Step, int] = dict.fromkeys(STEPS, 1)
 LOSSES = {name_of(loss): loss for loss in (cross_entropy, logit_margin)}  # that gradients are cached of
 # Scenarios for which a contender can be tuned blind, and what pseudo-forget sets are like then.
+PSEUDO_SETS = 2  # that a blind tuning tries every setting on
 PSEUDO_SETS_LIKE: dict[str, Literal["random", "in-class"]] = {"random": "random", "in-class": "in-class"}
 STANDARDS = ("original", "retrain", "retrain again")  # models that are evaluated beside those that unlearned
 
@@ -50,7 +51,8 @@ class Contender:
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a contender a name")
-        require(self.tuned in (True, False, "blind"), "tuned", self.tuned, "write True, False or 'blind'")
+        fitting = isinstance(self.tuned, bool) or self.tuned == "blind"
+        require(fitting, "tuned", self.tuned, "write True, False or 'blind'")
         require_settings(self.settings)
         fitting = self.cached_loss in ("", *LOSSES)
         require(fitting, "cached_loss", self.cached_loss, f"choose from {', '.join(LOSSES)}, or leave it out")
@@ -58,6 +60,11 @@ class Contender:
             require(not self.settings, "settings", self.settings, f"{self.entry} has none of its own. Leave them out")
             return
         _require_entry(self.entry)
+        entry = entries(SHORT)[self.entry]
+        uses = entry.cached_loss is not None or not self.cached_loss
+        require(uses, "cached_loss", self.cached_loss, f"{self.entry} uses no cached gradient. Leave it out")
+        can = entry.blind or self.tuned != "blind"
+        require(can, "tuned", self.tuned, f"{self.entry} needs the removed records. Write True or False")
         _require_fitting(self.name, self.entry, self.settings)
 
 

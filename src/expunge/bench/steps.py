@@ -18,7 +18,17 @@ from expunge.batches import Examples
 from expunge.bench import judging, rehearsal, tasks
 from expunge.bench.entries import Entry, entries
 from expunge.bench.judging import SPENT
-from expunge.bench.stages import LOSSES, PSEUDO_SETS_LIKE, Stage, Step, cache_of, cached_loss_of, start_of, tuning_of
+from expunge.bench.stages import (
+    LOSSES,
+    PSEUDO_SETS,
+    PSEUDO_SETS_LIKE,
+    Stage,
+    Step,
+    cache_of,
+    cached_loss_of,
+    start_of,
+    tuning_of,
+)
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Records
 from expunge.bench.tuning import Objective, plain, tune
@@ -38,7 +48,6 @@ from expunge.weights import load_weights, save_weights
 WEIGHTS, TRACE, CACHE, LOGITS, TRIALS = (
     "model.safetensors", "trace.json", "cache.safetensors", "logits.safetensors", "trials.json",
 )  # fmt: skip
-PSEUDO_SETS = 2  # that a blind tuning tries every setting on
 FAILURES = (NotFinite, NotInformative)  # of a method: results, not mistakes
 
 

@@ -54,8 +54,8 @@ def audit_cache(
 
     loaded = load_setup(setup)
     model = trained_model(loaded, weights, device)
-    full = cache_file.load(path, model, loaded.cached_loss)
-    has = evidence(model, loaded.cached_loss, loaded.data("retain"), full, logits=loaded.logits)
+    full = cache_file.load(path, model, loaded.cached_terms)
+    has = evidence(model, loaded.cached_terms, loaded.data("retain"), full, logits=loaded.logits)
     truth = Truth(
         forget=_split(loaded, "forget"), unseen=_split(loaded, "test"), candidates=_split(loaded, "candidates")
     )
@@ -101,8 +101,8 @@ def audit_preflight(
     model = trained_model(loaded, weights, device)
     retain = loaded.data("retain")
     try:
-        full = cache_file.load(cache, model, loaded.cached_loss)
-        result = preflight(model, loaded.cached_loss, retain, full, reset_fraction=reset_fraction)
+        full = cache_file.load(cache, model, loaded.cached_terms)
+        result = preflight(model, loaded.cached_terms, retain, full, reset_fraction=reset_fraction)
     except (CorruptCache, MismatchError, NonDeterministicLoss, NotFinite, NotInformative) as error:
         result = Preflight([Check("validity", "do not", str(error), {"error": type(error).__name__})])
     if json:

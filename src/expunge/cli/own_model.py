@@ -95,7 +95,7 @@ def cache(
     kept = params.named_without(model, leave_out)
     full = gradient(
         model,
-        loaded.cached_loss,
+        loaded.cached_terms,
         loaded.data("original"),
         parameters=kept,
         micro_batch=micro_batch,
@@ -163,13 +163,13 @@ def unlearn(
     method = chosen.read_settings(settings, method) if settings else method
     loaded, row = load_setup(setup), method_of(method)
     model = trained_model(loaded, weights, device)
-    full = cache_file.load(cache, model, loaded.cached_loss) if cache is not None else None
+    full = cache_file.load(cache, model, loaded.cached_terms) if cache is not None else None
     shared: dict[str, Any] = {
         "retain": loaded.data("retain"),
         "loss_terms": loaded.loss_terms,
         "fresh": loaded.model,
         "full": full,
-        "cached_loss": loaded.cached_loss,
+        "cached_loss": loaded.cached_terms,
     }
     given = Blind(**shared) if row.blind else _sighted(loaded, row, shared)
     inputs.require_unchanged(hashes)  # now that all is read; what happens to the files later is of no effect

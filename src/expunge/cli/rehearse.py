@@ -191,13 +191,14 @@ def _stage(
     model = trained_model(loaded, weights, device)
     retain, cached = loaded.data("retain"), None
     if cache is not None:
-        cached = cache_file.load(cache, model, loaded.cached_loss)
+        cached = cache_file.load(cache, model, loaded.cached_terms)
     left = gradient(
         model,
-        loaded.cached_loss,
+        loaded.cached_terms,
         retain,
         parameters=cached.total if cached else None,
         micro_batch=cached.micro_batches.size if cached and cached.micro_batches else MICRO_BATCH,
+        checkpoint=cached.recomputed if cached else False,
     )
     count = records or 0
     if records is None and cached is not None and like != "class":
@@ -209,7 +210,7 @@ def _stage(
             loss_terms=loaded.loss_terms,
             fresh=loaded.model,
             full=left,
-            cached_loss=loaded.cached_loss,
+            cached_loss=loaded.cached_terms,
         ),
         unseen=loaded.data("test") if loaded.has("test") and not retrain else None,
         logits=loaded.logits,

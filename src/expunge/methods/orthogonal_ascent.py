@@ -52,8 +52,8 @@ class OrthogonalAscent:
     def __post_init__(self) -> None:
         if not 0 < self.step < math.inf:
             raise ConfigError(f"step={self.step}: must be a positive share of the norm of the weights.")
-        if self.rounds < 1:
-            raise ConfigError(f"rounds={self.rounds}: must be at least 1.")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ConfigError(f"rounds={self.rounds}: must be a whole number, at least 1.")
         if self.direction not in get_args(Direction):
             raise ConfigError(f"direction={self.direction!r}: choose from {', '.join(get_args(Direction))}.")
         if self.fine_tune.epochs < self.rounds:
@@ -90,8 +90,11 @@ def orthogonal_ascent(
 
     with trace.stage("difference", model):
         removed, retain = difference(model, given, trace)
-        own, left = ({name: each.total[name] for name in weights} for each in (removed, retain))
-        direction = _direction(own, left, config.direction, seed, trace)
+        assert removed.noise is not None
+        own, left, noise = (
+            {name: each[name] for name in weights} for each in (removed.total, retain.total, removed.noise)
+        )
+        direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
         trace.facts["ascent"] = length = config.step * params.norm({name: p.detach() for name, p in weights.items()})
 
     for number in range(config.rounds):
@@ -105,17 +108,18 @@ def orthogonal_ascent(
     return model
 
 
-def _direction(removed: Params, retain: Params, which: Direction, seed: int, trace: Trace) -> Params:
+def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:
     """The unit vector to ascend along: what the removed records have and what is left has not, or a control."""
     lengths = params.norm(removed), params.norm(retain)
     product = params.total({name: removed[name] * each for name, each in retain.items()})
     along = product / lengths[1] ** 2 if lengths[1] else 0.0
     alone = {name: removed[name] - along * each for name, each in retain.items()}
-    if params.norm(alone) <= PARALLEL * lengths[0]:
+    if params.norm(alone) <= max(noise, PARALLEL * lengths[0]):
         raise NotInformative(
-            f"the gradient difference has norm {lengths[0]:.3g} in the weights, and all but {params.norm(alone):.3g} "
-            "is along the gradient of what is left: the removed records have nothing of their own, as if every one of "
-            "them were still there. Are the records that are left copies of them?"
+            f"the gradient difference has norm {lengths[0]:.3g} in the weights, of which {params.norm(alone):.3g} is "
+            f"not along the gradient of what is left, no more than its rounding floor, {noise:.3g}: the removed "
+            "records have nothing of their own there. Are records that are left copies of them? Otherwise delete more "
+            "records at once, or cache in float64."
         )
     trace.facts["alignment"] = along * lengths[1] / lengths[0]
     if which == "difference":

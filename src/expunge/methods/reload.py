@@ -10,8 +10,8 @@ Deviations from the paper, each with a way back:
   * Entries whose difference is below its rounding floor are not re-initialised: what was removed never touched
     them, so resetting them cannot unlearn it. ``reset_untouched=True`` is the paper to the letter.
   * ε is not a constant: "auto" takes the mean rounding floor of the difference, below which a ratio is noise.
-  * "To convergence" ends when the loss on what is left is down to the original model's own (on all data; on what is
-    left if the cached gradient is of another loss), on a plateau, or after the epochs of ``fine_tune``.
+  * "To convergence" ends when the loss on what is left is down to the original model's own, which a cached
+    gradient of the same loss says, on a plateau, or after the epochs of ``fine_tune``.
 """
 
 import math
@@ -42,7 +42,7 @@ from expunge.params import Params
 from expunge.selectors import SECOND_ORDER, SELECTORS, Evidence, Name
 from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
-from expunge.training import Recipe, mean_loss, train, until_converged
+from expunge.training import Recipe, train, until_converged
 
 Departure = Literal["absolute-direction", "batch-means", "normal-1d", "scaled-fraction"]
 PUBLISHED_CODE: tuple[Departure, ...] = get_args(Departure)
@@ -149,9 +149,8 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
 
     with trace.stage("difference", model):
         removed = difference(model, given, trace)[0]
-        target = full.mean_loss
-        if given.cached_terms is not given.loss_terms:
-            target = mean_loss(model, given.retain, given.loss_terms, trace)
+        # The mean of another loss is no aim for this one, and that on corrected data is what the faults did to it.
+        target = full.mean_loss if given.cached_terms == given.loss_terms else None
         values = new_values(model, theta, given, config.reset_to, std=config.reset_std, seed=seed)
         if "normal-1d" in config.published_code:
             one_d = [name for name, value in values.items() if value.ndim == 1]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from expunge.definitions import ARROWS, define
 from expunge.report.figures import Drawing
-from expunge.report.summaries import FLOOR, ORIGINAL, Summary, label, number
+from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
 from expunge.report.svg import FORGET, INK, MUTED, RETAIN, RULE, TEST, Axes, Figure, draw
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -43,6 +43,8 @@ def series(summaries: Sequence[Summary]) -> Drawing | None:
         return None
     title, at = found
     lines = {metric: _lines(summaries, metric, at) for metric in metrics}
+    if any(_about(each) is None for each in lines.values()):
+        return None
 
     def plot(figure: Figure) -> None:
         axes: Sequence[Axes] = figure.subplots(1, len(metrics), squeeze=False).flatten().tolist()
@@ -81,9 +83,16 @@ def _panel(ax: Axes, lines: dict[str, list[Summary]], at: dict[str, float]) -> N
     ax.grid(color=RULE, lw=0.5)
 
 
+def _about(lines: dict[str, list[Summary]]) -> str | None:
+    """The method that the page is about, or the first; None if there are only standards."""
+    methods = [method for method in lines if method not in (FLOOR, ORIGINAL, REFERENCE)]
+    return "reload" if "reload" in methods else next(iter(methods), None)
+
+
 def _said(lines: dict[str, list[Summary]], metric: str, at: dict[str, float]) -> str:
     """The first and the last value of the method that the page is about."""
-    about = next(method for method in ("reload", *lines) if method in lines and method not in (FLOOR, ORIGINAL))
+    about = _about(lines)
+    assert about is not None
     first, last = lines[about][0], lines[about][-1]
     return (
         f"{metric} of {label(about)} goes from {number(first.mean, first.unit)} at {at[first.scenario]:g} to "
