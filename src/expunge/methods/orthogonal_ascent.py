@@ -11,7 +11,7 @@ the removed records as well. Therefore
     cross-entropy a record counts with its error, so that those known best have hardly a part in the difference;
   * biases and the scales of normalisation stay: few entries that move everything, known records and others.
 
-Needs: a cached gradient, of margins or of the loss of training.
+Needs: any loss for training; a cached gradient, best of margins, otherwise of the same loss.
 """
 
 import math
