@@ -98,6 +98,7 @@ def test_it_ascends_where_only_the_removed_records_point_and_fine_tunes_in_turns
     assert facts["alignment"] == pytest.approx(float(removed @ retain / (removed.norm() * retain.norm())))
     assert facts["removed_count"] == len(REMOVED)
     assert result.trace.backwarded == 32 + 3 * 32
+    assert result.trace.stopped == "all 3 epochs done"
 
 
 @pytest.mark.parametrize("direction", ["difference", "reversed", "random"])

@@ -271,10 +271,10 @@ FINDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of an experi
     "table1": (
         ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
          "control: recipe alone", "control: short retraining", "fine-tune", "l1-sparse", "orthogonal-ascent", "duck",
-         "scrub", "salun"),
-        ("NA", "FA", "ΔFA", "ΔFMIA", "FSKL", "NSKL", "Work"),
+         "amnesiac", "scrub", "salun"),
+        ("NA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"),
     ),
-    "ascent": ((), ("NA", "ΔFA", "ΔFMIA", "FSKL", "NSKL")),
+    "ascent": ((), ("NA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL")),
 }  # fmt: skip
 GENERATED: dict[str, Callable[[], str]] = {
     "compare-overview": lambda: compared(compare.OVERVIEW),

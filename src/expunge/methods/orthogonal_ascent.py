@@ -47,7 +47,7 @@ class OrthogonalAscent:
     step: float = 0.2  # length of each ascent, as a share of the norm of the weights that it moves
     rounds: int = 2  # ascents, each followed by its share of the epochs
     direction: Direction = "orthogonal"  # or a control: "difference" as it is, "reversed", "random"
-    fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together
+    fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together: your own recipe
 
     def __post_init__(self) -> None:
         if not 0 < self.step < math.inf:
@@ -105,6 +105,7 @@ def orthogonal_ascent(
             ends = [config.fine_tune.epochs * each // config.rounds for each in (number, number + 1)]
             recipe = replace(config.fine_tune, epochs=ends[1] - ends[0])
             train(model, given.retain, given.loss_terms, recipe, seed=derive(seed, "round", number), trace=trace)
+    trace.stopped = f"all {config.fine_tune.epochs} epochs done"
     return model
 
 
