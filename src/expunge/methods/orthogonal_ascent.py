@@ -33,7 +33,6 @@ from expunge.trace import Trace
 from expunge.training import Recipe, train
 
 Direction = Literal["orthogonal", "difference", "reversed", "random"]
-PARALLEL = 1e-9  # share of the difference that is rounding of the projection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ def _direction(removed: Params, retain: Params, noise: float, which: Direction, 
     product = params.total({name: removed[name] * each for name, each in retain.items()})
     along = product / lengths[1] ** 2 if lengths[1] else 0.0
     alone = {name: removed[name] - along * each for name, each in retain.items()}
-    if params.norm(alone) <= max(noise, PARALLEL * lengths[0]):
+    if params.norm(alone) <= noise:
         raise NotInformative(
             f"the gradient difference has norm {lengths[0]:.3g} in the weights, of which {params.norm(alone):.3g} is "
             f"not along the gradient of what is left, no more than its rounding floor, {noise:.3g}: the removed "
