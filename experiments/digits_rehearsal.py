@@ -124,19 +124,14 @@ def score(found: Distances, floor: Distances) -> float:
 def try_out(entry: Entry, scenario: str, rehearsals: Sequence[Rehearsal], floor: Distances, trials: int) -> list[Trial]:
     """Random settings, best first; a trial whose loss became NaN or infinite comes last."""
     draw = random.Random(f"{scenario} {entry.name}")
-    tried = []
+    tried, givens = [], [r.situation.given_with(entry.cached_loss) for r in rehearsals]
     for _ in range(trials):
         settings = {name: _rounded(value) for name, value in random_settings(entry.space, draw).items()}
         start = time.perf_counter()
         try:
             models = [
-                unlearn(
-                    r.situation.original,
-                    r.situation.given_with(entry.cached_loss),
-                    entry.configured(settings, r.situation),
-                    seed=seed,
-                ).model
-                for seed, r in zip(SEEDS, rehearsals, strict=True)
+                unlearn(r.situation.original, given, entry.configured(settings, r.situation), seed=seed).model
+                for seed, r, given in zip(SEEDS, rehearsals, givens, strict=True)
             ]
             found = mean_distances(models, rehearsals)
         except NotFinite:

@@ -29,7 +29,7 @@ from expunge.definitions import METRICS, Definition
 from expunge.methods import METHODS
 from expunge.metrics.stats import t_interval
 from expunge.report import markdown
-from expunge.report.summaries import label
+from expunge.report.summaries import label, summarise
 from expunge.rows import read_rows
 from expunge.space import Choice, Range
 
@@ -179,17 +179,13 @@ def _kept(path: Path, profile: str) -> str:
 def finding(name: str) -> str:
     """The figures that docs/findings.md speaks of, from the rows that were kept: mean ± sd over seeds."""
     methods, metrics = FINDINGS[name]
-    found: dict[tuple[str, str], list[float]] = {}
-    file = ROOT / "results" / f"{name}-cpu.csv"
-    for row in read_rows(file) if file.exists() else []:
-        if row.source == "measured":
-            found.setdefault((row.method, row.metric), []).append(row.value)
+    rows = read_rows(ROOT / "results" / f"{name}-cpu.csv")
+    found = {(each.method, each.metric): f"{each.mean:.2f} ± {each.sd:.2f}" for each in summarise(rows)}
     listed = methods or tuple(dict.fromkeys(method for method, _ in found))
     lines = [f"| method | {' | '.join(metrics)} |", f"|---|{'--:|' * len(metrics)}"]
-    for method in listed:
-        values = [found.get((method, metric), []) for metric in metrics]
-        cells = [f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" if v else "" for v in values]
-        lines.append(f"| {label(method)} | {' | '.join(cells)} |")
+    lines += [
+        f"| {label(each)} | {' | '.join(found.get((each, metric), '') for metric in metrics)} |" for each in listed
+    ]
     return "\n".join(lines)
 
 

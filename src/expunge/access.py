@@ -1,7 +1,7 @@
 """What a method may see. The annotation of a method's second argument is its access right."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -44,6 +44,10 @@ class Blind:
                 "full=cache.load(…), on the command line --cache."
             )
         return self.full
+
+    def blinded(self) -> "Blind":
+        """What a method that is blind gets: this, without anything that a `Sighted` adds."""
+        return Blind(**{field.name: getattr(self, field.name) for field in fields(Blind)})
 
     @property
     def cached_terms(self) -> LossTerms:

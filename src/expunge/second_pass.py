@@ -1,7 +1,7 @@
 """The gradient of what is left, computed the way the cached one was, so that the two can be subtracted."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,28 +47,17 @@ def second_pass(
     """
     known, groups = full.micro_batches, full.groups
     size = known.size if known is not None else MICRO_BATCH
+    alike: dict[str, Any] = {
+        "parameters": full.total,
+        "micro_batch": size,
+        "accumulate_on": accumulate_on,
+        "checkpoint": full.recomputed,
+    }
     if known is None or groups is None or indexed(data) is None:
-        whole = gradient(
-            model,
-            loss_terms,
-            data,
-            parameters=full.total,
-            micro_batch=size,
-            accumulate_on=accumulate_on,
-            checkpoint=full.recomputed,
-        )
+        whole = gradient(model, loss_terms, data, **alike)
         return SecondPass(whole, whole.count, len(groups.totals) if groups is not None else 0)
     touched = groups.touched(data, size)
-    part = take(
-        model,
-        loss_terms,
-        data,
-        parameters=full.total,
-        micro_batch=size,
-        accumulate_on=accumulate_on,
-        checkpoint=full.recomputed,
-        only=lambda number: groups.of(number) in touched,
-    )
+    part = take(model, loss_terms, data, **alike, only=lambda number: groups.of(number) in touched)
     full.origin.require(part.origin, "the cached gradient")
     return SecondPass(_patched(full, part, known, groups, touched), part.count, len(touched))
 

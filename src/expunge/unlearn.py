@@ -3,7 +3,7 @@
 import copy
 import importlib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -56,7 +56,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
             "Sighted(forget=…), or take a blind method: their records are gone by design."
         )
     if method.blind and type(given) is not Blind:
-        given = Blind(**{field.name: getattr(given, field.name) for field in fields(Blind)})
+        given = given.blinded()
     inner = params.plain(model)
     sharding.settle(inner)
     sharded = sharding.is_sharded(inner)

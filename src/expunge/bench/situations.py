@@ -10,8 +10,8 @@ from expunge.access import Sighted
 from expunge.batches import Examples, LossTerms
 from expunge.bench import digits_setup
 from expunge.data.digits import CLASSES, digits
-from expunge.gradient import Gradient, gradient
-from expunge.losses import cross_entropy, logit_margin
+from expunge.gradient import gradient
+from expunge.losses import cross_entropy
 from expunge.scenarios.labels import wrong_labels
 from expunge.scenarios.removal import class_removal, members, random_removal
 from expunge.seeds import seeded
@@ -44,20 +44,17 @@ class Situation:
     seed: int
     original: nn.Module
     given: Sighted  # with the cached gradient; a blind method gets the blind part of it
-    margins: Gradient  # cached for OrthogonalAscent
     caching: float  # seconds that a gradient took
     parts: dict[str, Examples]  # retain, forget, test: what a judge looks at
     unseen: Examples  # test records like the removed ones: what an attacker has to tell them from
     removed_class: int | None = None
 
     def given_with(self, cached_loss: LossTerms | None) -> Sighted:
-        """What a method is given that wants a gradient of this loss."""
-        cached: dict[LossTerms | None, Gradient | None] = {
-            None: self.given.full,
-            cross_entropy: self.given.full,
-            logit_margin: self.margins,
-        }
-        full = cached[cached_loss]
+        """What a method is given that wants a gradient of this loss: taken now, unless it is that of training."""
+        if cached_loss is None or cached_loss is self.given.cached_terms:
+            return self.given
+        assert self.given.original is not None
+        full = gradient(self.original, cached_loss, self.given.original)
         return replace(self.given, full=full, cached_loss=cached_loss)
 
 
@@ -128,7 +125,6 @@ def _situation(
     start = time.perf_counter()
     full = gradient(original, cross_entropy, before)
     caching = time.perf_counter() - start
-    margins = gradient(original, logit_margin, before)
     return Situation(
         scenario=scenario,
         seed=seed,
@@ -141,7 +137,6 @@ def _situation(
             fresh=digits_setup.model,
             full=full,
         ),
-        margins=margins,
         caching=caching,
         parts=parts,
         unseen=unseen,

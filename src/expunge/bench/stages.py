@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 from expunge.batches import LossTerms
-from expunge.bench.entries import SHORT, entries
+from expunge.bench.entries import SHORT, Entry, entries
 from expunge.bench.required import is_whole, require, require_settings
 from expunge.bench.tasks import Scenario, Task
 from expunge.errors import ConfigError
@@ -29,8 +29,8 @@ STEPS: tuple[Step, ...] = get_args(Step)
 # change of a comment; env.json of every stage has that hash, and `bench status` says when results mix.
 VERSIONS: dict[Step, int] = dict.fromkeys(STEPS, 1)
 LOSSES = {name_of(loss): loss for loss in (cross_entropy, logit_margin)}  # that gradients are cached of
-# Scenarios for which a contender can be tuned blind, and what pseudo-forget sets are like then.
 PSEUDO_SETS = 2  # that a blind tuning tries every setting on
+# Scenarios for which a contender can be tuned blind, and what pseudo-forget sets are like then.
 PSEUDO_SETS_LIKE: dict[str, Literal["random", "in-class"]] = {"random": "random", "in-class": "in-class"}
 STANDARDS = ("original", "retrain", "retrain again")  # models that are evaluated beside those that unlearned
 
@@ -60,7 +60,7 @@ class Contender:
             require(not self.settings, "settings", self.settings, f"{self.entry} has none of its own. Leave them out")
             return
         _require_entry(self.entry)
-        entry = entries(SHORT)[self.entry]
+        entry = _entries()[self.entry]
         uses = entry.cached_loss is not None or not self.cached_loss
         require(uses, "cached_loss", self.cached_loss, f"{self.entry} uses no cached gradient. Leave it out")
         can = entry.blind or self.tuned != "blind"
@@ -109,7 +109,7 @@ class Stage:
     number: int = 1  # of a retrained model
     contender: Contender | None = None
     effort: Effort | None = None
-    cached_loss: str = cross_entropy.__name__  # of a cached gradient
+    cached_loss: str = name_of(cross_entropy)  # of a cached gradient
 
     @property
     def label(self) -> str:
@@ -194,7 +194,7 @@ def cached_loss_of(contender: Contender) -> LossTerms | None:
     """What a contender needs a cached gradient of, if it needs one."""
     if contender.cached_loss:
         return LOSSES[contender.cached_loss]
-    return None if contender.entry in STANDARDS else entries(SHORT)[contender.entry].cached_loss
+    return None if contender.entry in STANDARDS else _entries()[contender.entry].cached_loss
 
 
 def _trained(stage: Stage) -> dict[str, Stage]:
@@ -271,7 +271,7 @@ def _key(stage: Stage) -> str:
 def _matters(stage: Stage) -> dict[str, Any]:
     """What a stage depends on beside its needs."""
     if stage.step == "cache":
-        other = stage.cached_loss != cross_entropy.__name__
+        other = stage.cached_loss != name_of(cross_entropy)
         return {"loss": stage.cached_loss} if other else {}  # all else follows from the original
     task = _chosen(stage.task)
     if stage.step == "original":
@@ -299,20 +299,20 @@ def _chosen(config: Any) -> Any:
     return {name: _chosen(value) for name, (value, default) in values.items() if value != default}
 
 
-@cache
-def _starts() -> dict[str, Any]:
-    """The configurations that entries start from, with any budget."""
-    return {name: entry.start for name, entry in entries(SHORT).items()}
+@cache  # stages ask by the thousand
+def _entries() -> dict[str, Entry]:
+    """All entries, with any budget."""
+    return entries(SHORT)
 
 
 def _require_entry(entry: str) -> None:
-    if entry not in _starts():
-        raise ConfigError(f"contenders: no entry {entry}. There are {', '.join(_starts())}.")
+    if entry not in _entries():
+        raise ConfigError(f"contenders: no entry {entry}. There are {', '.join(_entries())}.")
 
 
 @cache  # stages make contenders by the thousand
 def _require_fitting(name: str, entry: str, settings: tuple[tuple[str, Any], ...]) -> None:
-    start = _starts()[entry]
+    start = _entries()[entry].start
     known = settings_of(start)
     for setting, _ in settings:
         if setting not in known:
@@ -328,7 +328,7 @@ def _require_fitting(name: str, entry: str, settings: tuple[tuple[str, Any], ...
 @cache
 def _source(entry: str) -> str:
     """A hash of the file of a method."""
-    module = inspect.getmodule(method_of(_starts()[entry]).run)
+    module = inspect.getmodule(method_of(_entries()[entry].start).run)
     assert module is not None
     return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
 

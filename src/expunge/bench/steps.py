@@ -137,9 +137,7 @@ def _on_what_is_left(stage: Stage, store: Store, entry: Entry) -> tuple[Objectiv
     situation = _Situation(stage, store)
     given = situation.given
     left = gradient(situation.original, given.cached_terms, given.retain)
-    blind = Blind(
-        **{name: getattr(given, name) for name in ("retain", "loss_terms", "fresh", "cached_loss")}, full=left
-    )
+    blind = replace(given.blinded(), full=left)
     unseen = tasks.spare(stage.task, stage.seed, store.data).to(stage.task.device)
     problem = rehearsal.Problem(model=situation.original, given=blind, unseen=unseen)
     labels = situation.records.retain.tensors[1].cpu().numpy()
