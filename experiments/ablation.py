@@ -23,7 +23,7 @@ from expunge.selectors import SELECTORS
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "selector": tuple(name for name in SELECTORS if name != "small-kv"),
     "reset_fraction": (0.05, 0.2, 0.4, 0.8),
-    "priming_lr": (None,),
+    "priming_lr": (None, 63.0, 300.0, 1500.0),
     "eps": (1e-10,),
     "scope": ("layer",),
     "reset_untouched": (True,),

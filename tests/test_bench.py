@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from expunge import resuming
 from expunge.bench import difference, experiments, judging, runner, steps, workers
+from expunge.bench.judging import SPENT
 from expunge.bench.printed import printed
 from expunge.bench.runner import Ended, Serial, carry_out
 from expunge.bench.stages import closure
@@ -87,6 +89,31 @@ def test_a_run_interrupted_between_stages_goes_on_and_gives_the_same_rows(tmp_pa
     monkeypatch.setattr(runner, "do", real)
     assert values(run(TINY, tmp_path)) == values(unbroken)
     assert done == {path: path.stat().st_mtime_ns for path in done}  # not done again
+
+
+def test_a_training_that_was_interrupted_goes_on_and_its_time_counts(tmp_path, unbroken, monkeypatch):
+    monkeypatch.setattr(resuming, "_EVERY", 0.0)
+    kept = resuming.Resumable.keep
+
+    def killed(self, epochs):
+        kept(self, epochs)
+        if epochs == 2:
+            raise KeyboardInterrupt
+
+    states = []
+    monkeypatch.setattr(resuming.Resumable, "keep", killed)
+    for _ in range(3):  # the original and two retrained models
+        with pytest.raises(KeyboardInterrupt):
+            run(TINY, tmp_path)
+        states += [path for path in tmp_path.glob("journals/*.safetensors") if path not in states]
+    monkeypatch.setattr(resuming.Resumable, "keep", kept)
+    assert values(run(TINY, tmp_path)) == values(unbroken)
+    assert len(states) == 3
+    for path in states:
+        trace = read_json(tmp_path / "stages" / path.stem / "trace.json")
+        assert trace["facts"]["resumed"]["epochs"] == 2
+        assert trace[SPENT] > trace["facts"]["resumed"]["processor_seconds"] > 0
+    assert not list(tmp_path.glob("journals/*.safetensors"))
 
 
 def test_a_driver_and_its_workers_killed_in_the_middle_of_a_stage_lose_no_result(tmp_path, unbroken):

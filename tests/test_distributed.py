@@ -1,23 +1,11 @@
 """Two and four gloo processes do what one does, and end together."""
 
-import multiprocessing
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -25,7 +13,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from expunge import (
     Blind,
-    Examples,
     FineTune,
     Gradient,
     Recipe,
@@ -36,102 +23,27 @@ from expunge import (
     cross_entropy,
     distributed,
     gradient,
-    seeded,
     sharding,
     train,
     unlearn,
 )
-from expunge.cli import main
 from expunge.errors import ConfigError, NotFinite, ProcessFailed, UnsupportedModule
 from expunge.params import smallest
-from expunge.setup import load_setup
 from expunge.training import mean_loss
-from expunge.weights import save_weights
 from tests import zoo
-
-TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-REMOVED = torch.tensor([3, 16, 17, 18, 19, 20, 21, 22, 23, 40, 99])
-RECIPE = Recipe(epochs=3, lr=0.05, batch_size=16)
-
-
-def network(dtype: torch.dtype = torch.float64, seed: int = 3, middle: type[nn.Module] = nn.Identity) -> nn.Module:
-    with seeded(seed, "model"):
-        layers = (nn.Linear(zoo.FEATURES, 7), middle(7) if middle is nn.BatchNorm1d else middle(), nn.Tanh())
-        return nn.Sequential(*layers, nn.Linear(7, zoo.CLASSES)).to(dtype)
-
-
-def sharded(model: nn.Module, **options: object) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(model[0], mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
-def records(dtype: torch.dtype = torch.float64, count: int = 101) -> Examples:
-    return zoo.classification(count, dtype=dtype)
-
-
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: sharding.whole(tensor.detach()).clone() for name, tensor in tensors.items()}
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return whole(dict(model.named_parameters()))
-
-
-def in_processes(count: int, work: Callable[..., object], folder: Path, *arguments: object) -> list[str]:
-    """Run a function in forked processes of one job; what each raised, or nothing, and an empty text if killed."""
-    context = multiprocessing.get_context("fork")
-    for old in folder.glob("said.*"):
-        old.unlink()
-    members = ((i, count, work, folder, arguments) for i in range(count))
-    processes = [context.Process(target=_member, args=each, daemon=True) for each in members]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode is not None, "a process hangs"
-    said = [folder / f"said.{i}" for i in range(count)]
-    return [path.read_text() if path.exists() else "" for path in said]
-
-
-def _member(rank: int, count: int, work: Callable[..., object], folder: Path, arguments: tuple[object, ...]) -> None:
-    said = "ok"
-    try:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
-        if work is not command:  # which joins by itself
-            rendezvous = f"file://{folder}/rendezvous.{work.__name__}.{count}"
-            limit = timedelta(seconds=50)
-            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count, timeout=limit)
-            dist.barrier()  # who is done early must not end before all are connected
-        work(*arguments)
-    except BaseException as error:  # whatever it is, the test wants to read it
-        traceback.print_exc()
-        said = f"{type(error).__name__}: {error}"
-    (folder / f"said.{rank}").write_text(said)
-    os._exit(0)  # without the parent's clean-up, and without waiting for others
-
-
-def all_well(count: int, work: Callable[..., object], folder: Path, *arguments: object) -> None:
-    assert in_processes(count, work, folder, *arguments) == ["ok"] * count
-
-
-def require_same(one: Gradient, several: Gradient) -> None:
-    assert one.noise is not None
-    assert several.noise is not None
-    for name in one.total:
-        assert torch.equal(one.total[name], sharding.whole(several.total[name]))
-        assert torch.equal(one.noise[name], sharding.whole(several.noise[name]))
-    assert (one.count, one.loss, one.origin, one.roundoff) == (
-        several.count,
-        several.loss,
-        several.origin,
-        several.roundoff,
-    )
-    assert (one.micro_batches is None) == (several.micro_batches is None)
-    if one.micro_batches is not None:
-        assert several.micro_batches is not None
-        for mine, theirs in zip(one.micro_batches._columns(), several.micro_batches._columns(), strict=True):
-            assert torch.equal(mine, theirs)
+from tests.processes import (
+    RECIPE,
+    REMOVED,
+    TYPES,
+    Failing,
+    all_well,
+    in_processes,
+    network,
+    records,
+    require_same,
+    sharded,
+    weights,
+)
 
 
 def passes(alone: dict[tuple[str, str], Gradient]) -> None:
@@ -351,21 +263,6 @@ def test_selection_among_sharded_scores_takes_ties_in_the_order_of_one_process(t
     all_well(3, selections, tmp_path, scores, alone)
 
 
-class Failing:
-    """A loss that fails, or kills its process, when the last process calls it once too often."""
-
-    def __init__(self, how: str) -> None:
-        self.how, self.calls = how, 0
-
-    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        self.calls += 1
-        if self.calls == 9 and dist.get_rank() == dist.get_world_size() - 1:
-            if self.how == "raise":
-                raise KeyError("no such label")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return cross_entropy(model, batch)
-
-
 def fails(how: str, what: str) -> None:
     model = sharded(network()) if "sharded" in what else network()
     if "gradient" in what:
@@ -447,130 +344,3 @@ def test_what_the_processes_must_agree_on_is_checked(what: str, said: str, tmp_p
     else:
         assert type(second) is str
         assert said.partition("process")[0] in second
-
-
-SETUP = """
-import torch
-from torch import nn
-from expunge import Examples, cross_entropy
-
-images = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
-loss_terms = cross_entropy
-
-def model(seed):
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
-
-def original():
-    return Examples(images.double(), images[:, :3].argmax(1))
-
-def retain():
-    return original().without(torch.arange(6))
-"""
-RELOAD = ("reload", "--reset-fraction", "0.2", "--fine-tune.epochs", "1")
-
-
-def command(port: int, arguments: list[str], code: int) -> None:
-    """What torchrun sets, and a command."""
-    rank = os.environ["RANK"]
-    os.environ |= {"LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    out_file, error_file = (Path(f"{name}.{rank}") for name in ("out", "err"))
-    with (
-        out_file.open("w") as out,
-        error_file.open("w") as errors,
-        redirect_stdout(out),
-        redirect_stderr(errors),
-    ):
-        assert main(arguments) == code
-
-
-def on_the_command_line(name: str) -> list[list[str]]:
-    given = ["setup.py", "--weights", "w.safetensors"]
-    cached, out = f"{name}.c.safetensors", f"{name}.u.safetensors"
-    return [
-        ["cache", *given, "--out", cached, "--micro-batch", "8"],
-        ["unlearn", *given, "--cache", cached, "--out", out, *RELOAD],
-    ]
-
-
-def test_the_command_line_works_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("setup.py").write_text(SETUP, encoding="utf-8")
-    model = load_setup("setup.py").model(0)
-    save_weights("w.safetensors", model)
-    for alone, together in zip(on_the_command_line("one"), on_the_command_line("two"), strict=True):
-        assert main(alone) == 0
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        all_well(2, command, tmp_path, port, together, 0)
-    one, two = (cache.load(f"{name}.c.safetensors", model, cross_entropy) for name in ("one", "two"))
-    require_same(one, two)
-    reset = load_file("one.u.safetensors")
-    for name, tensor in load_file("two.u.safetensors").items():
-        torch.testing.assert_close(tensor, reset[name], rtol=0, atol=1e-12)
-    assert "weights: two.u.safetensors" in Path("out.0").read_text()
-    assert Path("out.1").read_text() == ""
-    all_well(2, command, tmp_path, 0, ["show", "one.c.safetensors"], 2)
-    said = "expunge: show runs in one process; cache and unlearn run under torchrun"
-    assert Path("err.1").read_text().startswith(said)
-
-
-def torchrun(script: Path, folder: Path, *arguments: str) -> str:
-    command = [sys.executable, *arguments[:-1], str(script), *arguments[-1:]]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_the_example_gives_the_same_alone_and_in_four_processes(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "examples" / "torchrun" / "unlearn.py"
-    said = {}
-    for name, arguments in {
-        "alone": (),
-        "four": ("-m", "torch.distributed.run", "--nproc-per-node", "4"),
-        "sharded": ("-m", "torch.distributed.run", "--nproc-per-node", "4"),
-    }.items():
-        (tmp_path / name).mkdir()
-        said[name] = torchrun(script, tmp_path / name, *arguments, "--shard" if name == "sharded" else "")
-        assert re.search(r"removed 40 of 2000, reset 13\d weights", said[name])
-    one = load_file(tmp_path / "alone" / "unlearned.safetensors")
-    for name in ("four", "sharded"):
-        for key, tensor in load_file(tmp_path / name / "unlearned.safetensors").items():
-            assert float((tensor - one[key]).abs().max()) < 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["raise", "kill"])
-def test_torchrun_ends_within_seconds_with_the_cause_and_the_job_can_be_run_again(how: str, tmp_path: Path) -> None:
-    script = tmp_path / "job.py"
-    script.write_text(JOB, encoding="utf-8")
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    failed = subprocess.run([*run, how], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert failed.returncode != 0
-    if how == "raise":
-        assert "ProcessFailed" in failed.stderr
-        assert "no such label" in failed.stderr
-    else:  # torchrun may end the other one before it can say anything
-        assert re.search(r"exitcode\s*: -9 .*SIGKILL", failed.stderr.partition("Root Cause")[2])
-    assert not list(tmp_path.glob("*.safetensors*")) + list(tmp_path.glob(".*.tmp"))
-    subprocess.run([*run, "well"], cwd=tmp_path, capture_output=True, timeout=120, check=True)
-    model = network()
-    require_same(
-        gradient(model, cross_entropy, records(), micro_batch=8),
-        cache.load(tmp_path / "cache.safetensors", model, cross_entropy),
-    )
-
-
-JOB = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-import torch.distributed as dist
-from expunge import cache, cross_entropy, gradient
-from tests.test_distributed import Failing, network, records
-
-dist.init_process_group("gloo")
-loss = cross_entropy if sys.argv[1] == "well" else Failing(sys.argv[1])
-cache.save("cache.safetensors", gradient(network(), loss, records(), micro_batch=8))
-"""

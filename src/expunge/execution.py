@@ -70,6 +70,8 @@ class Autocast:
 
     def __init__(self, precision: Precision, device: torch.device, trace: Trace) -> None:
         self.device, self.trace = device, trace
+        if precision == "fastest":  # unless it was found out before: by this training, or the one that came first
+            precision = trace.facts.get("precision", precision)
         self.measuring = precision == "fastest"
         self.low = precision == "bfloat16"
         self.seconds: dict[bool, list[float]] = {False: [], True: []}

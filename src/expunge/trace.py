@@ -35,16 +35,16 @@ class Trace:
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     watch: Watch | None = field(default=None, repr=False, compare=False)
-    _watching: float = field(default=0.0, repr=False, compare=False)
+    _uncounted: float = field(default=0.0, repr=False, compare=False)
 
     @contextmanager
     def stage(self, name: str, model: nn.Module) -> Iterator[None]:
         """Time a stage, then show the model to whoever watches; watching is not counted."""
         _synchronise()
-        start, watched = time.perf_counter(), self._watching
+        start, watched = time.perf_counter(), self._uncounted
         yield
         _synchronise()
-        spent = time.perf_counter() - start - (self._watching - watched)
+        spent = time.perf_counter() - start - (self._uncounted - watched)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         self.show(name, model)
 
@@ -67,6 +67,10 @@ class Trace:
         else:
             yield
 
+    def count_earlier(self, seconds: float) -> None:
+        """Add to the stage that runs what it took before it was interrupted."""
+        self._uncounted -= seconds
+
     def warn(self, message: str) -> None:
         """Note something that whoever reads the trace must know, and say it at once."""
         warnings.warn(message, stacklevel=2)
@@ -77,11 +81,11 @@ class Trace:
         if self.watch is not None:
             start = time.perf_counter()
             self.watch(moment, model)
-            self._watching += time.perf_counter() - start
+            self._uncounted += time.perf_counter() - start
 
     def as_dict(self) -> dict[str, Any]:
         """Everything measured, as plain values for JSON."""
-        hidden = ("watch", "_watching")
+        hidden = ("watch", "_uncounted")
         return {name: value for name, value in vars(self).items() if name not in hidden}
 
 

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from expunge.batches import Batch, Batches, LossTerms, micro_batches, positioned
 from expunge.errors import ConfigError, NotFinite
 from expunge.execution import Autocast, Compiled, Precision, ahead, channels_last
 from expunge.probe import checked_terms
+from expunge.resuming import Resumable, identity
 from expunge.seeds import derive, keeping_random_state, seeded, stream
 from expunge.trace import Trace
 
@@ -96,6 +98,7 @@ def train(
     stop: StopRule | None = None,
     freeze_statistics: bool = False,
     after_step: AfterStep | None = None,
+    resume: Path | str | None = None,
 ) -> Trace:
     """Minimise the mean loss, in place.
 
@@ -112,19 +115,29 @@ def train(
         stop: Asked after each epoch whether to end.
         freeze_statistics: Keep BatchNorm's running statistics, for data the model must not absorb.
         after_step: Called after every update, to correct or to record it.
+        resume: A file for the state after an epoch, written at most once a minute. If it is there, training goes on
+            from it, to the same bits on a CPU. Delete it once the trained model is saved; it is as personal as the
+            data, since the optimiser remembers gradients.
 
     Returns:
         The trace, with the reason why training ended in ``stopped``.
 
     Raises:
-        ConfigError: Nothing trainable.
+        ConfigError: Nothing trainable; a file of another training; resume beside stop or after_step.
         NotFinite: A loss became NaN or infinite; names the epoch and the step.
+        UnsupportedModule: resume with a model that FSDP2 has sharded.
     """
     trace = trace or Trace("train", seed)
     sharding.settle(model)
     trainable = params.named_parameters(model)
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
+    settings = {"recipe": asdict(recipe), "seed": seed, "freeze_statistics": freeze_statistics}
+    kept = None
+    if resume is not None:
+        _require_nothing_else_remembers(resume, stop, after_step)
+        kept = Resumable(Path(resume), identity(model, data, loss_terms, **settings), model, optimizer, trace)
+    done = kept.restore() if kept else 0
     autocast = Autocast(recipe.precision, device, trace)
     own_rows = distributed.mine(recipe.batch_size)
     compiled = Compiled(model, own_rows.stop - own_rows.start, trace) if recipe.compile else None
@@ -136,7 +149,9 @@ def train(
         progress.task(trace.method, recipe.epochs) as advance,
     ):
         _train_mode(model, freeze_statistics)
-        for epoch in range(recipe.epochs):
+        for _ in range(done):
+            advance()
+        for epoch in range(done, recipe.epochs):
             losses: list[Tensor] = []
             own = derive(seed, *distributed.names()) if distributed.names() else seed
             augmented = augmentation(
@@ -162,6 +177,8 @@ def train(
                     trace.backwarded += terms
             distributed.same_buffers(model)
             mean = _record(trace, losses, epoch)
+            if kept:
+                kept.keep(epoch + 1)
             advance()
             trace.show(f"epoch {epoch + 1}", model)
             reason = stop(model, mean) if stop else None
@@ -233,6 +250,14 @@ def _terms(
 ) -> Tensor:
     with autocast.forward(), compiled.active() if compiled else nullcontext():
         return checked_terms(loss_terms(model, batch))
+
+
+def _require_nothing_else_remembers(resume: Path | str, stop: StopRule | None, after_step: AfterStep | None) -> None:
+    if stop or after_step:
+        raise ConfigError(
+            f"resume={str(resume)!r}: what {'stop' if stop else 'after_step'} remembers of earlier epochs is in no "
+            "file. Leave one of them out."
+        )
 
 
 def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:

@@ -61,18 +61,20 @@ def _original(stage: Stage, store: Store, folder: Path) -> None:
     records = _records(stage, store)
     model = _untrained(stage, records, tasks.seed_of("original", stage.seed))
     trace = Trace("train", stage.seed)
+    resume = store.unfinished(stage)
     with _timed(stage) as spent:
-        train(model, records.before, cross_entropy, stage.task.recipe, seed=stage.seed, trace=trace)
-    _keep(folder, model, trace, spent())
+        train(model, records.before, cross_entropy, stage.task.recipe, seed=stage.seed, trace=trace, resume=resume)
+    _keep(folder, model, trace, spent() + _earlier(stage, trace))
 
 
 def _retrain(stage: Stage, store: Store, folder: Path) -> None:
     records = _records(stage, store)
     seed = tasks.seed_of("retrain", stage.seed, stage.number)
     like = _untrained(stage, records, tasks.seed_of("original", stage.seed))
+    config = Retrain(recipe=stage.task.recipe, resume=str(store.unfinished(stage)))
     with _timed(stage) as spent:
-        done = unlearn(like, _given(stage, records, None), Retrain(recipe=stage.task.recipe), seed=seed)
-    _keep(folder, done.model, done.trace, spent())
+        done = unlearn(like, _given(stage, records, None), config, seed=seed)
+    _keep(folder, done.model, done.trace, spent() + _earlier(stage, done.trace))
 
 
 def _cache(stage: Stage, store: Store, folder: Path) -> None:
@@ -311,12 +313,22 @@ def _timed(stage: Stage) -> Iterator[Callable[[], float]]:
     elsewhere it is wall time.
     """
     importlib.import_module("torch._dynamo")  # torch imports it at the first step of an optimiser: off the clock
-    clock = time.process_time if stage.task.device == "cpu" and stage.task.threads == 1 else time.perf_counter
+    clock = time.process_time if _on_one_thread(stage) else time.perf_counter
     times = [clock()]
     yield lambda: times[1] - times[0]
     if stage.task.device == "cuda":
         torch.cuda.synchronize()
     times.append(clock())
+
+
+def _earlier(stage: Stage, trace: Trace) -> float:
+    """What a training took before it was interrupted, seconds of the same clock."""
+    before = trace.facts.get("resumed", {"seconds": 0.0, "processor_seconds": 0.0})
+    return float(before["processor_seconds" if _on_one_thread(stage) else "seconds"])
+
+
+def _on_one_thread(stage: Stage) -> bool:
+    return stage.task.device == "cpu" and stage.task.threads == 1
 
 
 @contextmanager

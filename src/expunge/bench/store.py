@@ -54,6 +54,10 @@ class Store:
         """A file in which a stage may keep what it has done so far."""
         return self.root / "journals" / f"{stage.key}.jsonl"
 
+    def unfinished(self, stage: Stage) -> Path:
+        """A file in which a stage may keep the state of its training."""
+        return self.root / "journals" / f"{stage.key}.safetensors"
+
     def make(self, stage: Stage, work: Callable[[Path], None]) -> bool:
         """Do a stage unless it is done: in a temporary folder, which is synced and renamed at the end.
 
@@ -82,7 +86,8 @@ class Store:
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            self.journal(stage).unlink(missing_ok=True)
+            for path in (self.journal(stage), self.unfinished(stage)):
+                path.unlink(missing_ok=True)
         return True
 
     @contextmanager

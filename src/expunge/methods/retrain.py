@@ -21,6 +21,7 @@ class Retrain:
     """Train an untrained model on what is left, with the recipe of the original."""
 
     recipe: Recipe
+    resume: str | None = None  # a file from which a retraining that was interrupted goes on, see `train`
 
 
 SPACE: Space = {}  # the recipe is that of the original
@@ -31,6 +32,6 @@ def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace
     device = next(model.parameters()).device
     model = given.fresh_model(seed, model).to(device).train(model.training)
     with trace.stage("train", model):
-        train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace)
+        train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, resume=config.resume)
         note_if_nothing_was_learned(trace)
     return model
