@@ -35,15 +35,21 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
     assert any(hasattr(value, "trace") and hasattr(value, "model") for value in names.values())
 
 
-def test_the_commands_for_ones_own_model_run_in_an_empty_folder(tmp_path):
+def test_the_commands_for_ones_own_model_run_in_an_empty_folder(tmp_path, monkeypatch, capsys):
+    """Those of expunge in this process: to import torch again takes longer than what they do."""
+    monkeypatch.chdir(tmp_path)
     commands = blocks("docs/own-model.md", "bash")[0].replace("EXAMPLE", str(ROOT / "examples" / "digits"))
     for line in commands.splitlines():
-        done = run(*line.split(), folder=tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        program, *arguments = line.split()
+        if program == "expunge":
+            assert main(arguments) == 0, line
+        else:
+            done = run(program, *arguments, folder=tmp_path)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert {"cache.safetensors", "unlearned.safetensors", "unlearned.trace.json"} <= {
         p.name for p in tmp_path.iterdir()
     }
-    assert "NSKL" in done.stdout
+    assert "NSKL" in capsys.readouterr().out
 
 
 @pytest.mark.slow
