@@ -338,3 +338,12 @@ def test_the_generator_of_a_gpu_is_left_alone():
     before = torch.cuda.get_rng_state()
     gradient(model, lambda m, b: cross_entropy(m, b) + 0 * torch.rand(len(b[0]), device="cuda"), classification(9))
     assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+def test_it_shows_what_it_is_of_and_not_a_million_numbers():
+    data = classification(30)
+    found = gradient(network("mlp"), cross_entropy, data, micro_batch=8)
+    entries = sum(tensor.numel() for tensor in found.total.values())
+    shown = f"Gradient(30 terms of cross_entropy, mean {found.mean_loss:.4g}, {entries} entries in 4 tensors"
+    assert repr(found) == f"{shown})"
+    assert repr(gradient(network("mlp"), cross_entropy, data, micro_batch=8, groups=3)) == f"{shown}, 3 groups)"

@@ -2,6 +2,8 @@ import copy
 import dataclasses
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -200,7 +202,8 @@ def test_the_paper_to_the_letter_resets_untouched_entries_too():
     model, given = one_weight_touched()
     result = unlearn(model, given, change(ONLY_RESET, reset_fraction=0.5))
     assert result.model.weight.tolist() == [[9, 9, 1, 1]]
-    assert result.trace.warnings == []
+    assert len(result.trace.warnings) == 1  # nothing was fine-tuned
+    assert "67% of what training had gained there is lost" in result.trace.warnings[0]
 
 
 def test_nothing_removed_is_refused():
@@ -428,6 +431,28 @@ def test_settings_with_lists_survive_json():
     assert rebuild(Reload, json.loads(json.dumps(dataclasses.asdict(config)))) == config
     config = Reload(threshold=0.9, reset_to="normal", reset_std=0.3, scope="layer", statistics="re-estimated")
     assert rebuild(Reload, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"),
+    [
+        (0.02, ""),
+        (
+            0.3,
+            r"went from 0.015 to 0.313 nats a term, and an untrained model has 1.17: 26% of what training had gained",
+        ),
+        (0.5, "the model is destroyed"),
+    ],
+)
+def test_what_is_lost_of_what_is_left_is_named(fraction, said):
+    here = world()
+    config = Reload(reset_fraction=fraction, priming_lr=None, fine_tune=Recipe(epochs=0, lr=1.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        noted = unlearn(here.model, here.blind(), config).trace.warnings
+    assert [str(each.message) for each in caught if each.category is UserWarning] == noted
+    assert len(noted) == bool(said)
+    assert all(re.search(said, warning) for warning in noted)
 
 
 def test_fine_tuning_may_get_worse_before_it_gets_better_and_a_wreck_at_the_end_is_named():

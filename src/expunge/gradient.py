@@ -87,6 +87,14 @@ class Gradient:
     groups: Groups | None = None  # the gradient of each range of micro-batches, if it was asked for
     recomputed: tuple[str, ...] = ()  # modules whose activations were computed again; the second pass does the same
 
+    def __repr__(self) -> str:
+        entries = sum(tensor.numel() for tensor in self.total.values())
+        parts = f", {len(self.groups.totals)} groups" if self.groups else ""
+        return (
+            f"Gradient({self.count} terms of {self.origin.loss_terms}, mean {self.mean_loss:.4g}, {entries} entries in "
+            f"{len(self.total)} tensors{parts})"
+        )
+
     @property
     def mean_loss(self) -> float:
         """Nats a term."""

@@ -12,7 +12,7 @@ from expunge.access import Blind
 from expunge.errors import ForgetSetAccessed, UnsupportedModule
 from expunge.gradient import Origin
 from expunge.methods import method_of
-from expunge.methods.guard import note_if_destroyed
+from expunge.methods.guard import note_what_was_lost
 from expunge.trace import Trace, Watch
 
 SHARDED = ("reload", "fine-tune")  # methods for models that FSDP2 has sharded
@@ -38,8 +38,8 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         watch: Called with a name and the model after every stage and epoch, off the clock.
 
     Returns:
-        The unlearned model and the trace of what was done. It has a warning if the model is no better on what is left
-        than an untrained one.
+        The unlearned model and the trace of what was done. It has a warning if a tenth or more of what training
+        had gained on what is left is lost.
 
     Raises:
         ForgetSetAccessed: The method needs the removed records and was given none.
@@ -81,7 +81,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     unlearned.zero_grad(set_to_none=True)
     params.require_finite(_tensors(unlearned, infinite), f"the result of {method.name}")
     if not sharded:
-        note_if_destroyed(inner, unlearned, given, trace)
+        note_what_was_lost(inner, unlearned, given, trace)
     return Unlearned(unlearned, trace)
 
 

@@ -265,7 +265,7 @@ def _show_header(path: Path, as_json: bool) -> None:
     rows = Table("field", "value", title=str(path))
     explained = {
         "count": f"{header.count} loss terms",
-        "loss": f"{header.loss:.6g} nats in all, {header.loss / header.count:.4g} a term",
+        "loss": f"{header.loss:.6g} in all, {header.loss / header.count:.4g} a term",
         "micro_batch": f"{header.micro_batch} positions" if header.micro_batch else "data without positions",
         "entries": f"{header.entries} in {header.parameters} tensors",
     }

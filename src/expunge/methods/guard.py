@@ -98,18 +98,24 @@ def a_few(data: Batches, seed: int) -> list[Batch]:
         return [next(shuffled(data, 256, stream(seed, "guard"))[1])]
 
 
-def note_if_destroyed(before: nn.Module, after: nn.Module, given: Blind, trace: Trace) -> None:
-    """Warn if a model is no better on what is left than an untrained one, seen on a few records, off the clock."""
+def note_what_was_lost(before: nn.Module, after: nn.Module, given: Blind, trace: Trace) -> None:
+    """Warn if a model lost a tenth or more of what training had gained on what is left; a few tell, off the clock."""
     few = a_few(given.retain, trace.seed)
     was, now = (mean_loss(model, few, given.loss_terms) for model in (before, after))
     if now <= 2 * was + 0.1:  # the rule; only in doubt is an untrained model built
         return
     fresh = given.fresh_model(trace.seed, before).to(next(before.parameters()))
     untrained = mean_loss(fresh, few, given.loss_terms)
+    went = f"the loss on what is left went from {was:.3g} to {now:.3g} nats a term, and an untrained model has "
     if not now < 0.9 * untrained:
         trace.warn(
-            f"{trace.method}: the loss on what is left went from {was:.3g} to {now:.3g} nats a term, and an untrained "
-            f"model has {untrained:.3g}: the model is destroyed. Choose weaker settings, or fewer steps."
+            f"{trace.method}: {went}{untrained:.3g}: the model is destroyed. Choose weaker settings, or fewer steps."
+        )
+    elif now - was >= 0.1 * (untrained - was):
+        trace.warn(
+            f"{trace.method}: {went}{untrained:.3g}: {(now - was) / (untrained - was):.0%} of what training had gained "
+            "there is lost. Fine-tune for longer, as the model was trained, or choose weaker settings; "
+            "`expunge rehearse` finds some."
         )
 
 
