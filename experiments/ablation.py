@@ -4,7 +4,7 @@ Claim: none is made in advance.
 Fairness: the share and the learning rates were tuned for the default on the rehearsal and nothing was for the others,
 which therefore start at a disadvantage. Controls: re-initialising at random, nothing at all, no ascent.
 Departures of the published code are tried one by one; "batch-means" is its sum of batch means in place of sums.
-Cost: shares originals, retrained models and RELOAD's tuning with table1.py; then 23 unlearnings a seed.
+Cost: shares originals, retrained models and RELOAD's tuning with table1.py; then 26 unlearnings a seed.
 Expected: on the digits (docs/reload.md) most differences were within two standard errors of zero.
 
     expunge bench run experiments/ablation.py --profile cpu --seeds 3 --jobs 2 --data DIR
