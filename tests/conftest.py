@@ -1,3 +1,4 @@
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -5,3 +6,11 @@ import tests.typecheck  # noqa: F401 - jaxtyping looks the checker up by this na
 
 torch.set_num_threads(1)  # five times faster on tiny models, and the same bits everywhere
 install_import_hook("expunge", "tests.typecheck.check")
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory):
+    """The run folder of a small experiment that nothing happened to."""
+    from tests.tiny_bench import TINY, run  # after the hook
+
+    return run(TINY, tmp_path_factory.mktemp("unbroken"), seeds=(0, 1))

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -178,15 +179,13 @@ def _kept(path: Path, profile: str) -> str:
 
 def finding(name: str) -> str:
     """The figures that docs/findings.md speaks of, from the rows that were kept: mean ± sd over seeds."""
-    file, methods, metrics = FINDINGS[name]
-    rows = read_rows(ROOT / "results" / f"{file}-cpu.csv")
-    if name == "backdoor":  # the one of three situations that no other table has
-        rows = [row for row in rows if "backdoor" in row.scenario]
+    kept = FINDINGS[name]
+    rows = [row for row in read_rows(ROOT / "results" / f"{kept.rows_of}-cpu.csv") if kept.scenario in row.scenario]
     found = {(each.method, each.metric): f"{each.mean:.2f} ± {each.sd:.2f}" for each in summarise(rows)}
-    listed = methods or tuple(dict.fromkeys(method for method, _ in found))
-    lines = [f"| method | {' | '.join(metrics)} |", f"|---|{'--:|' * len(metrics)}"]
+    listed = kept.methods or tuple(dict.fromkeys(method for method, _ in found))
+    lines = [f"| method | {' | '.join(kept.metrics)} |", f"|---|{'--:|' * len(kept.metrics)}"]
     lines += [
-        f"| {label(each)} | {' | '.join(found.get((each, metric), '') for metric in metrics)} |" for each in listed
+        f"| {label(each)} | {' | '.join(found.get((each, metric), '') for metric in kept.metrics)} |" for each in listed
     ]
     return "\n".join(lines)
 
@@ -265,23 +264,34 @@ def _apart(found: dict[str, float], other: dict[str, float]) -> str:
     return f"{(interval.low + interval.high) / 2:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
 
 
-FINDINGS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {  # rows of, methods (none: all), metrics
-    "table1": (
+class Finding(NamedTuple):
+    """Which part of an experiment's rows a page shows."""
+
+    rows_of: str
+    methods: tuple[str, ...]  # none: all
+    metrics: tuple[str, ...]
+    scenario: str = ""  # a part of its name
+
+
+FINDINGS: dict[str, Finding] = {
+    "table1": Finding(
         "table1",
         ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
          "control: recipe alone", "control: short retraining", "fine-tune", "l1-sparse", "orthogonal-ascent", "duck",
          "amnesiac", "scrub", "salun"),
         ("NA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"),
     ),
-    "table2": (
+    "table2": Finding(
         "table2_cifar10",
         ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
          "control: recipe alone", "control: short retraining", "fine-tune", "eu-k", "l1-sparse", "orthogonal-ascent",
          "duck", "salun", "grda", "scrub"),
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"),
     ),
-    "backdoor": ("blind", (), ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work")),
-    "ablation": (
+    "backdoor": Finding(
+        "blind", (), ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work"), "backdoor"
+    ),
+    "ablation": Finding(
         "ablation",
         ("reload", "selector=random", "selector=large-kv", "selector=large-ratio", "selector=large-gradient",
          "selector=ekfac", "selector=obs", "priming_lr=None", "priming_lr=63.0", "priming_lr=300.0",
@@ -289,13 +299,13 @@ FINDINGS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {  # rows of
          "reset_to=normal", "published_code=normal-1d"),
         ("NA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL"),
     ),
-    "rehearsed": (
+    "rehearsed": Finding(
         "rehearsed",
         tuple(f"{name}{how}" for name in ("orthogonal-ascent", "reload")
               for how in ("", " (rehearsed blind)", " (defaults)")),
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL"),
     ),
-    "ascent": ("ascent", (), ("NA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL")),
+    "ascent": Finding("ascent", (), ("NA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL")),
 }  # fmt: skip
 GENERATED: dict[str, Callable[[], str]] = {
     "compare-overview": lambda: compared(compare.OVERVIEW),

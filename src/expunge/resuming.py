@@ -88,7 +88,6 @@ class Resumable:
         distributed.by_the_first(lambda: require_writable(self.path))
         self._steps = len(self.trace.losses)  # of what the trace saw before
         self._terms = self.trace.backwarded
-        self._earlier = (0.0, 0.0)
         self._begun = self._written = time.perf_counter()
         self._processor = time.process_time()
 
@@ -124,11 +123,12 @@ class Resumable:
         self.trace.epoch_ends += [self._steps + end for end in header["epoch_ends"]]
         self.trace.backwarded += header["backwarded"]
         self.trace.facts |= header["facts"]
-        self._earlier = seconds, processor = header["seconds"], header["processor_seconds"]
-        self.trace.count_earlier(seconds)
-        epochs = int(header["epochs"])
-        self.trace.facts["resumed"] = {"epochs": epochs, "seconds": seconds, "processor_seconds": processor}
-        return epochs
+        before = {name: header[name] for name in ("epochs", "seconds", "processor_seconds")}
+        self._begun -= before["seconds"]
+        self._processor -= before["processor_seconds"]
+        self.trace.count_earlier(before["seconds"])
+        self.trace.facts["resumed"] = before
+        return int(before["epochs"])
 
     def keep(self, epochs: int) -> None:
         """Write the state after so many epochs, at most once a minute.
@@ -154,8 +154,8 @@ class Resumable:
             "epoch_ends": ends,
             "backwarded": self.trace.backwarded - self._terms,
             "facts": facts,
-            "seconds": self._earlier[0] + time.perf_counter() - self._begun,
-            "processor_seconds": self._earlier[1] + time.process_time() - self._processor,
+            "seconds": time.perf_counter() - self._begun,
+            "processor_seconds": time.process_time() - self._processor,
         }
         save_tensors(self.path, tensors, {_FORMAT: json.dumps(header)})
         self._written = time.perf_counter()

@@ -132,10 +132,10 @@ def train(
     trainable = params.named_parameters(model)
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
-    settings = {"recipe": asdict(recipe), "seed": seed, "freeze_statistics": freeze_statistics}
     kept = None
     if resume is not None:
         _require_nothing_else_remembers(resume, stop, after_step)
+        settings = {"recipe": asdict(recipe), "seed": seed, "freeze_statistics": freeze_statistics}
         kept = Resumable(Path(resume), identity(model, data, loss_terms, **settings), model, optimizer, trace)
     done = kept.restore() if kept else 0
     autocast = Autocast(recipe.precision, device, trace)

@@ -106,16 +106,16 @@ def note_what_was_lost(before: nn.Module, after: nn.Module, given: Blind, trace:
         return
     fresh = given.fresh_model(trace.seed, before).to(next(before.parameters()))
     untrained = mean_loss(fresh, few, given.loss_terms)
-    went = f"the loss on what is left went from {was:.3g} to {now:.3g} nats a term, and an untrained model has "
+    went = (
+        f"{trace.method}: the loss on what is left went from {was:.3g} to {now:.3g} nats a term, and an untrained "
+        f"model has {untrained:.3g}"
+    )
     if not now < 0.9 * untrained:
-        trace.warn(
-            f"{trace.method}: {went}{untrained:.3g}: the model is destroyed. Choose weaker settings, or fewer steps."
-        )
+        trace.warn(f"{went}: the model is destroyed. Choose weaker settings, or fewer steps.")
     elif now - was >= 0.1 * (untrained - was):
         trace.warn(
-            f"{trace.method}: {went}{untrained:.3g}: {(now - was) / (untrained - was):.0%} of what training had gained "
-            "there is lost. Fine-tune for longer, as the model was trained, or choose weaker settings; "
-            "`expunge rehearse` finds some."
+            f"{went}: {(now - was) / (untrained - was):.0%} of what training had gained there is lost. Fine-tune for "
+            "longer, as the model was trained, or choose weaker settings; `expunge rehearse` finds some."
         )
 
 
