@@ -289,7 +289,11 @@ FINDINGS: dict[str, Finding] = {
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"),
     ),
     "backdoor": Finding(
-        "blind", (), ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work"), "backdoor"
+        "table3",
+        ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
+         "control: recipe alone", "control: short retraining", "orthogonal-ascent", "eu-k", "fine-tune", "cf-k",
+         "l1-sparse", "ssd", "salun", "duck", "gar", "scrub"),
+        ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work"),
     ),
     "ablation": Finding(
         "ablation",
