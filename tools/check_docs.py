@@ -190,6 +190,18 @@ def finding(name: str) -> str:
     return "\n".join(lines)
 
 
+def by_share(metric: str) -> str:
+    """One metric of ``gamma.py`` for each share that is known."""
+    rows = [row for row in read_rows(ROOT / "results" / "gamma-cpu.csv") if row.metric == metric]
+    scenarios = tuple(dict.fromkeys(row.scenario for row in rows))
+    found = {(each.scenario, each.method): f"{each.mean:.1f} ± {each.sd:.1f}" for each in summarise(rows)}
+    shares = [re.sub(".*, ", "", scenario) for scenario in scenarios]
+    lines = [f"| {metric} | {' | '.join(shares)} |", f"|---|{'--:|' * len(shares)}"]
+    for method in dict.fromkeys(row.method for row in rows):
+        lines.append(f"| {label(method)} | {' | '.join(found[scenario, method] for scenario in scenarios)} |")
+    return "\n".join(lines)
+
+
 def unfit() -> str:
     """Who takes no part in a scenario of the comparison, and why."""
     lines = ["| method | scenario | why not |", "|---|---|---|"]
@@ -320,6 +332,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "ablation": ablation_table,
     "results": results,
     **{f"finding:{name}": functools.partial(finding, name) for name in FINDINGS},
+    "finding-by-share": functools.partial(by_share, "TA with trigger"),
     "rehearsal-value": rehearsal_table,
     "demo": demo_table,
     "methods-table": methods_table,
