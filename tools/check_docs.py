@@ -197,8 +197,10 @@ def by_share(metric: str) -> str:
     found = {(each.scenario, each.method): f"{each.mean:.1f} ± {each.sd:.1f}" for each in summarise(rows)}
     shares = [re.sub(".*, ", "", scenario) for scenario in scenarios]
     lines = [f"| {metric} | {' | '.join(shares)} |", f"|---|{'--:|' * len(shares)}"]
-    for method in dict.fromkeys(row.method for row in rows):
-        lines.append(f"| {label(method)} | {' | '.join(found[scenario, method] for scenario in scenarios)} |")
+    lines += [
+        f"| {label(method)} | {' | '.join(found[scenario, method] for scenario in scenarios)} |"
+        for method in dict.fromkeys(row.method for row in rows)
+    ]
     return "\n".join(lines)
 
 
