@@ -151,20 +151,24 @@ class Gradient:
         if self.noise is None or part.noise is None:
             return None
         mine, theirs = self.micro_batches, part.micro_batches
-        if mine is not None and theirs is not None and mine.size == theirs.size:
+        aligned = mine is not None and theirs is not None and mine.size == theirs.size
+        if aligned:
+            assert mine is not None
+            assert theirs is not None
             # A touched micro-batch was rounded once in each pass, in proportion to its size.
-            groups = len(mine.numbers)
             _, touched = mine.touched_by(theirs)
-            accumulation = 2**-54 * math.sqrt(groups) / self.roundoff  # of the float64 sums
-            noise = {name: _spread(floor) * touched + floor * accumulation for name, floor in self.noise.items()}
-        else:
-            noise = {name: _spread(floor + part.noise[name].to(floor.device)) for name, floor in self.noise.items()}
+            accumulation = 2**-54 * math.sqrt(len(mine.numbers)) / self.roundoff  # of the float64 sums
         # The removed gradient itself was rounded too, wherever it was summed up.
         own = 32 * max(self.roundoff, part.roundoff)
-        return {
-            name: floor + (own * total[name].abs() + self.storage_roundoff * self.total[name].abs()).to(floor)
-            for name, floor in noise.items()
-        }
+        noise = {}
+        for name, floor in self.noise.items():
+            if aligned:
+                passes = _spread(floor) * touched + floor * accumulation
+            else:
+                passes = _spread(floor + part.noise[name].to(floor.device))
+            stored = self.storage_roundoff * self.total[name].abs()
+            noise[name] = passes + (own * total[name].abs() + stored).to(passes)
+        return noise
 
 
 def _spread(floor: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ def named_parameters(model: nn.Module, select: Select | None = None) -> dict[str
             gradient.
 
     Raises:
-        ConfigError: A name that does not exist, nothing left to train, or a model inside DistributedDataParallel.
+        ConfigError: A name that does not exist, a complex parameter, nothing left to train, or a model inside
+            DistributedDataParallel.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ConfigError(
@@ -84,6 +85,11 @@ def named_parameters(model: nn.Module, select: Select | None = None) -> dict[str
         if unknown:
             raise ConfigError(f"parameters={unknown!r}: the model has no such parameter. It has {listed(everything)}.")
         chosen = {name: everything[name] for name in everything if name in set(wanted)}
+    if unreal := [name for name, p in chosen.items() if not p.is_floating_point()]:
+        raise ConfigError(
+            f"parameters={unreal!r} are complex, of type {chosen[unreal[0]].dtype}: knowledge values and floors "
+            "are those of real numbers. Keep real and imaginary parts in parameters of their own (torch.view_as_real)."
+        )
     if not chosen:
         raise ConfigError(
             f"{type(plain(model)).__name__} has nothing trainable: {len(everything)} parameters, none of which "
@@ -117,6 +123,11 @@ def snapshot(parameters: Mapping[str, nn.Parameter]) -> Params:
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
+def state(model: nn.Module) -> Params:
+    """Everything that a checkpoint keeps and that is a tensor: a module may have a state of its own besides."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 def size(params: Mapping[str, Tensor]) -> int:
     """How many entries there are over all tensors."""
     return sum(tensor.numel() for tensor in params.values())
@@ -124,12 +135,16 @@ def size(params: Mapping[str, Tensor]) -> int:
 
 def norm(params: Mapping[str, Tensor]) -> float:
     """The Euclidean norm over all entries, accumulated in float64."""
-    return math.sqrt(total({name: tensor.double().square() for name, tensor in params.items()}))
+    return math.sqrt(sum(_sum(tensor.double().square()) for tensor in params.values()))
 
 
 def total(params: Mapping[str, Tensor]) -> float:
     """The sum of all entries, accumulated in float64."""
-    return sum(float(sharding.whole(tensor.sum(dtype=torch.float64))) for tensor in params.values())
+    return sum(map(_sum, params.values()))
+
+
+def _sum(tensor: Tensor) -> float:
+    return float(sharding.whole(tensor.sum(dtype=torch.float64)))
 
 
 def count(masks: Mapping[str, Bool[Tensor, "..."]]) -> int:

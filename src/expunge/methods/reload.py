@@ -145,17 +145,41 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
             f"selector={config.selector!r} takes a model apart into examples, which cannot be done with one that FSDP2 "
             "has sharded. Take small-kv, or give every process the whole model."
         )
+    _reset_(model, given, config, seed=seed, trace=trace)
+
+    if config.statistics == "re-estimated":
+        with trace.stage("statistics", model):
+            layers = re_estimate_statistics_(model, given, config.fine_tune.batch_size, seed=seed, trace=trace)
+            trace.facts["statistics_layers"] = layers
+
+    # The mean of another loss is no aim for this one, and that on corrected data is what the faults did to it.
+    target = full.mean_loss if given.cached_terms == given.loss_terms else None
+    trace.facts["target_loss"] = target
+    with trace.stage("fine-tune", model):
+        stop = until_converged(
+            given.retain,
+            given.loss_terms,
+            target=target,
+            tolerance=config.tolerance,
+            patience=config.patience,
+            trace=trace,
+        )
+        train(model, given.retain, given.loss_terms, config.fine_tune, seed=seed, trace=trace, stop=stop)
+    return model
+
+
+def _reset_(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: Trace) -> None:
+    """Ascend and re-initialise; the vectors that this takes are gone before fine-tuning needs its own."""
+    full = given.cached()
     theta = params.named_parameters(model, full.total)
 
     with trace.stage("difference", model):
         removed = difference(model, given, trace)[0]
-        # The mean of another loss is no aim for this one, and that on corrected data is what the faults did to it.
-        target = full.mean_loss if given.cached_terms == given.loss_terms else None
         values = new_values(model, theta, given, config.reset_to, std=config.reset_std, seed=seed)
         if "normal-1d" in config.published_code:
             one_d = [name for name, value in values.items() if value.ndim == 1]
             values |= {name: normal(values[name], 2, seed, name, "normal-1d") for name in one_d}
-        eps = _eps(removed, config)
+        trace.facts["eps"] = eps = _eps(removed, config)
 
     change, curvature = None, None
     if config.selector in SECOND_ORDER:
@@ -181,24 +205,6 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
 
     with trace.stage("re-initialise", model):
         reinitialise_(theta, values, chosen)
-
-    if config.statistics == "re-estimated":
-        with trace.stage("statistics", model):
-            layers = re_estimate_statistics_(model, given, config.fine_tune.batch_size, seed=seed, trace=trace)
-            trace.facts["statistics_layers"] = layers
-
-    with trace.stage("fine-tune", model):
-        stop = until_converged(
-            given.retain,
-            given.loss_terms,
-            target=target,
-            tolerance=config.tolerance,
-            patience=config.patience,
-            trace=trace,
-        )
-        train(model, given.retain, given.loss_terms, config.fine_tune, seed=seed, trace=trace, stop=stop)
-    trace.facts |= {"eps": eps, "target_loss": target}
-    return model
 
 
 @torch.no_grad()
