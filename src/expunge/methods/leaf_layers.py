@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 
 from expunge import params
 from expunge.access import Blind
@@ -39,7 +40,7 @@ def last_layers(model: nn.Module, given: Blind, k: int, method: str, trace: Trac
         )
     first = 0 if k == len(starts) else starts[-k]
     trace.facts |= {"weight_layers": len(starts), "trained_layers": [owners[place][0] for place in starts[-k:]]}
-    return [module for _, module in owners[first:]]
+    return [part for _, module in owners[first:] for part in _parts(module)]
 
 
 @contextmanager
@@ -71,8 +72,19 @@ def only_training(model: nn.Module, layers: list[nn.Module], loss_terms: LossTer
 def _is_weight_layer(module: nn.Module) -> bool:
     if isinstance(module, _NORMS):
         return False
-    alone = isinstance(module, nn.MultiheadAttention) or not any(True for _ in module.children())
-    return alone and any(p.ndim > 1 for p in module.parameters(recurse=False))
+    children = [child for child in module.children() if child is not getattr(module, "parametrizations", None)]
+    return (isinstance(module, nn.MultiheadAttention) or not children) and any(p.ndim > 1 for p in _owned(module))
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """A module without its children, and those that its weights are computed by (weight_norm and the like)."""
+    yield module
+    if is_parametrized(module):
+        yield from module.parametrizations.modules()  # type: ignore[union-attr]
+
+
+def _owned(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for part in _parts(module) for p in part.parameters(recurse=False))
 
 
 @torch.no_grad()
@@ -100,6 +112,7 @@ def _in_order(model: nn.Module, given: Blind, trace: Trace) -> list[tuple[str, n
     owners = [
         (name, module)
         for name, module in everything.items()
-        if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
+        if "parametrizations" not in name.split(".")
+        and (any(True for _ in _owned(module)) or any(True for _ in module.buffers(recurse=False)))
     ]
     return sorted(owners, key=lambda owner: place(owner[0]))
