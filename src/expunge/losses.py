@@ -5,11 +5,14 @@ the gradient of all data minus the gradient of what is left equal to the gradien
 is an example, or for language models a target token.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from expunge import params
 from expunge.batches import Batch
 from expunge.errors import ConfigError, MismatchError
 
@@ -121,6 +124,17 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def name_of(loss_terms: object) -> str:
-    """The name a cache records for a loss: that of the function, or of the type of a callable object."""
+    """The name a cache records for a loss: that of the function, or of the type of a callable object.
+
+    Of a ``functools.partial`` it is that of its function and what is filled in, tensors by their fingerprint.
+    """
+    if isinstance(loss_terms, partial):
+        filled = [_value(value) for value in loss_terms.args]
+        filled += [f"{key}={_value(value)}" for key, value in sorted(loss_terms.keywords.items())]
+        return f"{name_of(loss_terms.func)}({', '.join(filled)})"
     named = loss_terms if hasattr(loss_terms, "__qualname__") else type(loss_terms)
     return str(named.__qualname__)
+
+
+def _value(value: object) -> str:
+    return params.fingerprint({"": value})[:12] if isinstance(value, Tensor) else repr(value)
