@@ -73,6 +73,7 @@ class Blind:
         trained = ((sharding.whole(p.detach()), names[1][name]) for name, p in names[0].items())
         if all(torch.equal(p, fresh.to(p)) for p, fresh in trained):
             raise ConfigError("fresh() returned the weights to be unlearned. It must build an untrained model.")
+        _in_types_of(like, untrained)
         return untrained
 
     def fresh_values(self, seed: int, model: nn.Module, names: Iterable[str]) -> Params:
@@ -89,6 +90,14 @@ class Blind:
             for name, p in trained.items()
             if name in set(names)
         }
+
+
+def _in_types_of(like: nn.Module, model: nn.Module) -> None:
+    """Cast floating parameters and buffers to the types that they have in a model of the same architecture."""
+    there = {**dict(like.named_parameters()), **dict(like.named_buffers())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in there and tensor.is_floating_point() and tensor.dtype != there[name].dtype:
+            tensor.data = tensor.data.to(there[name].dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ def bad_teacher(model: nn.Module, given: Sighted, config: BadTeacher, *, seed: i
     """
     with trace.stage("teachers", model):
         good = teacher(model)
-        bad = teacher(given.fresh_model(seed, model).to(next(model.parameters())))
+        bad = teacher(given.fresh_model(seed, model).to(next(model.parameters()).device))
         params.require_same_names(dict(good.named_parameters()), dict(bad.named_parameters()), "the model", "fresh()")
     with trace.stage("train", model):
         train_on_pairs(

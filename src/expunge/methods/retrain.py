@@ -7,9 +7,12 @@ Needs: any loss.
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from expunge import params
 from expunge.access import Blind
+from expunge.errors import MismatchError
 from expunge.methods.guard import note_if_nothing_was_learned
 from expunge.space import Space
 from expunge.trace import Trace
@@ -27,10 +30,34 @@ class Retrain:
 SPACE: Space = {}  # the recipe is that of the original
 
 
+def freeze_alike_(untrained: nn.Module, model: nn.Module) -> None:
+    """Freeze what is frozen in the trained model, so that both train the same parameters.
+
+    Raises:
+        MismatchError: A parameter is frozen in the trained model alone, at values that ``fresh`` does not build.
+    """
+    fresh = params.named_parameters(untrained, lambda _, __: True)
+    for name, p in params.named_parameters(model, lambda _, __: True).items():
+        if not p.requires_grad and fresh[name].requires_grad:
+            if not torch.equal(p.detach(), fresh[name].detach().to(p)):
+                raise MismatchError(
+                    f"{name!r} is frozen in the trained model, and fresh() builds it trainable with other values. Let "
+                    "fresh() load what was frozen during training; unfreeze what was frozen only afterwards."
+                )
+            fresh[name].requires_grad_(False)
+
+
 def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace: Trace) -> nn.Module:
-    """Fresh weights for every module, then training; the trained model only says which device and mode."""
-    device = next(model.parameters()).device
-    model = given.fresh_model(seed, model).to(device).train(model.training)
+    """Fresh weights for every module, then training.
+
+    The trained model only says which device and mode, which types, and which parameters are frozen.
+
+    Raises:
+        MismatchError: ``fresh`` builds another architecture, or other values for parameters that were frozen since.
+    """
+    untrained = given.fresh_model(seed, model)
+    freeze_alike_(untrained, model)
+    model = untrained.to(next(model.parameters()).device).train(model.training)
     with trace.stage("train", model):
         train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, resume=config.resume)
         note_if_nothing_was_learned(trace)
