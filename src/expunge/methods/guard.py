@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from expunge import params
 from expunge.access import Blind
 from expunge.batches import Batch, Batches, shuffled
 from expunge.seeds import keeping_random_state, stream
@@ -35,12 +36,12 @@ def taking_back(
         what: What is taken back, for the reason it gives.
         cure: What to do about it.
     """
-    last = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    last = {name: tensor.clone() for name, tensor in params.state(model).items()}
 
     @torch.no_grad()
     def stop(model: nn.Module, training_loss: float) -> str | None:
         reached = loss_of(model) if loss_of else training_loss
-        state = model.state_dict()
+        state = params.state(model)
         if not reached <= bound:
             for name, tensor in state.items():
                 tensor.copy_(last[name])
@@ -69,14 +70,14 @@ def keeping_what_is_left(model: nn.Module, given: Blind, bound: float, trace: Tr
     """
     few = a_few(given.retain, trace.seed)
     limit = max(bound, 2 * mean_loss(model, few, given.loss_terms, trace))
-    good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    good = {name: tensor.clone() for name, tensor in params.state(model).items()}
     epoch = good_epoch = 0
 
     @torch.no_grad()
     def stop(model: nn.Module, _: float) -> str | None:
         nonlocal epoch, good_epoch
         epoch += 1
-        reached, state = mean_loss(model, few, given.loss_terms, trace), model.state_dict()
+        reached, state = mean_loss(model, few, given.loss_terms, trace), params.state(model)
         if reached <= limit:
             good_epoch = epoch
             for name, tensor in state.items():
@@ -104,12 +105,14 @@ def note_what_was_lost(before: nn.Module, after: nn.Module, given: Blind, trace:
     was, now = (mean_loss(model, few, given.loss_terms) for model in (before, after))
     if now <= 2 * was + 0.1:  # the rule; only in doubt is an untrained model built
         return
-    fresh = given.fresh_model(trace.seed, before).to(next(before.parameters()))
-    untrained = mean_loss(fresh, few, given.loss_terms)
-    went = (
-        f"{trace.method}: the loss on what is left went from {was:.3g} to {now:.3g} nats a term, and an untrained "
-        f"model has {untrained:.3g}"
-    )
+    went = f"{trace.method}: the loss on what is left went from {was:.3g} to {now:.3g} nats a term"
+    try:
+        fresh = given.fresh_model(trace.seed, before).to(next(before.parameters()).device)
+        untrained = mean_loss(fresh, few, given.loss_terms)
+    except Exception as error:  # whatever `fresh` raises: what is done must not be lost for want of a comparison
+        trace.warn(f"{went}. How an untrained model does cannot be told: fresh() failed ({error}).")
+        return
+    went += f", and an untrained model has {untrained:.3g}"
     if not now < 0.9 * untrained:
         trace.warn(f"{went}: the model is destroyed. Choose weaker settings, or fewer steps.")
     elif now - was >= 0.1 * (untrained - was):
