@@ -348,12 +348,12 @@ def test_patience_zero_never_ends():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": -1}, "epochs=-1: must be 0 or more"),
+        ({"epochs": -1}, "epochs=-1: must be a whole number, 0 or more"),
         ({"lr": 0.0}, "lr=0.0: must be a positive number"),
         ({"lr": -0.1}, "lr=-0.1: must be a positive number"),
         ({"lr": math.nan}, "lr=nan: must be a positive number"),
         ({"lr": math.inf}, "lr=inf: must be a positive number"),
-        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be a whole number, at least 1"),
         ({"momentum": 1.0}, r"momentum=1.0: must be in \[0, 1\)"),
         ({"momentum": -0.1}, r"momentum=-0.1: must be in \[0, 1\)"),
         ({"weight_decay": -1e-4}, "weight_decay=-0.0001: must be 0 or more"),

@@ -159,6 +159,8 @@ def indexed(data: Batches) -> Indexed | None:
             "pin_memory": data.pin_memory,
             "prefetch_factor": data.prefetch_factor,
             "worker_init_fn": data.worker_init_fn,
+            "multiprocessing_context": data.multiprocessing_context,
+            "timeout": data.timeout,
         }
         data = data.dataset
     if not (isinstance(data, Dataset) and hasattr(data, "__len__")) or isinstance(data, IterableDataset):

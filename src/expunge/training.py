@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from expunge import distributed, params, progress, sharding
 from expunge.augmentation import augmentation
 from expunge.batches import Batch, Batches, LossTerms, micro_batches, positioned, to_device
-from expunge.errors import ConfigError, NotFinite
+from expunge.errors import ConfigError, NotFinite, UnsupportedModule
 from expunge.execution import Autocast, Compiled, Precision, ahead, channels_last
 from expunge.probe import checked_terms
 from expunge.resuming import Resumable, identity
@@ -64,11 +64,16 @@ class Recipe:
     compile: bool = False  # with torch.compile, if it can
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        _require(type(self.epochs) is int and self.epochs >= 0, "epochs", self.epochs, "a whole number, 0 or more")
         _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
         _require(self.optimizer in get_args(Optimizer), "optimizer", self.optimizer, f"one of {get_args(Optimizer)}")
         _require(self.schedule in get_args(Schedule), "schedule", self.schedule, f"one of {get_args(Schedule)}")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(
+            type(self.batch_size) is int and self.batch_size >= 1,
+            "batch_size",
+            self.batch_size,
+            "a whole number, at least 1",
+        )
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
         _require(self.crop >= 0, "crop", self.crop, "0 or more")
@@ -125,10 +130,11 @@ def train(
     Raises:
         ConfigError: Nothing trainable; a file of another training; resume beside stop or after_step.
         NotFinite: A loss became NaN or infinite; names the epoch and the step.
-        UnsupportedModule: resume with a model that FSDP2 has sharded.
+        UnsupportedModule: resume with a model that FSDP2 has sharded; sparse gradients.
     """
     trace = trace or Trace("train", seed)
     sharding.settle(model)
+    require_dense_gradients(model)
     trainable = params.named_parameters(model)
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
@@ -162,7 +168,7 @@ def train(
                 count, batches = positioned(data, recipe.batch_size, order, distributed.mine)
                 for step, (positions, batch) in enumerate(ahead(distributed.reading(batches), device)):
                     for group in optimizer.param_groups:
-                        group["lr"] = recipe.lr * recipe.factor(epoch + (step / count if count else 0.0))
+                        group["lr"] = recipe.lr * recipe.factor(epoch + _share_of_epoch(step, count))
                     ready = augmented(batch) if augmented else batch
                     ready = channels_last(ready) if recipe.channels_last else ready
                     forward = partial(_terms, replica, loss_terms, ready, autocast, compiled)
@@ -186,6 +192,20 @@ def train(
                 trace.stopped = reason
                 break
     return trace
+
+
+def require_dense_gradients(model: nn.Module) -> None:
+    """Refuse what no optimiser with momentum or weight decay can train.
+
+    Raises:
+        UnsupportedModule: An embedding with sparse gradients.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) and any(p.requires_grad for p in module.parameters(recurse=False)):
+            raise UnsupportedModule(
+                f"{name or type(module).__name__} has sparse=True: momentum and weight decay need dense gradients. Set "
+                f"{name + '.' if name else ''}sparse = False; weights and results stay the same."
+            )
 
 
 def mean_loss(model: nn.Module, data: Batches, loss_terms: LossTerms, trace: Trace | None = None) -> float:
@@ -227,14 +247,15 @@ def until_converged(
         trace: Counts the extra forward passes.
     """
     best, waited, epoch = math.inf, 0, 0
-    enough = -math.inf if target is None else target * (1 + tolerance)
+    enough = -math.inf if target is None else target + tolerance * abs(target)  # a density's loss can be negative
+    near = enough + 3 * abs(enough)
 
     def stop(model: nn.Module, training_loss: float) -> str | None:
         nonlocal best, waited, epoch
         epoch += 1
         # The training loss is an average over moving weights (and dropout), an upper estimate: look closer once it
         # is near, and now and then in any case.
-        if target is not None and (training_loss <= 4 * enough or epoch % 5 == 0):
+        if target is not None and (training_loss <= near or epoch % 5 == 0):
             reached = mean_loss(model, data, loss_terms, trace)
             if reached <= enough:
                 return f"loss {reached:.4g} reached the original's {target:.4g} (tolerance {tolerance:.0%})"
@@ -273,11 +294,21 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
     )
 
 
+def _share_of_epoch(step: int, count: int | None) -> float:
+    """How far an epoch has got before a step; where that is not known, or there is but one, the middle.
+
+    At the beginning "one-cycle" has a learning rate of zero: a training of one such step would move nothing.
+    """
+    return step / count if count and count > 1 else 0.5
+
+
 def _train_mode(model: nn.Module, freeze_statistics: bool) -> None:
+    """Train mode for all modules but normalisations whose statistics are to stay: all, or those with frozen scales."""
     model.train()
-    if freeze_statistics:
-        for module in model.modules():
-            if getattr(module, "track_running_stats", False):
+    for module in model.modules():
+        if getattr(module, "track_running_stats", False):
+            own = list(module.parameters(recurse=False))
+            if freeze_statistics or (own and not any(p.requires_grad for p in own)):
                 module.eval()
 
 

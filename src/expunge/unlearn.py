@@ -14,6 +14,7 @@ from expunge.gradient import Origin
 from expunge.methods import method_of
 from expunge.methods.guard import note_what_was_lost
 from expunge.trace import Trace, Watch
+from expunge.training import require_dense_gradients
 
 SHARDED = ("reload", "fine-tune")  # methods for models that FSDP2 has sharded
 
@@ -45,7 +46,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         ForgetSetAccessed: The method needs the removed records and was given none.
         MismatchError: The cached gradient was not taken at this model's weights and buffers.
         NotFinite: NaN or infinity in the model, or in what came out.
-        UnsupportedModule: A sharded model, and a method that is not for them.
+        UnsupportedModule: Sparse gradients; a sharded model, and a method that is not for them.
         ProcessFailed: Another process of the same job failed or died.
         ConfigError: Settings that belong to no method, and whatever the method refuses.
     """
@@ -59,6 +60,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         given = given.blinded()
     inner = params.plain(model)
     sharding.settle(inner)
+    require_dense_gradients(inner)  # now, rather than after a gradient pass
     sharded = sharding.is_sharded(inner)
     if sharded and method.name not in SHARDED:
         raise UnsupportedModule(
