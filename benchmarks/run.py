@@ -34,6 +34,7 @@ from expunge import (
     gradient,
     importance,
     seeded,
+    stream,
     train,
     unlearn,
 )
@@ -46,6 +47,7 @@ from expunge.metrics.outputs import Outputs
 from expunge.models.convnet import ConvNet
 from expunge.models.resnet import ResNet18
 from ratios import REPEATS, Result, at_least, at_most, fastest, for_comparison, images
+from transformer import Storages
 
 
 def reload_without_fine_tuning() -> Iterator[Result]:
@@ -63,6 +65,30 @@ def reload_without_fine_tuning() -> Iterator[Result]:
         lambda: unlearn(model, given, config),
     )
     yield at_most("RELOAD without fine-tuning, ResNet-18 of width 16", "an epoch of training", steps / epoch, 2.0)
+
+
+def reload_memory() -> Iterator[Result]:
+    """Bytes that RELOAD's steps hold at their peak besides the model and the cache, which is mapped from its file."""
+    width = 1024
+
+    def fresh(seed: int) -> nn.Module:
+        with seeded(seed):
+            return nn.Sequential(*[nn.Linear(width, width) for _ in range(5)], nn.Linear(width, 10))
+
+    model = fresh(0)
+    data = Examples(torch.randn(512, width, generator=stream(0, "inputs")), torch.arange(512) % 10)
+    full = gradient(model, cross_entropy, data)
+    given = Blind(retain=data.without(range(20)), loss_terms=cross_entropy, fresh=fresh, full=full)
+    counting = Storages(model)
+    for tensor in (*full.total.values(), *(full.noise or {}).values()):
+        counting.leave_out(tensor)
+    with counting, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this model was never trained
+        unlearn(model, given, Reload(fine_tune=Recipe(epochs=1, lr=0.01)))
+    size = sum(p.nbytes for p in model.parameters())
+    yield at_most(
+        "RELOAD: bytes at the peak besides model and cache", "the model in float32", counting.peak / size - 1, 10
+    )
 
 
 def start_up() -> Iterator[Result]:
@@ -188,6 +214,7 @@ BENCHMARKS = {
     "two": two_processes,
     "training": training.rows,
     "reload": reload_without_fine_tuning,
+    "memory": reload_memory,
     "import": start_up,
     "scoring": scoring,
     "per-example": per_example,

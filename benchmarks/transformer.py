@@ -49,6 +49,10 @@ class Storages(TorchDispatchMode):
                 self._watch(leaf)
         return result
 
+    def leave_out(self, tensor: Tensor) -> None:
+        """Do not count this storage."""
+        self.alive[tensor.untyped_storage()._cdata] = 0
+
     def _watch(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
