@@ -64,6 +64,13 @@ def test_a_cache_comes_back_bit_for_bit(kind, tmp_path):
     assert loaded.storage_roundoff == 0
 
 
+def test_a_cache_of_a_lambda_warns_that_it_cannot_be_told_from_another(tmp_path):
+    model = small()
+    full = gradient(model, lambda model, batch: cross_entropy(model, batch) * 2, classification(20))
+    with pytest.warns(UserWarning, match=r"<lambda>: a cache knows a loss by its name.*Define it by def"):
+        cache.save(tmp_path / "cache", full)
+
+
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2**-24), (torch.bfloat16, 2**-8)])
 def test_a_cache_of_lower_precision_is_rounded_once(dtype, unit, tmp_path):
     model = small()

@@ -148,3 +148,15 @@ def test_counts_are_whole_numbers(name, value):
     object.__setattr__(recipe, name, value)  # the tests' own type checks refuse it earlier
     with pytest.raises(ConfigError, match="must be a whole number"):
         recipe.__post_init__()
+
+
+def test_steps_without_milestones_are_refused_before_anything_is_computed():
+    recipe = Recipe(epochs=4, lr=0.1, schedule="step")
+    with pytest.raises(ConfigError, match=r"schedule='step', milestones=\(\): .*milestones=\(2,\)"):
+        train(network(), records(), cross_entropy, recipe, seed=0)
+
+    def never(model: nn.Module, batch: object) -> torch.Tensor:
+        raise AssertionError
+
+    with pytest.raises(ConfigError, match=r"schedule='step'"):
+        unlearn(network(), Blind(retain=records(), loss_terms=never, fresh=network), FineTune(recipe=recipe))

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -81,6 +82,12 @@ def save(
     require_storable(path, dtype, len(gradient.groups.totals) if gradient.groups is not None else None, max_shard_bytes)
     if gradient.noise is None:
         raise ConfigError("this gradient has no rounding floor. Save what gradient() returned, unchanged.")
+    if "<lambda>" in gradient.origin.loss_terms:
+        warnings.warn(
+            f"the loss is {gradient.origin.loss_terms}: a cache knows a loss by its name, and cannot tell this one "
+            "from another lambda. Define it by def, with a name.",
+            stacklevel=2,
+        )
     tensors = {f"total/{name}": _to_write(tensor.to(dtype)) for name, tensor in gradient.total.items()}
     params.require_finite(tensors, f"saving the cache as {dtype}")
     tensors |= {f"noise/{name}": _to_write(tensor) for name, tensor in gradient.noise.items()}

@@ -128,13 +128,14 @@ def train(
         The trace, with the reason why training ended in ``stopped``.
 
     Raises:
-        ConfigError: Nothing trainable; a file of another training; resume beside stop or after_step.
+        ConfigError: Nothing trainable; steps without milestones; a file of another training; resume beside stop or
+            after_step.
         NotFinite: A loss became NaN or infinite; names the epoch and the step.
         UnsupportedModule: resume with a model that FSDP2 has sharded; sparse gradients.
     """
     trace = trace or Trace("train", seed)
     sharding.settle(model)
-    require_dense_gradients(model)
+    require_trainable(model, recipe)
     trainable = params.named_parameters(model)
     device = next(iter(trainable.values())).device
     optimizer = _optimizer(list(trainable.values()), recipe)
@@ -194,12 +195,19 @@ def train(
     return trace
 
 
-def require_dense_gradients(model: nn.Module) -> None:
-    """Refuse what no optimiser with momentum or weight decay can train.
+def require_trainable(model: nn.Module, *recipes: Recipe) -> None:
+    """Refuse what cannot be trained with these recipes, or not as they say.
 
     Raises:
-        UnsupportedModule: An embedding with sparse gradients.
+        ConfigError: "step" without milestones. (Settings come one by one, so that no recipe can refuse it itself.)
+        UnsupportedModule: An embedding with sparse gradients, which momentum and weight decay cannot have.
     """
+    for recipe in recipes:
+        if recipe.schedule == "step" and not recipe.milestones and recipe.epochs:
+            raise ConfigError(
+                "schedule='step', milestones=(): the learning rate would never change. Write the epochs at which it "
+                f"is multiplied by 0.1, such as milestones=({max(recipe.epochs // 2, 1)},), or schedule='constant'."
+            )
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) and any(p.requires_grad for p in module.parameters(recurse=False)):
             raise UnsupportedModule(

@@ -14,7 +14,7 @@ from expunge.gradient import Origin
 from expunge.methods import method_of
 from expunge.methods.guard import note_what_was_lost
 from expunge.trace import Trace, Watch
-from expunge.training import require_dense_gradients
+from expunge.training import Recipe, require_trainable
 
 SHARDED = ("reload", "fine-tune")  # methods for models that FSDP2 has sharded
 
@@ -60,7 +60,8 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         given = given.blinded()
     inner = params.plain(model)
     sharding.settle(inner)
-    require_dense_gradients(inner)  # now, rather than after a gradient pass
+    recipes = [value for value in vars(config).values() if isinstance(value, Recipe)]
+    require_trainable(inner, *recipes)  # now, rather than after a gradient pass
     sharded = sharding.is_sharded(inner)
     if sharded and method.name not in SHARDED:
         raise UnsupportedModule(
