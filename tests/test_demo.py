@@ -1,6 +1,7 @@
 """The main job from end to end, on the real digits with training cut short; and how runs are kept and go on."""
 
 import csv
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -94,6 +95,30 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
 
     runs.carry_out("trial", tmp_path, {}, {"removal": rest}, 3)
     assert read_rows(folder / "rows.csv") == [row for seed in range(3) for row in a_case(folder, seed).rows]
+
+
+def test_of_two_at_once_the_second_waits_and_finds_everything_done(tmp_path):
+    begun, go_on, pages = Event(), Event(), []
+
+    def slow(folder, seed):
+        begun.set()
+        assert go_on.wait(20)
+        return a_case(folder, seed)
+
+    def start(case):
+        thread = Thread(target=lambda: pages.append(runs.carry_out("trial", tmp_path, {}, {"removal": case}, 3)))
+        thread.start()
+        return thread
+
+    first = start(slow)
+    assert begun.wait(20)
+    second = start(never)
+    second.join(0.5)
+    assert second.is_alive()
+    go_on.set()
+    first.join(20)
+    second.join(20)
+    assert len(pages) == 2
 
 
 def test_another_configuration_is_another_run(tmp_path):

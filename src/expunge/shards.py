@@ -5,12 +5,9 @@ names of its own and the index takes its name last: until then the old files are
 """
 
 import hashlib
-import importlib.util
 import json
-import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from torch import Tensor
 
 from expunge import params
 from expunge.errors import ConfigError, CorruptCache
-from expunge.files import save_tensors, write_text
+from expunge.files import alone_in, save_tensors, write_text
 
 _ENDING = ".index.json"
 
@@ -136,7 +133,7 @@ def write(path: Path | str, blocks: Iterable[Mapping[str, Tensor]], fields: dict
             },
             "weight_map": {name: file for file, part in zip(files, parts, strict=True) for name in part},
         }
-        with _alone_in(path.parent):
+        with alone_in(path.parent):
             before = files_of(index_path(path))
             write_text(index_path(path), json.dumps(index, indent=2) + "\n", private=True)
             for file in before:
@@ -164,7 +161,7 @@ def remove(path: Path | str) -> None:
     index = index_path(path)
     if not index.exists():
         return
-    with _alone_in(index.parent):
+    with alone_in(index.parent):
         files = files_of(index)
         index.unlink(missing_ok=True)
         for file in files:
@@ -222,22 +219,3 @@ def _checksum(fields: dict[str, str], fingerprints: dict[str, str]) -> str:
     lines = [f"{key}={fields[key]}\n" for key in sorted(fields)]
     lines += [f"{file}={fingerprints[file]}\n" for file in sorted(fingerprints)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait for other processes that are putting an index in its place, where the system has locks on folders.
-
-    On Windows nobody waits: of two at a time the last one's cache is whole, and files of the other may be left.
-    """
-    if importlib.util.find_spec("fcntl") is None:
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

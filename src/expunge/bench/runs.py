@@ -13,7 +13,7 @@ import torch
 from expunge import progress
 from expunge.bench.case import Case
 from expunge.errors import ConfigError
-from expunge.files import write_text
+from expunge.files import alone_in, write_text
 from expunge.provenance import environment, sources
 from expunge.report import write_page
 from expunge.rows import Row, read_rows, write_csv, write_rows
@@ -30,6 +30,8 @@ _COLUMNS = {
 
 def carry_out(name: str, out: Path, config: Mapping[str, Any], cases: Cases, seeds: int) -> Path:
     """Run every case for every seed and draw the page; what is done already is not run again.
+
+    A second process with the same configuration waits for the first one, and finds everything done.
 
     Args:
         name: Of the experiment, for the progress display.
@@ -49,15 +51,16 @@ def carry_out(name: str, out: Path, config: Mapping[str, Any], cases: Cases, see
     folder = folder_of(out, config)
     write_text(folder / "config.json", json.dumps(_whole(config), indent=2) + "\n")
     write_text(folder / "env.json", json.dumps({**environment(), "threads": 1}, indent=2) + "\n")
-    with _one_thread(), progress.task(name, seeds * len(cases)) as advance:
-        for seed in range(seeds):
-            for scenario, case in cases.items():
-                part = folder / scenario / f"seed-{seed}"
-                if not (part / "DONE").exists():
-                    _store(case(part, seed), part)
-                advance()
-    _gather([folder / scenario / f"seed-{seed}" for scenario in cases for seed in range(seeds)], folder)
-    return write_page(folder)
+    with alone_in(folder):
+        with _one_thread(), progress.task(name, seeds * len(cases)) as advance:
+            for seed in range(seeds):
+                for scenario, case in cases.items():
+                    part = folder / scenario / f"seed-{seed}"
+                    if not (part / "DONE").exists():
+                        _store(case(part, seed), part)
+                    advance()
+        _gather([folder / scenario / f"seed-{seed}" for scenario in cases for seed in range(seeds)], folder)
+        return write_page(folder)
 
 
 def folder_of(out: Path, config: Mapping[str, Any]) -> Path:
