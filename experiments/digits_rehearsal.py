@@ -37,7 +37,7 @@ from torch import nn
 from expunge.bench import entries as bench_entries
 from expunge.bench.entries import Entry, entries
 from expunge.bench.situations import FULL, LEADING, SITUATIONS, Situation
-from expunge.errors import NotFinite
+from expunge.errors import NotFinite, NotInformative
 from expunge.files import write_text
 from expunge.methods.retrain import Retrain
 from expunge.metrics.classification import cross_entropy, symmetric_kl
@@ -134,7 +134,7 @@ def try_out(entry: Entry, scenario: str, rehearsals: Sequence[Rehearsal], floor:
                 for seed, r, given in zip(SEEDS, rehearsals, givens, strict=True)
             ]
             found = mean_distances(models, rehearsals)
-        except NotFinite:
+        except (NotFinite, NotInformative):
             found = (math.inf, math.inf)
         seconds = (time.perf_counter() - start) / len(SEEDS)
         tried.append(Trial(scenario, entry.name, score(found, floor), found, seconds, settings))

@@ -15,12 +15,12 @@ from expunge.bench import judging, stages, steps, tasks
 from expunge.bench.experiments import everyone
 from expunge.bench.stages import Contender, Stage, closure, from_plain
 from expunge.bench.store import Store, read_json
-from expunge.bench.tasks import Scenario, Task, records
+from expunge.bench.tasks import Scenario, records
 from expunge.data.images import ImageData, Images
 from expunge.errors import ConfigError
 from expunge.metrics.outputs import Outputs
 from expunge.rows import read_rows
-from tests.tiny_bench import BRIEF, CROSS, DIGITS, RANDOM, RECIPE, TINY, TWO, run, tiny
+from tests.tiny_bench import BRIEF, CROSS, DIGITS, RECIPE, TINY, TWO, run, tiny
 
 
 def test_scenarios_give_methods_and_judges_the_right_records():
@@ -109,9 +109,9 @@ def test_a_cached_gradient_is_of_the_loss_that_the_contender_takes(tmp_path):
     assert {n: cache.read_header(store.result(s) / "cache.safetensors").loss_terms for n, s in needed.items()} == losses
 
 
-def test_a_blind_tuning_sees_what_is_left_of_its_own_seed_and_nothing_else(tmp_path, monkeypatch):
+def test_a_blind_tuning_sees_what_is_left_of_its_own_seed_and_nothing_else(tmp_path, monkeypatch, pictures):
     blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
-    experiment = tiny(DIGITS, contenders=(blind, TWO[0]))
+    experiment = tiny(pictures, contenders=(blind, TWO[0]))
     tunings = {
         (s.contender.tuned, s.seed): s for s in closure(experiment.evaluations([0, 1])).values() if s.step == "tune"
     }
@@ -126,7 +126,7 @@ def test_a_blind_tuning_sees_what_is_left_of_its_own_seed_and_nothing_else(tmp_p
         steps.rehearsal, "prepare", lambda problem, *a, **k: given.append(problem) or drawn(problem, *a, **k)
     )
     run(experiment, tmp_path)
-    left, forget = records(DIGITS, 0, None).retain, records(DIGITS, 0, None).forget
+    left, forget = records(pictures, 0, None).retain, records(pictures, 0, None).forget
     assert type(given[0].given) is Blind
     assert torch.equal(given[0].given.retain.positions, left.positions)
     assert given[0].given.full.count == len(left)
@@ -139,34 +139,48 @@ def test_a_blind_tuning_sees_what_is_left_of_its_own_seed_and_nothing_else(tmp_p
     assert not {trial["score"] for trial in own} & {trial["score"] for trial in other}
 
 
-def test_a_correction_cannot_be_rehearsed_blind():
+def test_a_correction_cannot_be_rehearsed_blind(pictures):
     blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
     with pytest.raises(ConfigError, match=r"only one removal of records can be rehearsed, random or in-class, and not"):
-        replace(tiny(), tasks=(replace(DIGITS, scenario=CROSS),), contenders=(blind,), shown=("TA",))
+        replace(tiny(), tasks=(replace(pictures, scenario=CROSS),), contenders=(blind,), shown=("TA",))
     with pytest.raises(ConfigError, match=r"'random 40 %' leaves too little for 2 pseudo-forget sets of its size"):
-        tiny(replace(DIGITS, scenario=Scenario(kind="random", amount=0.4)), contenders=(blind,))
+        tiny(replace(pictures, scenario=Scenario(kind="random", amount=0.4)), contenders=(blind,))
 
 
-def test_images_to_spare_are_neither_trained_on_nor_test_images(monkeypatch):
+@pytest.fixture
+def pictures(monkeypatch):
+    """A task on 40 of 60 images of two classes, with 30 for testing."""
     generator = torch.Generator().manual_seed(0)
 
     def some(count):
-        pixels = torch.randint(256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
-        return Images(pixels, torch.arange(count) % 2)
+        labels = torch.arange(count) % 2
+        pixels = torch.randint(128, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        return Images(pixels + 100 * labels[:, None, None, None].to(torch.uint8), labels)
 
-    found = ImageData(name="some", train=some(30), test=some(10), classes=("a", "b"))
+    found = ImageData(name="some", train=some(60), test=some(30), classes=("a", "b"))
     monkeypatch.setattr(tasks, "images", lambda *_: found)
-    task = Task(dataset="cifar10", model="convnet", recipe=RECIPE, scenario=RANDOM, train=20)
     tasks.records.cache_clear()
-    trained = records(task, 3, None).before.tensors[0]
-    spare = tasks.spare(task, 3, None).tensors[0]
-    assert (len(trained), len(spare)) == (20, 10)
-    assert not any(torch.equal(one, other) for one in spare for other in trained)
-    everything = replace(task, train=0)
-    assert torch.equal(
-        tasks.spare(everything, 3, None).tensors[0], records(everything, 3, None).parts["test"].tensors[0]
-    )
+    yield replace(DIGITS, dataset="cifar10", train=40)
     tasks.records.cache_clear()
+
+
+def test_images_to_spare_are_neither_trained_on_nor_test_images(pictures):
+    seen = records(pictures, 3, None)
+    spare = tasks.spare(pictures, 3, None).tensors[0]
+    assert (len(seen.before), len(spare)) == (40, 20)
+    for others in (seen.before.tensors[0], seen.parts["test"].tensors[0]):
+        assert not any(torch.equal(one, other) for one in spare for other in others)
+
+
+def test_a_blind_tuning_is_refused_where_all_images_are_used(pictures):
+    blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
+    for task in (DIGITS, replace(pictures, train=0)):
+        with pytest.raises(
+            ConfigError, match=r"on (digits|cifar10), train=\d+: a tuning without a forget set.*Set train"
+        ):
+            tiny(task, contenders=(blind,))
+    with pytest.raises(ConfigError, match=r"train=60: a tuning.*Take fewer than 60, which are all"):
+        tasks.spare(replace(pictures, train=60), 0, None)
 
 
 def test_deletions_in_a_row_start_from_what_the_one_before_left_and_cache_anew(tmp_path):

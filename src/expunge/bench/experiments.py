@@ -22,7 +22,7 @@ from expunge.bench.required import require
 from expunge.bench.stages import PSEUDO_SETS, PSEUDO_SETS_LIKE, STANDARDS, Contender, Effort, Stage, tuning_of
 from expunge.bench.steps import TRIALS
 from expunge.bench.store import Store, read_json, write_json
-from expunge.bench.tasks import Task, located, note_of
+from expunge.bench.tasks import NONE_TO_SPARE, Task, located, note_of
 from expunge.errors import ConfigError, ExpungeError
 from expunge.provenance import environment
 from expunge.rows import Row, read_rows, write_csv, write_rows
@@ -65,6 +65,13 @@ class Experiment:
                 raise ConfigError(
                     f"contender {contender.name!r}, tuned='blind': without a forget set only one removal of records "
                     f"can be rehearsed, random or in-class, and not {unfit[0]!r}. Leave tuned out."
+                )
+            whole = [t for t in self.tasks if t.dataset == "digits" or t.train == 0]
+            if contender.tuned == "blind" and whole:
+                raise ConfigError(
+                    f"contender {contender.name!r}, tuned='blind', on {whole[0].dataset}, train={whole[0].train}: "
+                    f"{NONE_TO_SPARE}. Set train to a part of what there is (of the digits the rest is for testing), "
+                    "or leave tuned out."
                 )
             large = [
                 t for t in self.tasks if t.scenario.kind == "random" and t.scenario.amount * (1 + PSEUDO_SETS) >= 1

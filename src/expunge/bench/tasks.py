@@ -103,6 +103,10 @@ class Scenario:
 
 
 SPARE = 2000  # images
+NONE_TO_SPARE = (
+    "a tuning without a forget set judges by training images that no model of its seed saw, not by the test images "
+    "that are reported, and here are none"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,13 +254,16 @@ def records(task: Task, seed: int, folder: Path | None) -> Records:
 
 
 def spare(task: Task, seed: int, folder: Path | None) -> Examples:
-    """Images that nothing of this seed was trained on: others of the training set, or the test set where all are used.
+    """Images of the training set that nothing of this seed was trained on, ``SPARE`` at most.
 
     Rehearsals without a forget set judge by them, since test images are for what is reported.
+
+    Raises:
+        ConfigError: There are none.
     """
-    found = None if task.dataset == "digits" else images(task, folder)
-    if found is None or not 0 < task.train < len(found.train):
-        return records(task, seed, folder).parts["test"]
+    found = images(task, folder)
+    if not 0 < task.train < len(found.train):
+        raise ConfigError(f"train={task.train}: {NONE_TO_SPARE}. Take fewer than {len(found.train)}, which are all.")
     order = torch.randperm(len(found.train), generator=stream(seed, "training images"))
     rows = order[task.train : task.train + SPARE].sort().values
     return to_examples(Images(found.train.pixels[rows], found.train.labels[rows]), _drawn(task, found, seed)[1])
