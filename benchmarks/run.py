@@ -78,7 +78,7 @@ def reload_memory() -> Iterator[Result]:
     model = fresh(0)
     data = Examples(torch.randn(512, width, generator=stream(0, "inputs")), torch.arange(512) % 10)
     full = gradient(model, cross_entropy, data)
-    given = Blind(retain=data.without(range(20)), loss_terms=cross_entropy, fresh=fresh, full=full)
+    given = Blind(retain=data.without(torch.arange(20)), loss_terms=cross_entropy, fresh=fresh, full=full)
     counting = Storages(model)
     for tensor in (*full.total.values(), *(full.noise or {}).values()):
         counting.leave_out(tensor)
