@@ -9,17 +9,17 @@ from torch import nn
 
 from expunge.access import Blind
 from expunge.batches import Examples
+from expunge.bench import judging
 from expunge.bench.situations import Situation
 from expunge.methods.retrain import Retrain
 from expunge.metrics.classification import accuracy
-from expunge.metrics.compare import Measured, Profile, distances, measured_rows, profile
+from expunge.metrics.compare import Measured, Profile, distances, measured_rows
 from expunge.metrics.outputs import Outputs, outputs
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE
 from expunge.rows import Row
 from expunge.training import Recipe
 from expunge.unlearn import unlearn
 
-DRAWN = (ORIGINAL, "reload", REFERENCE)  # whose single losses the figures show
 Moments = Iterable[tuple[str, nn.Module]]  # the model after each stage and epoch
 
 
@@ -64,10 +64,7 @@ class Case:
     def describe(self, method: str, result: Result, *, resets: bool = False) -> None:
         """Keep what a method found out, why it stopped, and where it re-initialised."""
         trace = result.trace
-        single = {n: v for n, v in trace["facts"].items() if isinstance(v, bool | int | float | str)}
-        self.facts += [(method, name, value) for name, value in single.items()]
-        self.facts.append((method, "stopped", trace["stopped"]))
-        self.facts += [(method, "warning", text) for text in trace["warnings"]]
+        self.facts += [(method, *each) for each in judging.facts_of(trace)]
         if resets:
             sizes = {name: p.numel() for name, p in result.model.named_parameters()}
             self.resets += [(method, name, share, sizes[name]) for name, share in trace["reset"].items()]
@@ -116,7 +113,7 @@ def measure(experiment: str, situation: Situation, results: Mapping[str, Result]
             case.add(method, result, distances(found, truth))
         if result.seconds:
             case.add(method, result, [Measured("Cost", result.seconds / reference.seconds, "ratio", "", 1)])
-        if method in DRAWN:
+        if method in judging.DRAWN:
             case.losses += [(method, s, loss) for s in ("forget", "test") for loss in found.splits[s].losses.tolist()]
     return case
 
@@ -129,15 +126,14 @@ def observe(situation: Situation, model: nn.Module) -> Profile:
     test accuracy is that on the classes that are left.
     """
     found = _outputs(model, situation.parts)
-    test = Measured("TA", accuracy(found["test"]), "%", "test", len(found["test"].labels))
     if situation.scenario == "label-correction":
         corrected = found["forget"]
+        test = Measured("TA", accuracy(found["test"]), "%", "test", len(found["test"].labels))
         right = Measured("Accuracy on corrected", accuracy(corrected), "%", "forget", len(corrected.labels))
         return Profile(found, [right, test])
     if situation.unseen is not situation.parts["test"]:
-        found["test"] = outputs(model, situation.unseen)
-    whole = profile(found, seed=situation.seed)
-    return Profile(whole.splits, [test if each.metric == "TA" else each for each in whole.values])
+        found[judging.UNSEEN] = outputs(model, situation.unseen)
+    return judging.profile_of(found, corrects=False, seed=situation.seed)
 
 
 def curves(situation: Situation, moments: Moments, trace: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:

@@ -24,7 +24,7 @@ SCORED = ("retain", "forget", TRIGGERED)  # splits that a rehearsal looks at; no
 CLOSE = {"NA": 0.5, "FA": 1.0, "NA with trigger": 1.0}  # points that are no distance worth tuning for
 UNSEEN = "unseen"
 _ALWAYS = ("NA", "TA", "NSKL", "FSKL", "Cost", "Work")
-_OF_REMOVED = ("FA", "FE", "FMIA", "AUC")  # after a correction they say nothing, see `_profile`
+_OF_REMOVED = ("FA", "FE", "FMIA", "AUC")  # after a correction they say nothing, see `profile_of`
 SPENT = "spent"  # in a trace: seconds that count as cost
 DRAWN = (ORIGINAL, REFERENCE, "reload")  # whose single losses are kept, for the figures
 Splits = dict[str, Outputs]
@@ -133,7 +133,7 @@ def write(
             measured.append(Measured("Work", work, "ratio", "", 1))
         rows = [_row(stage, each, seconds) for each in measured]
     write_rows(folder / "rows.csv", rows)
-    facts = [("failed", done["failed"])] if "failed" in done else _facts(done)
+    facts = [("failed", done["failed"])] if "failed" in done else facts_of(done)
     write_csv(folder / "facts.csv", TABLES["facts"], [(*key, *each) for each in facts] if stage.effort else [])
     resets = [(*key, part, share, done["sizes"][part]) for part, share in done.get("reset", {}).items()]
     write_csv(folder / "reset.csv", TABLES["reset"], resets)
@@ -149,12 +149,12 @@ def passes(trace: Mapping[str, Any]) -> float:
 
 def _measured(own: Splits, truth: Splits, stage: Stage) -> list[Measured]:
     corrects = stage.task.scenario.corrects
-    models = [_profile(each, corrects, stage.seed) for each in (own, truth)]
+    models = [profile_of(each, corrects, stage.seed) for each in (own, truth)]
     assert stage.contender is not None
     return models[0].values + ([] if stage.contender.entry == REFERENCE else distances(*models))
 
 
-def _profile(found: Splits, corrects: bool, seed: int) -> Profile:
+def profile_of(found: Splits, corrects: bool, seed: int) -> Profile:
     """All that is to be said of a model by itself.
 
     After a correction retrained models fit the corrected records, so that neither loss nor attack say anything of them.
@@ -193,6 +193,7 @@ def _row(stage: Stage, each: Measured, seconds: float) -> Row:
     )
 
 
-def _facts(trace: Mapping[str, Any]) -> list[tuple[str, object]]:
+def facts_of(trace: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """What a method found out, why it stopped, and its warnings."""
     single = {n: v for n, v in trace["facts"].items() if isinstance(v, bool | int | float | str)}
     return [*single.items(), ("stopped", trace["stopped"]), *(("warning", text) for text in trace["warnings"])]

@@ -12,6 +12,7 @@ import torch
 
 from expunge import progress
 from expunge.bench.case import Case
+from expunge.bench.judging import TABLES
 from expunge.errors import ConfigError
 from expunge.files import alone_in, write_text
 from expunge.provenance import environment, sources
@@ -20,12 +21,7 @@ from expunge.rows import Row, read_rows, write_csv, write_rows
 
 Cases = Mapping[str, Callable[[Path, int], Case]]  # by scenario; given a folder for its files and a seed
 LEAST_SEEDS = 3
-_COLUMNS = {
-    "curves": ("method", "moment", "step", "split", "loss"),
-    "reset": ("method", "parameter", "share", "entries"),
-    "losses": ("method", "split", "loss"),
-    "facts": ("method", "fact", "value"),
-}
+_TABLES = TABLES | {"curves": ("scenario", "method", "seed", "moment", "step", "split", "loss")}
 
 
 def carry_out(name: str, out: Path, config: Mapping[str, Any], cases: Cases, seeds: int) -> Path:
@@ -99,14 +95,14 @@ def _store(case: Case, part: Path) -> None:
         "losses": case.losses,
         "facts": case.facts,
     }
-    for name, columns in _COLUMNS.items():
+    for name, columns in _TABLES.items():
         whole = [(case.scenario, line[0], case.seed, *line[1:]) for line in lines[name]]
-        write_csv(part / f"{name}.csv", ("scenario", columns[0], "seed", *columns[1:]), whole)
+        write_csv(part / f"{name}.csv", columns, whole)
     write_text(part / "DONE", "")
 
 
 def _gather(parts: Sequence[Path], folder: Path) -> None:
     """Put the tables of all parts together, one header each."""
-    for name in ("rows", *_COLUMNS):
+    for name in ("rows", *_TABLES):
         texts = [(part / f"{name}.csv").read_text(encoding="utf-8").splitlines(keepends=True) for part in parts]
         write_text(folder / f"{name}.csv", "".join([texts[0][0], *(line for text in texts for line in text[1:])]))
