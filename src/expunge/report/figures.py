@@ -12,7 +12,7 @@ from jaxtyping import Float
 from expunge.definitions import define, split_names
 from expunge.report.stored import Loss, Reset
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number, order
-from expunge.report.svg import FORGET, INK, MUTED, RULE, TEST, Axes, Figure, draw
+from expunge.report.svg import FORGET, INK, MUTED, RULE, TEST, Axes, Figure, LogLocator, draw
 from expunge.report.verdicts import verdicts
 
 LEAST_LOSS, BINS = 1e-6, 18  # of the histograms; a smaller loss, in nats, counts as this one
@@ -220,6 +220,7 @@ def _histogram(
         ax.stairs(heights, edges, fill=True, color=colour, alpha=0.22, lw=0)
         ax.stairs(heights, edges, color=colour, lw=1.4, label=called, ls="-" if heights is forget else (0, (3, 1.5)))
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(numticks=5))  # of a narrow panel: more would run into each other
     ax.minorticks_off()
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_xlabel("loss, nats")
