@@ -12,6 +12,7 @@ from expunge.methods.bad_teacher import BadTeacher
 from expunge.methods.boundary_expand import BoundaryExpand
 from expunge.methods.boundary_shrink import BoundaryShrink
 from expunge.methods.cf_k import CFk
+from expunge.methods.class_orthogonal_ascent import ClassOrthogonalAscent
 from expunge.methods.duck import Duck
 from expunge.methods.eu_k import EUk
 from expunge.methods.fine_tune import FineTune
@@ -46,6 +47,7 @@ __all__ = [
     "BoundaryExpand",
     "BoundaryShrink",
     "CFk",
+    "ClassOrthogonalAscent",
     "Duck",
     "EUk",
     "Examples",

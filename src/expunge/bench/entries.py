@@ -16,6 +16,7 @@ from expunge.bench.situations import Situation
 from expunge.errors import ConfigError
 from expunge.losses import cross_entropy, logit_margin
 from expunge.methods import METHODS, Method, fine_tune, reload
+from expunge.methods.class_orthogonal_ascent import ClassOrthogonalAscent
 from expunge.methods.fisher import FisherForgetting
 from expunge.methods.orthogonal_ascent import OrthogonalAscent
 from expunge.methods.reload import Reload
@@ -26,7 +27,11 @@ from expunge.training import Recipe
 FILE = "digits_settings.json"
 LAYERS = 3  # weight layers of the network on the digits
 _OF_THE_BUDGET = ("batch_size", "crop", "flip", "cutout", "channels_last", "precision", "compile")
-_CACHED: dict[type, LossTerms] = {Reload: cross_entropy, OrthogonalAscent: logit_margin}
+_CACHED: dict[type, LossTerms] = {
+    Reload: cross_entropy,
+    OrthogonalAscent: logit_margin,
+    ClassOrthogonalAscent: logit_margin,
+}
 SHORT = Recipe(epochs=10, lr=0.1)  # where any budget will do
 
 _WHOLE_CLASSES = {

@@ -14,11 +14,9 @@ the removed records as well. Therefore
 Needs: any loss for training; a cached gradient, best of margins, otherwise of the same loss.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import nn
 
 from expunge import params
@@ -26,11 +24,11 @@ from expunge.access import Blind
 from expunge.errors import ConfigError, NotInformative
 from expunge.methods.difference import difference
 from expunge.methods.reinitialise import normal
+from expunge.methods.turns import in_turns, require_turns
 from expunge.params import Params
-from expunge.seeds import derive
 from expunge.space import Range, Space
 from expunge.trace import Trace
-from expunge.training import Recipe, train
+from expunge.training import Recipe
 
 Direction = Literal["orthogonal", "difference", "reversed", "random"]
 
@@ -49,17 +47,9 @@ class OrthogonalAscent:
     fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together: your own recipe
 
     def __post_init__(self) -> None:
-        if not 0 < self.step < math.inf:
-            raise ConfigError(f"step={self.step}: must be a positive share of the norm of the weights.")
-        if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ConfigError(f"rounds={self.rounds}: must be a whole number, at least 1.")
+        require_turns(self.step, self.rounds, self.fine_tune)
         if self.direction not in get_args(Direction):
             raise ConfigError(f"direction={self.direction!r}: choose from {', '.join(get_args(Direction))}.")
-        if self.fine_tune.epochs < self.rounds:
-            raise ConfigError(
-                f"fine_tune.epochs={self.fine_tune.epochs}, rounds={self.rounds}: an ascent without an epoch after it "
-                "leaves a wreck. Take more epochs, or fewer rounds."
-            )
 
 
 SPACE: Space = {
@@ -96,16 +86,8 @@ def orthogonal_ascent(
         direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
         trace.facts["ascent"] = length = config.step * params.norm({name: p.detach() for name, p in weights.items()})
 
-    for number in range(config.rounds):
-        with trace.stage("ascend", model), torch.no_grad():
-            for name, p in weights.items():
-                p.add_((length * direction[name]).to(p))
-        with trace.stage("fine-tune", model):
-            ends = [config.fine_tune.epochs * each // config.rounds for each in (number, number + 1)]
-            recipe = replace(config.fine_tune, epochs=ends[1] - ends[0])
-            train(model, given.retain, given.loss_terms, recipe, seed=derive(seed, "round", number), trace=trace)
-    trace.stopped = f"all {config.fine_tune.epochs} epochs done"
-    return model
+    step = {name: length * each for name, each in direction.items()}
+    return in_turns(model, step, given, rounds=config.rounds, fine_tune=config.fine_tune, seed=seed, trace=trace)
 
 
 def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:

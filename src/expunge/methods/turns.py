@@ -1,0 +1,55 @@
+"""Ascents along one direction and fine-tuning, in turns; for methods that differ in the direction."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from expunge.access import Blind
+from expunge.errors import ConfigError
+from expunge.params import Params
+from expunge.seeds import derive
+from expunge.trace import Trace
+from expunge.training import Recipe, train
+
+
+def require_turns(step: float, rounds: int, fine_tune: Recipe) -> None:
+    """Refuse settings that cannot work.
+
+    Raises:
+        ConfigError: A step of no length, or rounds that are not so many epochs.
+    """
+    if not 0 < step < math.inf:
+        raise ConfigError(f"step={step}: must be a positive share of the norm of the weights.")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ConfigError(f"rounds={rounds}: must be a whole number, at least 1.")
+    if fine_tune.epochs < rounds:
+        raise ConfigError(
+            f"fine_tune.epochs={fine_tune.epochs}, rounds={rounds}: an ascent without an epoch after it leaves a "
+            "wreck. Take more epochs, or fewer rounds."
+        )
+
+
+def in_turns(
+    model: nn.Module,
+    step: Params,
+    given: Blind,
+    *,
+    rounds: int,
+    fine_tune: Recipe,
+    seed: int,
+    trace: Trace,
+) -> nn.Module:
+    """Add the step to these parameters and train for a share of the epochs, so many times."""
+    theta = dict(model.named_parameters())
+    for number in range(rounds):
+        with trace.stage("ascend", model), torch.no_grad():
+            for name, part in step.items():
+                theta[name].add_(part.to(theta[name]))
+        with trace.stage("fine-tune", model):
+            ends = [fine_tune.epochs * each // rounds for each in (number, number + 1)]
+            recipe = replace(fine_tune, epochs=ends[1] - ends[0])
+            train(model, given.retain, given.loss_terms, recipe, seed=derive(seed, "round", number), trace=trace)
+    trace.stopped = f"all {fine_tune.epochs} epochs done"
+    return model
