@@ -72,7 +72,8 @@ def test_a_cache_of_another_loss_is_refused():
 def test_what_is_no_configuration_of_a_method_is_refused(config):
     here = world()
     with pytest.raises(
-        ConfigError, match=r"is not the configuration of a method. Give one of Reload, OrthogonalAscent, Retrain"
+        ConfigError,
+        match=r"is not the configuration of a method. Give one of Reload, OrthogonalAscent, ClassOrthogonalAscent",
     ):
         unlearn(here.model, here.blind(), config)
 

@@ -24,6 +24,7 @@ from expunge import (
     BoundaryExpand,
     BoundaryShrink,
     CFk,
+    ClassOrthogonalAscent,
     Duck,
     EUk,
     Examples,
@@ -51,6 +52,7 @@ BRIEF = Recipe(epochs=3, lr=0.05, batch_size=16)
 QUICK: dict[str, object] = {  # cheap, and still moving the forget loss
     "reload": Reload(reset_fraction=0.3, priming_lr=0.5, fine_tune=BRIEF),
     "orthogonal-ascent": OrthogonalAscent(fine_tune=BRIEF),
+    "class-orthogonal-ascent": ClassOrthogonalAscent(fine_tune=BRIEF),
     "retrain": Retrain(recipe=BRIEF),
     "fine-tune": FineTune(recipe=BRIEF),
     "cf-k": CFk(k=1, recipe=BRIEF),
