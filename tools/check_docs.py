@@ -190,13 +190,13 @@ def finding(name: str) -> str:
     return "\n".join(lines)
 
 
-def by_share(metric: str) -> str:
-    """One metric of ``gamma.py`` for each share that is known."""
-    rows = [row for row in read_rows(ROOT / "results" / "gamma-cpu.csv") if row.metric == metric]
+def by_scenario(name: str, metric: str) -> str:
+    """One metric of an experiment in each of its scenarios."""
+    rows = [row for row in read_rows(ROOT / "results" / f"{name}-cpu.csv") if row.metric == metric]
     scenarios = tuple(dict.fromkeys(row.scenario for row in rows))
     found = {(each.scenario, each.method): f"{each.mean:.1f} ± {each.sd:.1f}" for each in summarise(rows)}
-    shares = [re.sub(".*, ", "", scenario) for scenario in scenarios]
-    lines = [f"| {metric} | {' | '.join(shares)} |", f"|---|{'--:|' * len(shares)}"]
+    columns = [re.sub(".*, | of .*", "", scenario) for scenario in scenarios]
+    lines = [f"| {metric} | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     lines += [
         f"| {label(method)} | {' | '.join(found[scenario, method] for scenario in scenarios)} |"
         for method in dict.fromkeys(row.method for row in rows)
@@ -334,7 +334,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "ablation": ablation_table,
     "results": results,
     **{f"finding:{name}": functools.partial(finding, name) for name in FINDINGS},
-    "finding-by-share": functools.partial(by_share, "TA with trigger"),
+    "finding-by-share": functools.partial(by_scenario, "gamma", "TA with trigger"),
+    "finding-sequence-left": functools.partial(by_scenario, "sequential", "NA"),
+    "finding-sequence-removed": functools.partial(by_scenario, "sequential", "FA"),
     "rehearsal-value": rehearsal_table,
     "demo": demo_table,
     "methods-table": methods_table,

@@ -37,7 +37,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
 
 
 def logit_margin(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
-    """Classification: log((1 - p) / p) of the probability of the label, to be cached for `OrthogonalAscent`.
+    """Classification: log((1 - p) / p) of the probability of the label, to be cached for orthogonal ascents.
 
     The gradient of cross-entropy is (1 - p) times this one: a record that is fitted well has hardly a part in it, and
     here as much as any other. The batch is (inputs, class numbers), the model returns two or more logits. Nats an
