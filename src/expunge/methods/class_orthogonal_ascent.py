@@ -1,13 +1,13 @@
 """Ascend where no class of what is left points, then fine-tune: blind, from one cached gradient.
 
-Source: this library, docs/findings.md; orthogonal ascent with a direction that is orthogonal to the gradient of every
-class of what is left, and not to their sum alone. That gradients of known data span what must not be moved is the idea
-of orthogonal gradient descent (Farajtabar et al., "Orthogonal Gradient Descent for Continual Learning", AISTATS 2020).
-The sum is in that span, so that g_D and g_D - g_new have the same part outside of it: the difference is never taken,
-and records need no positions. As in orthogonal ascent, the step is a share of the norm of the weights; the cached
-gradient is best one of margins (`logit_margin`); biases and the scales of normalisation stay.
+Source: this library, docs/findings.md. Deviations from orthogonal ascent: the direction is orthogonal to the gradient of
+every class of what is left, and not to their sum alone. That gradients of known data span what must not be moved is the
+idea of orthogonal gradient descent (Farajtabar et al., "Orthogonal Gradient Descent for Continual Learning", AISTATS
+2020). The sum is in that span, so that g_D and g_D - g_new have the same part outside of it: the difference is never
+taken, and records need no positions. As there, the step is a share of the norm of the weights; the cached gradient is
+best one of margins (`logit_margin`); biases and the scales of normalisation stay.
 
-Needs: a classifier; a cached gradient, best of margins, otherwise of the same loss.
+Needs: classifiers; a cached gradient, best of margins, otherwise of the same loss.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from expunge import params
 from expunge.access import Blind
 from expunge.batches import Batches, micro_batches, to_device
-from expunge.errors import MismatchError, NotInformative
+from expunge.errors import MismatchError, NotFinite, NotInformative
 from expunge.methods.classifier import in_eval_mode, inputs_and_labels
 from expunge.methods.turns import in_turns, require_turns
 from expunge.params import Params
+from expunge.probe import checked_terms
 from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe
@@ -70,6 +71,7 @@ def class_orthogonal_ascent(
         NotInformative: g_D has nothing that the classes do not have.
         MismatchError: More records are left than there were.
         UnsupportedModule: Batches that are not (inputs, class numbers).
+        NotFinite: A loss is NaN or infinite.
         ConfigError: There is no cached gradient.
     """
     full = given.cached()
@@ -116,7 +118,9 @@ def class_gradients(
     sums: dict[int, list[Tensor]] = {}
     with in_eval_mode(model), params.requiring_gradients(model, theta.values()):
         for label, batch in _by_class(given.retain, device):
-            terms = given.cached_terms(model, batch)
+            terms = checked_terms(given.cached_terms(model, batch))
+            if not terms.isfinite().all():
+                raise NotFinite(f"the loss of a record of class {label} is NaN or infinite. Look at what is left.")
             found = torch.autograd.grad(terms.sum(), list(theta.values()), materialize_grads=True)
             own = sums.setdefault(label, [torch.zeros_like(p) for p in found])
             torch._foreach_add_(own, list(found))
