@@ -17,11 +17,11 @@ from expunge.bench.tables import REMOVAL
 from expunge.bench.tasks import Scenario
 
 DELETIONS, SHARE = 10, 0.02
-METHODS = ("reload", "fine-tune", "control: random reset")
+METHODS = ("reload", "class-orthogonal-ascent", "fine-tune", "control: random reset")
 
 
 def experiment(profile: str) -> Experiment:
-    """Three methods, deletion after deletion."""
+    """Four methods, deletion after deletion."""
     scenarios = (Scenario(kind="sequence", amount=SHARE, round=number) for number in range(1, DELETIONS + 1))
     situations = tuple(task(profile, "cifar100", scenario) for scenario in scenarios)
     return Experiment(

@@ -86,6 +86,13 @@ def test_the_page_of_experiments_names_every_file():
         assert f"`{path.name}`" in text, path.name
 
 
+@pytest.mark.parametrize("profile", ["cpu", "paper"])
+def test_every_experiment_can_be_planned_for_every_profile(profile):
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "experiments").glob("*.py"))}
+    planned = [experiments.defined(path, profile) for path, text in texts.items() if "def experiment(profile" in text]
+    assert len(planned) >= 10
+
+
 @pytest.mark.parametrize("page", ["docs/data.md", "docs/scenarios.md"])
 def test_the_python_of_a_page_about_data_runs(page):
     names: dict[str, object] = {}

@@ -1,11 +1,11 @@
 """Ascend where no class of what is left points, then fine-tune: blind, from one cached gradient.
 
-Source: this library, docs/findings.md. Deviations from orthogonal ascent: the direction is orthogonal to the gradient of
-every class of what is left, and not to their sum alone. That gradients of known data span what must not be moved is the
-idea of orthogonal gradient descent (Farajtabar et al., "Orthogonal Gradient Descent for Continual Learning", AISTATS
-2020). The sum is in that span, so that g_D and g_D - g_new have the same part outside of it: the difference is never
-taken, and records need no positions. As there, the step is a share of the norm of the weights; the cached gradient is
-best one of margins (`logit_margin`); biases and the scales of normalisation stay.
+Source: this library, docs/findings.md. Deviations from orthogonal ascent: the direction is orthogonal to the gradient
+of every class of what is left, and not to their sum alone. That gradients of known data span what must not be moved is
+the idea of orthogonal gradient descent (Farajtabar et al., "Orthogonal Gradient Descent for Continual Learning",
+AISTATS 2020). The sum is in that span, so that g_D and g_D - g_new have the same part outside of it: the difference is
+never taken, and records need no positions. As there, the step is a share of the norm of the weights; the cached
+gradient is best one of margins (`logit_margin`); biases and the scales of normalisation stay.
 
 Needs: classifiers; a cached gradient, best of margins, otherwise of the same loss.
 """
