@@ -291,21 +291,22 @@ FINDINGS: dict[str, Finding] = {
     "table1": Finding(
         "table1",
         ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
-         "control: recipe alone", "control: short retraining", "fine-tune", "l1-sparse", "orthogonal-ascent", "duck",
-         "amnesiac", "scrub", "salun"),
+         "control: recipe alone", "control: short retraining", "fine-tune", "l1-sparse", "orthogonal-ascent",
+         "class-orthogonal-ascent", "duck", "amnesiac", "scrub", "salun"),
         ("NA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"),
     ),
     "table2": Finding(
         "table2_cifar10",
         ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
          "control: recipe alone", "control: short retraining", "fine-tune", "eu-k", "l1-sparse", "orthogonal-ascent",
-         "duck", "salun", "grda", "scrub"),
+         "class-orthogonal-ascent", "duck", "salun", "grda", "scrub"),
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"),
     ),
     "backdoor": Finding(
         "table3",
         ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
-         "control: recipe alone", "control: short retraining", "orthogonal-ascent", "eu-k", "fine-tune", "cf-k",
+         "control: recipe alone", "control: short retraining", "orthogonal-ascent", "class-orthogonal-ascent", "eu-k",
+         "fine-tune", "cf-k",
          "l1-sparse", "ssd", "salun", "duck", "gar", "scrub"),
         ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work"),
     ),
@@ -319,7 +320,7 @@ FINDINGS: dict[str, Finding] = {
     ),
     "rehearsed": Finding(
         "rehearsed",
-        tuple(f"{name}{how}" for name in ("orthogonal-ascent", "reload")
+        tuple(f"{name}{how}" for name in ("orthogonal-ascent", "class-orthogonal-ascent", "reload")
               for how in ("", " (rehearsed blind)", " (defaults)")),
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL"),
     ),
