@@ -77,7 +77,8 @@ def class_orthogonal_ascent(
     full = given.cached()
     cached = params.named_parameters(model, full.total)
     weights = {name: p for name, p in cached.items() if p.ndim > 1} or cached
-    total, noise = ({name: each[name] for name in weights} for each in (full.total, full.noise or full.total))
+    assert full.noise is not None
+    total, noise = ({name: each[name] for name in weights} for each in (full.total, full.noise))
 
     with trace.stage("class gradients", model):
         of_classes, count = class_gradients(model, weights, given, trace)
@@ -127,7 +128,7 @@ def class_gradients(
             count += terms.numel()
     trace.backwarded += count
     rows = [sums.pop(label) for label in sorted(sums)]
-    return {name: torch.stack([row[at].flatten() for row in rows]) for at, name in enumerate(theta)}, count
+    return {name: torch.stack([row.pop().flatten() for row in rows]) for name in reversed(theta)}, count
 
 
 @torch.no_grad()
