@@ -39,7 +39,10 @@ _ROLES = {
     "reload.safetensors": "weights after",
     "reload.trace.json": "trace",
 }
-METHODS = {"removal": ("reload", "fine-tune", "gradient-ascent"), "label-correction": ("reload", "fine-tune")}
+METHODS = {
+    "removal": ("reload", "class-orthogonal-ascent", "fine-tune", "gradient-ascent"),
+    "label-correction": ("reload", "class-orthogonal-ascent", "fine-tune"),
+}
 
 
 def run(out: Path, seeds: int, size: Size = FULL) -> Path:
@@ -123,8 +126,15 @@ def _compared(situation: Situation, reload: Result, moments: list[tuple[str, nn.
     """The other methods, then all of them measured."""
     results = {**standards(situation, size.recipe), "reload": reload}
     for name in METHODS[situation.scenario][1:]:
-        config, blind = _configured(name, situation, size), entries(size.budget)[name].blind
-        results[name] = attempt(situation.original, situation.given, config, situation.seed, blind=blind)
+        entry = entries(size.budget)[name]
+        results[name] = attempt(
+            situation.original,
+            situation.given_with(entry.cached_loss),
+            _configured(name, situation, size),
+            situation.seed,
+            blind=entry.blind,
+            caching=situation.caching if entry.cached_loss else 0.0,
+        )
     case = measure("demo", situation, results)
     case.describe("reload", reload, resets=True)
     case.curves += curves(situation, moments, reload.trace)
