@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -330,6 +331,27 @@ def test_a_mistake_in_a_setup_file_is_said(folder, capsys, old, new, said):
     Path("setup.py").write_text(text.replace(old, new, 1), encoding="utf-8")
     assert cached() == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_lies_beside_a_setup_file_can_be_imported(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (folder / "own_network_of_a_test.py").write_text("LAYERS = 2\n", encoding="utf-8")
+    Path("setup.py").write_text(f"from own_network_of_a_test import LAYERS\n{SETUP}", encoding="utf-8")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    weights = ["--weights", str(folder / "w.safetensors"), "--out", "c.safetensors"]
+    assert main(["cache", str(folder / "setup.py"), *weights]) == 0
+
+
+def test_batches_of_three_need_a_function_that_says_what_to_measure(folder, capsys):
+    text = Path("setup.py").read_text(encoding="utf-8")
+    three = text + "\n\ndef retain():\n    return Examples(data.tensors[0], data.tensors[0], data.tensors[1])\n"
+    Path("setup.py").write_text(three.replace("import torch\n", "import torch\nfrom expunge import Examples\n", 1))
+    assert main(["evaluate", "setup.py", "--weights", "w.safetensors"]) == 2
+    said = capsys.readouterr().err
+    assert "a batch is a tuple of 3, and not (inputs, labels)" in said
+    assert "logits(model, batch)" in said
 
 
 def test_a_cache_of_other_weights_is_refused_and_nothing_is_written(folder, capsys):

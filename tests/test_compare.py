@@ -3,7 +3,7 @@
 import csv
 import random
 from ast import literal_eval
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -256,3 +256,26 @@ def test_the_command_line_refuses_what_the_comparison_refuses(tmp_path, capsys):
     assert "seeds=2: a mean and a spread need at least 3" in capsys.readouterr().err
     assert main(["compare", "--out", str(tmp_path), "--methods", "scrub", "nobody"]) == 2
     assert "methods=['nobody']: nobody of that name takes part" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnEpochs:
+    """A method of somebody's own that does not train by a recipe."""
+
+    epochs: int = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undecided:
+    """One with a setting that has no default."""
+
+    noise: float
+
+
+def test_epochs_of_somebody_s_own_are_left_alone_and_a_setting_without_default_is_named(monkeypatch):
+    fine_tune = METHODS["fine-tune"]
+    monkeypatch.setitem(METHODS, "own", replace(fine_tune, name="own", config=OwnEpochs, space={}))
+    assert entries(FULL.budget)["own"].start == OwnEpochs()
+    monkeypatch.setitem(METHODS, "own", replace(fine_tune, name="own", config=Undecided, space={}))
+    with pytest.raises(ConfigError, match=r"method own: .*'noise'.*Give every setting a default"):
+        entries(FULL.budget)

@@ -458,3 +458,5 @@ def test_the_same_model_does_not_count_twice(folder, capsys):
     assert "copy.safetensors and r0.safetensors are the same weights" in capsys.readouterr().err
     assert main(["evaluate", "setup.py", "--weights", "r1.safetensors", *models[:-1]]) == 2
     assert "r1.safetensors and r1.safetensors are the same weights" in capsys.readouterr().err
+    assert evaluate(retrained=("r0.safetensors", "w.safetensors")) == 2
+    assert "w.safetensors and w.safetensors are the same weights" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Models of one's own that are not plain: frozen parts, weights computed from others, other types, odd losses."""
 
+import re
 from functools import partial
 
 import pytest
@@ -134,6 +135,24 @@ def test_sparse_gradients_are_refused_before_anything_is_computed():
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten())
     with pytest.raises(UnsupportedModule, match=r"0 has sparse=True.*0.sparse = False"):
         unlearn(model, given(), FineTune(recipe=ONCE))
+
+
+def test_a_model_with_one_logit_is_told_which_loss_to_write():
+    one = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    with pytest.raises(ConfigError, match=r"logits .*one for each class.*binary_cross_entropy_with_logits"):
+        cross_entropy(one, records().tensors)
+
+
+def test_a_printed_trace_is_short():
+    trace = unlearn(network(), given(), FineTune(recipe=ONCE)).trace
+    assert re.fullmatch(
+        r"fine-tune, seed 0: train [\d.e-]+ s; 1 steps of training\nstopped: all 1 epochs done", str(trace)
+    )
+    trace.losses += [0.5] * 1000
+    trace.facts["reset_count"] = 7
+    trace.warnings.append("Careful.")
+    assert str(trace).endswith("reset_count: 7\nwarning: Careful.")
+    assert len(str(trace)) < 200
 
 
 def test_complex_parameters_are_refused():

@@ -403,13 +403,26 @@ def test_summary_sentences():
     text = sentences(summarise(some_rows()), "removal", "reload").replace("\N{NO-BREAK SPACE}", " ")
     assert text == (
         "RELOAD changed the accuracy on the removed records from 100.00 % (original) to 94.00 %; retraining gives "
-        "93.00 %, and two retrains differ by 4.00 points. On none of 1 distance it is indistinguishable from "
-        "retraining within the noise floor (the original: on none); it took 25 % of the time of retraining."
+        "93.00 %, and two retrains differ by 4.00 points. Of 1 distance it is indistinguishable from retraining within "
+        "the noise floor on none, undecided on 1 (ΔFA). The original is within it on none. RELOAD took 25 % of the "
+        "time of retraining."
     )
-    assert "On 2 of 2 distances it is indistinguishable" in sentences(summarise(clear_rows()), "removal", "reload")
+    text = sentences(summarise(clear_rows()), "removal", "reload")
+    assert text.endswith("within the noise floor on 2 (ΔFA, NSKL). The original is within it on 1.")
+    assert "further from it on 1 (ΔFA)" in sentences(summarise(clear_rows()), "removal", "original")
     text = sentences(summarise(some_rows()), "label-correction", "reload").replace("\N{NO-BREAK SPACE}", " ")
     assert text.endswith("to 95.00 %; retraining gives 100.00 %, and two retrains differ by 2.00 points.")
     assert sizes(some_rows(), "removal") == "20 removed and 1,597 test records"
+
+
+def test_a_report_without_removed_records_says_so_first(run):
+    rows = [row for row in clear_rows() if row.metric == "NSKL" or row.split == "test"]
+    text = sentences(summarise(rows), "removal", "reload")
+    assert text.startswith("Nothing was measured on the removed records, so that nothing here says whether they are")
+    write_rows(run / "rows.csv", rows)
+    page = write_page(run).read_text(encoding="utf-8")
+    assert "Anything about the removed records. Nothing was measured on them." in page
+    assert "can still differ in their weights, and no attack was run." in " ".join(page.split())
 
 
 def test_facts_are_averaged_and_texts_counted():

@@ -25,6 +25,12 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
     """
     inputs, labels = _pair(batch)
     logits = model(inputs)
+    if logits.ndim < 2:
+        raise ConfigError(
+            f"the model returned logits {_described(logits)}, and cross_entropy needs one for each class, shape "
+            "(examples, classes). For a model with one logit write a loss of your own, with "
+            "torch.nn.functional.binary_cross_entropy_with_logits(…, reduction='none'); docs/own-model.md shows it."
+        )
     try:
         return functional.cross_entropy(_wide(logits), labels, reduction="none")
     except torch.OutOfMemoryError:

@@ -119,6 +119,8 @@ def load_setup(path: Path | str) -> Setup:
         raise ConfigError(f"{path}: a setup file is Python, and its name ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and worker processes look it up
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)  # as for a script: what lies beside it can be imported, now and by its functions
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -37,6 +37,14 @@ class Trace:
     watch: Watch | None = field(default=None, repr=False, compare=False)
     _uncounted: float = field(default=0.0, repr=False, compare=False)
 
+    def __str__(self) -> str:
+        """What was done in a few lines; everything is in `as_dict`."""
+        spent = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in self.seconds.items())
+        lines = [f"{self.method}, seed {self.seed}: {spent or 'nothing timed'}; {len(self.losses)} steps of training"]
+        lines += [f"stopped: {self.stopped}"] if self.stopped else []
+        lines += [f"{name}: {value}" for name, value in self.facts.items()]
+        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+
     @contextmanager
     def stage(self, name: str, model: nn.Module) -> Iterator[None]:
         """Time a stage, then show the model to whoever watches; watching is not counted."""

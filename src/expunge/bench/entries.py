@@ -18,6 +18,7 @@ from expunge.losses import cross_entropy, logit_margin
 from expunge.methods import METHODS, Method, fine_tune, reload
 from expunge.methods.class_orthogonal_ascent import ClassOrthogonalAscent
 from expunge.methods.fisher import FisherForgetting
+from expunge.methods.grda import GRDA
 from expunge.methods.orthogonal_ascent import OrthogonalAscent
 from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
@@ -127,7 +128,13 @@ def chosen(scenario: str, name: str) -> dict[str, Any]:
 
 
 def _entry(method: Method, budget: Recipe, layers: int) -> Entry:
-    start = _within(method.config(), budget)
+    try:
+        published = method.config()
+    except TypeError as error:
+        raise ConfigError(
+            f"method {method.name}: {error}. Give every setting a default: tables and searches begin with them."
+        ) from error
+    start = _within(published, budget)
     space = {path: _fitted(path, values, start, layers) for path, values in method.space.items()}
     return Entry(method.name, start, space, method.blind, _UNFIT.get(method.name, {}))
 
@@ -144,7 +151,7 @@ def _within(config: Any, budget: Recipe) -> Any:
         name: replace(recipe, epochs=max(budget.epochs * recipe.epochs // published, 1), **same)
         for name, recipe in recipes.items()
     }
-    if not recipes and hasattr(config, "epochs"):  # GRDA: each step passes over all of the data twice
+    if isinstance(config, GRDA):  # each step passes over all of the data twice
         changed = {"epochs": max(budget.epochs // 2, 1), "batch_size": budget.batch_size}
     return replace(config, **changed)
 

@@ -165,6 +165,8 @@ def defined(path: Path, profile: str) -> Experiment:
         raise ConfigError(f"{path}: an experiment is a Python file, and its name ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look it up
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)  # as for a script
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -50,7 +50,8 @@ def evaluate(
         evaluation.require_new(out)
     read = [setup, weights, *retrained, evaluation.trace_path(weights), *([] if original is None else [original])]
     hashes = inputs.hashes_of(path for path in read if path.is_file())
-    _require_distinct({path: hashes[path] for path in (weights, *retrained) if path in hashes}, (weights, *retrained))
+    for own in (weights, original):  # these two may be the same: unlearning can come to nothing
+        _require_distinct(hashes, (*([] if own is None else [own]), *retrained))
     trace = evaluation.read_trace(weights, original)
     loaded = load_setup(setup)
     splits = [split for split in ("retain", "forget", "test") if loaded.has(split)]

@@ -1,6 +1,6 @@
 """The one forward pass: what a model says about a split, from which every metric is computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,7 +59,17 @@ class Outputs:
 
 
 def images_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits and labels for a batch that is (inputs, class numbers)."""
+    """Logits and labels for a batch that is (inputs, class numbers).
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        got = f"{type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, Sized) else "")
+        raise ConfigError(
+            f"a batch is a {got}, and not (inputs, labels). Say what to measure: logits(model, batch) returns logits, "
+            "shape (examples, classes), and labels; a function of this name in a setup file, or logits=… in Python."
+        )
     inputs, labels = batch
     return model(inputs), labels
 

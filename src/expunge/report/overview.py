@@ -1,7 +1,7 @@
 """A run in plain words: what changed, on how much data, and what the methods found out."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -32,26 +32,23 @@ def subject(methods: Iterable[str]) -> str | None:
 
 
 def sentences(summaries: Sequence[Summary], scenario: str, method: str) -> str:
-    """Two sentences about a method in a scenario: what it changed, and how far from retraining that is."""
+    """A few sentences about a method in a scenario: what it changed, and how far from retraining that is."""
     found = {(s.method, s.metric): s for s in summaries if s.scenario == scenario}
     own = [metric for who, metric in found if who == method and define(metric).kind == "value"]
     leading = next((metric for metric in _LEADING if metric in own), next(iter(own), None))
     said = [] if leading is None else [_change(found, leading, method)]
+    if leading not in _LEADING:
+        said.insert(
+            0, "Nothing was measured on the removed records, so that nothing here says whether they are forgotten"
+        )
     judged = verdicts(found.values())
     if any(who == method for who, _ in judged):
-        within = {
-            who: [m for (w, m), v in judged.items() if w == who and v.state == "within"] for who in (method, ORIGINAL)
-        }
-        tested = sum(who == method for who, _ in judged)
-        of = f"{tested} distance{'s' * (tested > 1)}"
-        said.append(
-            f"On {len(within[method]) or 'none'} of {of} it is indistinguishable from retraining within "
-            f"the noise floor (the original: on {len(within[ORIGINAL]) or 'none'})"
-        )
+        said.append(_judged({metric: verdict.state for (who, metric), verdict in judged.items() if who == method}))
+        passed = sum(who == ORIGINAL and verdict.state == "within" for (who, _), verdict in judged.items())
+        said[-1] += f" The original is within it on {passed or 'none'}."
     cost = found.get((method, "Cost"))
     if cost is not None:
-        took = f"took {100 * cost.mean:.3g}{_SPACE}% of the time of retraining"
-        said = [*said[:-1], f"{said[-1].rstrip('.')}; it {took}"] if len(said) > 1 else [*said, f"It {took}"]
+        said.append(f"{label(method)} took {100 * cost.mean:.3g}{_SPACE}% of the time of retraining")
     return " ".join(sentence.rstrip(".") + "." for sentence in said)
 
 
@@ -93,6 +90,20 @@ def _change(found: dict[tuple[str, str], Summary], metric: str, method: str) -> 
     text += f"; retraining gives {value(REFERENCE)}" if (REFERENCE, metric) in found else ""
     apart = _apart(found, metric)
     return text + (f", and two retrains differ by {apart}." if apart else ".")
+
+
+def _judged(states: Mapping[str, str]) -> str:
+    """On which distances a method is indistinguishable from retraining, on which it is not, on which that is open."""
+    parts = []
+    for state, words in (
+        ("within", "indistinguishable from retraining within the noise floor"),
+        ("beyond", "further from it"),
+        ("open", "undecided"),
+    ):
+        on = [metric for metric, each in states.items() if each == state]
+        if on or state == "within":
+            parts.append(f"{words} on {len(on) or 'none'}" + (f" ({', '.join(on)})" if on else ""))
+    return f"Of {len(states)} distance{'s' * (len(states) > 1)} it is {', '.join(parts)}."
 
 
 def _apart(found: dict[tuple[str, str], Summary], metric: str) -> str:

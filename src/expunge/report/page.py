@@ -66,6 +66,8 @@ def _context(run: Run) -> dict[str, Any]:
         "definitions": {metric: define(metric) for metric in metrics},
         "config": list(flat(run.config)),
         "environment": list(flat(run.environment)),
+        "on_removed": any(row.split == "forget" for row in run.rows),
+        "attacked": any(row.metric in ("FMIA", "AUC") for row in run.rows),
     }
 
 
