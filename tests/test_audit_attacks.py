@@ -10,11 +10,11 @@ from torch.utils.data import Dataset, Subset
 
 from expunge import Examples, Recipe, causal_lm, cross_entropy, gradient, seeded, squared_error, train
 from expunge.audit.candidates import judged_list, score, singly
-from expunge.audit.finding import Evidence, Truth, evidence, judged, worst
+from expunge.audit.finding import Evidence, Finding, Truth, evidence, judged, worst
 from expunge.audit.inversion import _kept, invert
 from expunge.audit.labels import labels
 from expunge.audit.layers import layer_inputs, linear_layers
-from expunge.audit.leakage import audit_cache
+from expunge.audit.leakage import CacheAudit, audit_cache
 from expunge.audit.ratio import with_bias, without_bias
 from expunge.audit.span import records_in_span, span, words_in_span
 from expunge.audit.words import bag_of_words
@@ -514,3 +514,11 @@ def test_an_audit_leaves_the_model_its_modes_and_the_global_generators_untouched
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_summary_says_when_nobody_was_looked_for():
+    found = Finding(attack="ratio with bias", place="head", verdict="not shown", words="", numbers={})
+    listed = replace(found, attack="list of candidates")
+    alone, both = (CacheAudit(3, 0.1, findings).summary for findings in ([found], [found, listed]))
+    assert "was not tried: that takes a list of candidates, from candidates() or forget()" in alone
+    assert "was not tried" not in both

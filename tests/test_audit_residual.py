@@ -123,7 +123,17 @@ def test_relearning_says_when_it_cannot_tell():
     slow = Recipe(epochs=1, lr=1e-6, momentum=0.0, weight_decay=0.0, schedule="constant")
     found = relearning(subject(trained(REMOVED, 2)), forget(), recipe=slow)
     assert found.verdict == "cannot tell"
-    assert "raise the learning rate" in found.words
+    assert "No model has the original's loss back after 1 epochs, at learning rates up to 0.0001." in found.words
+
+
+def test_relearning_that_takes_too_long_is_tried_with_larger_learning_rates():
+    slow = Recipe(epochs=60, lr=0.001, batch_size=8, momentum=0.5, weight_decay=0.0, schedule="constant")
+    found = relearning(subject(hidden(), (1, 2)), forget(), recipe=slow)
+    assert found.numbers["learning rate"] == pytest.approx(0.01)
+    assert found.verdict == "a trace was found"
+
+
+def test_relearning_is_slow_and_constant():
     assert RELEARN.schedule == "constant"
 
 

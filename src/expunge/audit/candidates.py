@@ -24,6 +24,7 @@ from expunge.errors import ConfigError, MissingExtra
 from expunge.seeds import stream
 
 ENTRIES, MOST = 2**15, 256  # of the gradient; candidates of a kind
+CANDIDATES = "list of candidates"  # the name of this attack
 EXPLAINED = 0.1  # share of the difference's length that may remain if the list is to explain it
 CERTAIN = 0.5  # weight above which least squares says "removed"
 UNCLEAR = 0.1  # distance of a weight from 0 and 1, and share of such weights, above which nobody is named
@@ -108,7 +109,7 @@ def judged_list(evidence: Evidence, truth: Truth, *, seed: int = 0) -> Finding |
     Raises:
         MissingExtra: scikit-learn is not installed.
     """
-    attack, place = "list of candidates", "all parameters"
+    attack, place = CANDIDATES, "all parameters"
     if truth.forget is not None and truth.unseen is not None:
         members, others = singly(truth.forget, seed=seed), singly(truth.unseen, seed=seed)
         return _known(evidence, list(members.values()), list(others.values()), seed)
@@ -172,7 +173,7 @@ def _known(evidence: Evidence, members: list[Batch], others: list[Batch], seed: 
         + ("Whoever can guess a record can test the guess." if told else "That is no more than chance.")
     )
     verdict: Verdict = "partly recoverable" if told else "not shown"
-    return Finding(attack="list of candidates", place="all parameters", verdict=verdict, words=words, numbers=numbers)
+    return Finding(attack=CANDIDATES, place="all parameters", verdict=verdict, words=words, numbers=numbers)
 
 
 def singly(data: Batches, *, seed: int = 0) -> dict[int, Batch]:

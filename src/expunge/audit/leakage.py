@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from expunge import params
-from expunge.audit.candidates import judged_list
+from expunge.audit.candidates import CANDIDATES, judged_list
 from expunge.audit.finding import Evidence, Finding, Truth, Verdict, worst
 from expunge.audit.inversion import invert
 from expunge.audit.labels import labels
@@ -54,7 +54,13 @@ class CacheAudit:
                 f"No whole record was recovered, but a part or a membership was ({where.attack}, {where.place}). The "
                 "cache is personal data until it is destroyed."
             )
-        return "None of the attacks tried found anything. That is no proof: others may. Destroy the cache all the same."
+        said = "None of the attacks tried found anything. That is no proof: others may. Destroy the cache all the same."
+        if not any(finding.attack == CANDIDATES for finding in self.findings):
+            said += (
+                " Whether somebody's record was among the removed ones was not tried: that takes a list of candidates, "
+                "from candidates() or forget(), and finds more than reconstruction does."
+            )
+        return said
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -7,7 +7,7 @@ named, and the verdict says so.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -24,6 +24,7 @@ Memory = Literal["a trace was found", "cannot tell", "no trace found"]
 MEMORY: tuple[Memory, ...] = ("a trace was found", "cannot tell", "no trace found")  # worst first
 GRIDS = ((8, True), (8, False), (4, True), (4, False))  # bits, a grid per channel
 MARGIN = 0.05  # of the original's loss on the removed records, for "back where it was": share above it
+FASTER = (1, 10, 100)  # times the learning rate of relearning, until some model learns the records in time
 RELEARN = Recipe(epochs=50, lr=0.003, batch_size=32, momentum=0.0, weight_decay=0.0, schedule="constant")
 
 
@@ -101,7 +102,8 @@ def relearning(subject: Subject, forget: Batches, *, recipe: Recipe = RELEARN, s
     Args:
         subject: With the original, whose loss on the records is the target; and retrained models, the yardstick.
         forget: The removed records.
-        recipe: Constant learning rate, small enough that it takes several epochs.
+        recipe: Constant learning rate, small enough that it takes several epochs. Where nobody learns the records in
+            time, it is tried ten and a hundred times as large.
         seed: Order of the records.
     """
     name = "relearning"
@@ -109,29 +111,39 @@ def relearning(subject: Subject, forget: Batches, *, recipe: Recipe = RELEARN, s
         words = "Needs the original model, to know the loss that counts as learned again (--original)."
         return Remembered(name, "cannot tell", words)
     target = mean_loss(subject.original, forget, subject.loss_terms) * (1 + MARGIN)
-    own, *others = (
-        relearn_time(model, forget, subject.loss_terms, recipe, target=target, seed=seed)
-        for model in (subject.unlearned, *subject.retrained)
-    )
     limit = recipe.epochs
+    for faster in FASTER:
+        lr = recipe.lr * faster
+        own, *others = (
+            relearn_time(model, forget, subject.loss_terms, replace(recipe, lr=lr), target=target, seed=seed)
+            for model in (subject.unlearned, *subject.retrained)
+        )
+        if any(each.epochs is not None for each in (own, *others)):
+            break
+
+    def epochs(count: int | None) -> str:
+        return f"more than {limit}" if count is None else str(count)
+
     numbers = {
         "epochs": own.epochs,
         "epochs of retrained": [other.epochs for other in others],
         "limit": limit,
+        "learning rate": lr,
         "loss before": own.losses[0],
         "target": target,
     }
-    took = f"{own.epochs} epochs" if own.epochs is not None else f"more than {limit} epochs"
+    took = f"{epochs(own.epochs)} epochs"
     if not others:
         words = f"The original's loss is back after {took}. Without a retrained model nobody knows if that is soon."
         return Remembered(name, "cannot tell", words, numbers)
     lengths = [limit + 1 if other.epochs is None else other.epochs for other in others]
     length = limit + 1 if own.epochs is None else own.epochs
-    words = f"The original's loss is back after {took}; retrained models take {min(lengths)} to {max(lengths)}."
     if length > limit and min(lengths) > limit:
-        return Remembered(
-            name, "cannot tell", words + " Nothing was learned in time: raise the learning rate.", numbers
-        )
+        words = f"No model has the original's loss back after {limit} epochs, at learning rates up to {lr:g}."
+        return Remembered(name, "cannot tell", words, numbers)
+    few, many = (epochs(None if end > limit else end) for end in (min(lengths), max(lengths)))
+    words = f"The original's loss is back after {took}; retrained models take {few}"
+    words += "." if few == many else f" to {many}."
     if length == 0:
         words += " It never left."
     found = length < min(lengths) * 0.8
