@@ -172,7 +172,7 @@ def test_a_trace_of_other_weights_is_refused(folder, capsys):
 
 
 def test_another_original_than_was_unlearned_is_refused(folder, capsys):
-    Path("w.safetensors").write_bytes(Path("r0.safetensors").read_bytes())
+    Path("w.safetensors").write_bytes(Path("start.safetensors").read_bytes())
     assert evaluate("--out", "other") == 2
     assert "other weights than w.safetensors were unlearned" in capsys.readouterr().err
 

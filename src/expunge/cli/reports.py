@@ -51,7 +51,7 @@ def evidence(run: RunFolder, *, verify: Flag = False, replace: Flag = False) -> 
     print(f"SHA-256 of {proof.NAME}: {file_hash(path)}")
     if verify:
         for line in proof.unchecked(run):
-            print(f"not checked: {line}. If it was destroyed, as a cache should be, nothing is left to check.")
+            print(f"not checked: {line}")
     else:
         print(
             "Sign evidence.json, or lodge this SHA-256 where it cannot be changed: the hashes inside show no more than"

@@ -105,10 +105,12 @@ def unchecked(folder: Path | str) -> list[str]:
     folder = Path(folder)
     evidence = read_json(folder / NAME)
     gone = [e for e in evidence["files"] if e["role"] == _CACHE and not (folder / e["path"]).exists()]
-    found = [f"{e['path']}, the {_CACHE}: it is not there, its SHA-256 was {e['sha256']}" for e in gone]
+    destroyed = "If it was destroyed, as a cache should be, nothing is left to check."
+    found = [f"{e['path']}, the {_CACHE}: it is not there, its SHA-256 was {e['sha256']}. {destroyed}" for e in gone]
     listed = {entry["sha256"] for entry in evidence["files"]}
     return found + [
-        f"the {role} of the unlearning, SHA-256 {was}: no listed file has it"
+        f"the {role} of the unlearning, SHA-256 {was}: no listed file has it. "
+        + (destroyed if role == "cache" else "Compare it with a copy of your own.")
         for role, was in evidence["hashes_at_unlearning"].items()
         if was not in listed
     ]
