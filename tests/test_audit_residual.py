@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,25 @@ def test_relearning_that_takes_too_long_is_tried_with_larger_learning_rates():
     found = relearning(subject(hidden(), (1, 2)), forget(), recipe=slow)
     assert found.numbers["learning rate"] == pytest.approx(0.01)
     assert found.verdict == "a trace was found"
+
+
+def test_a_learning_rate_that_is_too_large_ends_the_search_for_one():
+    slow = Recipe(epochs=3, lr=1e-6, batch_size=8, momentum=0.0, weight_decay=0.0, schedule="constant")
+
+    def steep(model, batch):
+        return 1e6 * model(batch[0]).square().sum(1)
+
+    who = subject(trained(REMOVED, 2))
+    found = relearning(replace(who, loss_terms=steep), forget(), recipe=slow)
+    assert found.numbers["learning rate"] < 1e-4
+
+
+def test_a_negative_loss_that_never_left_is_back_at_once():
+    def shifted(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") - 10
+
+    who = subject(trained(0, 0))
+    assert relearning(replace(who, loss_terms=shifted), forget()).numbers["epochs"] == 0
 
 
 def test_relearning_is_slow_and_constant():

@@ -20,6 +20,7 @@ from expunge import (
 )
 from expunge.errors import ConfigError, MismatchError, NotInformative
 from expunge.methods import class_orthogonal_ascent as method
+from expunge.trace import Trace
 from expunge.training import mean_loss
 from tests.contract import without_type_checks, world
 from tests.zoo import classification, network
@@ -214,3 +215,59 @@ def test_a_cache_of_lower_precision_raises_the_floor():
 def test_settings_that_cannot_work_are_refused(settings, message):
     with without_type_checks(), pytest.raises(ConfigError, match=message):
         ClassOrthogonalAscent(**settings)
+
+
+def convolutions(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def perceptron(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("build", [convolutions, perceptron])
+def test_where_nothing_was_removed_rounding_is_not_taken_for_it(build, dtype):
+    draw = torch.Generator().manual_seed(0)
+    data = Examples(torch.randn(600, 3, 8, 8, generator=draw).to(dtype), torch.randint(10, (600,), generator=draw))
+    model = build(0).to(dtype)
+    train(model, data, cross_entropy, Recipe(epochs=2, lr=0.02), seed=0)
+    full = gradient(model, logit_margin, data)
+    blind = Blind(retain=data, loss_terms=cross_entropy, fresh=build, full=full, cached_loss=logit_margin)
+    config = ClassOrthogonalAscent(rounds=1, fine_tune=ONCE)
+    with pytest.raises(NotInformative):
+        unlearn(model, blind, config)
+    if dtype != torch.bfloat16:  # a tenth is seen above it
+        left = data.without(torch.arange(0, 600, 10))
+        unlearn(model, Blind(**{**vars(blind), "retain": left}), config)
+
+
+def test_sums_of_coarse_numbers_do_not_stagnate():
+    inputs = torch.ones(3000, 1, dtype=torch.bfloat16)
+    model = nn.Linear(1, 2, dtype=torch.bfloat16)
+    data = Examples(inputs, torch.zeros(3000, dtype=torch.int64))
+    full = gradient(model, logit_margin, data)
+    blind = Blind(retain=data, loss_terms=cross_entropy, fresh=lambda _: model, full=full, cached_loss=logit_margin)
+    found, count = method.class_gradients(model, {"weight": model.weight}, blind, Trace("test", 0))
+    assert count == 3000
+    assert torch.allclose(found["weight"].double().flatten(), full.total["weight"].flatten(), rtol=1e-2)
+
+
+def test_a_model_with_a_compiled_part_ascends_as_without():
+    config = ClassOrthogonalAscent(rounds=1, fine_tune=ONCE)
+    model, compiled = network("mlp"), network("mlp")
+    compiled[0] = torch.compile(compiled[0], backend="eager")
+    whole, part = (unlearn(each, given("mlp", each), config).model for each in (model, compiled))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), part.parameters(), strict=True))
+
+
+def test_records_of_other_shapes_wait_by_themselves():
+    batches = [(torch.ones(6, length), torch.arange(6) % 2) for length in (5, 7, 5)]
+    found = [(label, tuple(batch[0].shape)) for label, batch in method._by_class(batches, torch.device("cpu"))]
+    assert sorted(found) == [(0, (3, 7)), (0, (6, 5)), (1, (3, 7)), (1, (6, 5))]

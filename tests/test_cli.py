@@ -13,6 +13,7 @@ from expunge import Blind, Reload, cache, cross_entropy, unlearn
 from expunge.cli import main, own_model
 from expunge.methods import METHODS
 from expunge.provenance import file_hash
+from expunge.setup import load_setup
 from expunge.weights import load_weights
 
 SETUP = """
@@ -342,6 +343,16 @@ def test_what_lies_beside_a_setup_file_can_be_imported(folder, tmp_path, monkeyp
     monkeypatch.chdir(elsewhere)
     weights = ["--weights", str(folder / "w.safetensors"), "--out", "c.safetensors"]
     assert main(["cache", str(folder / "setup.py"), *weights]) == 0
+
+
+def test_setup_files_of_two_folders_have_modules_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "parts_of_a_test.py").write_text(f"NAME = {name!r}\n", encoding="utf-8")
+        (tmp_path / name / "setup.py").write_text("from parts_of_a_test import NAME\n", encoding="utf-8")
+    names = [load_setup(tmp_path / name / "setup.py").module.NAME for name in ("one", "two", "one")]
+    assert names == ["one", "two", "one"]
 
 
 def test_batches_of_three_need_a_function_that_says_what_to_measure(folder, capsys):

@@ -161,6 +161,39 @@ def test_complex_parameters_are_refused():
         named_parameters(model)
 
 
+def test_frozen_parameters_may_have_any_type():
+    model = network()
+    model.register_parameter("codes", nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False))
+    model.register_parameter("phases", nn.Parameter(torch.zeros(3, dtype=torch.complex64), requires_grad=False))
+
+    def fresh(seed: int) -> nn.Module:
+        built = network(seed)
+        built.codes, built.phases = model.codes, model.phases
+        return built
+
+    unlearn(model, given(fresh), Retrain(recipe=ONCE))
+
+
+def test_a_module_of_one_s_own_may_be_called_sparse():
+    model = network()
+    model[0].sparse = True
+    unlearn(model, given(), FineTune(recipe=ONCE))
+
+
+def test_statistics_of_frozen_normalisations_that_moved_are_said():
+    model = network()
+    model[1].requires_grad_(False)
+    model[1].running_mean += 1
+    with pytest.warns(UserWarning, match=r"'1' has frozen scales, and other running statistics than fresh\(\) builds"):
+        unlearn(model, given(), Retrain(recipe=ONCE))
+
+
+def test_types_are_those_of_the_model_where_a_part_is_compiled():
+    model = network().bfloat16()
+    model[0] = torch.compile(model[0], backend="eager")
+    assert {p.dtype for p in given().fresh_model(1, model).parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(("name", "value"), [("epochs", 1.5), ("batch_size", 16.0)])
 def test_counts_are_whole_numbers(name, value):
     recipe = Recipe(epochs=1, lr=0.1)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from expunge import params, sharding
 from expunge.batches import Batches, LossTerms, require_reiterable
@@ -94,8 +94,13 @@ class Blind:
 
 def _in_types_of(like: nn.Module, model: nn.Module) -> None:
     """Cast floating parameters and buffers to the types that they have in a model of the same architecture."""
-    there = {**dict(like.named_parameters()), **dict(like.named_buffers())}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+
+    def named(module: nn.Module) -> dict[str, Tensor]:
+        pairs = (*module.named_parameters(), *module.named_buffers())
+        return {name.replace("_orig_mod.", ""): tensor for name, tensor in pairs}  # a part may be compiled
+
+    there = named(like)
+    for name, tensor in named(model).items():
         if name in there and tensor.is_floating_point() and tensor.dtype != there[name].dtype:
             tensor.data = tensor.data.to(there[name].dtype)
 

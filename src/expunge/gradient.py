@@ -163,15 +163,15 @@ class Gradient:
         noise = {}
         for name, floor in self.noise.items():
             if aligned:
-                passes = _spread(floor) * touched + floor * accumulation
+                passes = spread(floor) * touched + floor * accumulation
             else:
-                passes = _spread(floor + part.noise[name].to(floor.device))
+                passes = spread(floor + part.noise[name].to(floor.device))
             stored = self.storage_roundoff * self.total[name].abs()
             noise[name] = passes + (own * total[name].abs() + stored).to(passes)
         return noise
 
 
-def _spread(floor: Tensor) -> Tensor:
+def spread(floor: Tensor) -> Tensor:
     """Add a quarter of the mean over the row and over the column.
 
     A small entry of a weight's gradient is a product with a factor near zero (an activation, a back-propagated

@@ -85,7 +85,7 @@ def named_parameters(model: nn.Module, select: Select | None = None) -> dict[str
         if unknown:
             raise ConfigError(f"parameters={unknown!r}: the model has no such parameter. It has {listed(everything)}.")
         chosen = {name: everything[name] for name in everything if name in set(wanted)}
-    if unreal := [name for name, p in chosen.items() if not p.is_floating_point()]:
+    if unreal := [name for name, p in chosen.items() if p.is_complex() and p.requires_grad]:
         raise ConfigError(
             f"parameters={unreal!r} are complex, of type {chosen[unreal[0]].dtype}: knowledge values and floors "
             "are those of real numbers. Keep real and imaginary parts in parameters of their own (torch.view_as_real)."

@@ -104,6 +104,27 @@ class Setup:
             ) from error
 
 
+_beside: list[Path] = []  # the folder of the last file that was run
+
+
+def let_import_from(folder: Path) -> None:
+    """Let a file that is run import what lies beside it, now and from its functions, until one of another folder is.
+
+    The folder is last on the path, so that nothing there hides a library. What another folder's file imported from
+    beside it is forgotten: this one may have modules of the same names.
+    """
+    if _beside and _beside[0] != folder:
+        old = _beside.pop()
+        sys.path[:] = [each for each in sys.path if each != str(old)]
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if file and Path(file).parent == old and not name.startswith((SETUP, "expunge")):
+                del sys.modules[name]
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+        _beside[:] = [folder]
+
+
 def load_setup(path: Path | str) -> Setup:
     """Run a setup file and look at what it defines.
 
@@ -119,8 +140,7 @@ def load_setup(path: Path | str) -> Setup:
         raise ConfigError(f"{path}: a setup file is Python, and its name ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and worker processes look it up
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.insert(0, folder)  # as for a script: what lies beside it can be imported, now and by its functions
+    let_import_from(path.resolve().parent)
     try:
         spec.loader.exec_module(module)
     except Exception as error:

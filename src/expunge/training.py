@@ -209,7 +209,7 @@ def require_trainable(model: nn.Module, *recipes: Recipe) -> None:
                 f"is multiplied by 0.1, such as milestones=({max(recipe.epochs // 2, 1)},), or schedule='constant'."
             )
     for name, module in model.named_modules():
-        if getattr(module, "sparse", False) and any(p.requires_grad for p in module.parameters(recurse=False)):
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
             raise UnsupportedModule(
                 f"{name or type(module).__name__} has sparse=True: momentum and weight decay need dense gradients. Set "
                 f"{name + '.' if name else ''}sparse = False; weights and results stay the same."

@@ -14,17 +14,18 @@ from torch import nn
 
 from expunge.audit.quantise import quantised
 from expunge.batches import Batches, LossTerms
+from expunge.errors import NotFinite
 from expunge.metrics.classification import accuracy, cross_entropy
 from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched
 from expunge.metrics.outputs import Logits, Outputs, images_and_labels, outputs
-from expunge.metrics.relearning import relearn_time
+from expunge.metrics.relearning import Relearning, relearn_time
 from expunge.training import Recipe, mean_loss
 
 Memory = Literal["a trace was found", "cannot tell", "no trace found"]
 MEMORY: tuple[Memory, ...] = ("a trace was found", "cannot tell", "no trace found")  # worst first
 GRIDS = ((8, True), (8, False), (4, True), (4, False))  # bits, a grid per channel
 MARGIN = 0.05  # of the original's loss on the removed records, for "back where it was": share above it
-FASTER = (1, 10, 100)  # times the learning rate of relearning, until some model learns the records in time
+FASTER = (10, 100)  # times the learning rate of relearning, until some model learns the records in time
 RELEARN = Recipe(epochs=50, lr=0.003, batch_size=32, momentum=0.0, weight_decay=0.0, schedule="constant")
 
 
@@ -110,16 +111,19 @@ def relearning(subject: Subject, forget: Batches, *, recipe: Recipe = RELEARN, s
     if subject.original is None:
         words = "Needs the original model, to know the loss that counts as learned again (--original)."
         return Remembered(name, "cannot tell", words)
-    target = mean_loss(subject.original, forget, subject.loss_terms) * (1 + MARGIN)
+    mean = mean_loss(subject.original, forget, subject.loss_terms)
+    target = mean + MARGIN * abs(mean)
     limit = recipe.epochs
+    own, *others = _relearned(subject, forget, recipe, target, seed)
+    lr = recipe.lr
     for faster in FASTER:
-        lr = recipe.lr * faster
-        own, *others = (
-            relearn_time(model, forget, subject.loss_terms, replace(recipe, lr=lr), target=target, seed=seed)
-            for model in (subject.unlearned, *subject.retrained)
-        )
         if any(each.epochs is not None for each in (own, *others)):
             break
+        try:
+            own, *others = _relearned(subject, forget, replace(recipe, lr=recipe.lr * faster), target, seed)
+        except NotFinite:  # too fast: what was found before stays
+            break
+        lr = recipe.lr * faster
 
     def epochs(count: int | None) -> str:
         return f"more than {limit}" if count is None else str(count)
@@ -148,6 +152,14 @@ def relearning(subject: Subject, forget: Batches, *, recipe: Recipe = RELEARN, s
         words += " It never left."
     found = length < min(lengths) * 0.8
     return Remembered(name, "a trace was found" if found else "no trace found", words, numbers)
+
+
+def _relearned(subject: Subject, forget: Batches, recipe: Recipe, target: float, seed: int) -> list[Relearning]:
+    """Of the model in question and of the retrained ones."""
+    return [
+        relearn_time(model, forget, subject.loss_terms, recipe, target=target, seed=seed)
+        for model in (subject.unlearned, *subject.retrained)
+    ]
 
 
 def quantisation(subject: Subject, forget: Batches) -> Remembered:

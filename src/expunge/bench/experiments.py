@@ -26,6 +26,7 @@ from expunge.bench.tasks import NONE_TO_SPARE, Task, located, note_of
 from expunge.errors import ConfigError, ExpungeError
 from expunge.provenance import environment
 from expunge.rows import Row, read_rows, write_csv, write_rows
+from expunge.setup import let_import_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +166,7 @@ def defined(path: Path, profile: str) -> Experiment:
         raise ConfigError(f"{path}: an experiment is a Python file, and its name ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look it up
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.insert(0, folder)  # as for a script
+    let_import_from(path.resolve().parent)
     try:
         spec.loader.exec_module(module)
     except Exception as error:

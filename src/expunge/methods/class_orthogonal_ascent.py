@@ -10,8 +10,10 @@ gradient is best one of margins (`logit_margin`); biases and the scales of norma
 Needs: classifiers; a cached gradient, best of margins, otherwise of the same loss.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -20,17 +22,22 @@ from torch import Tensor, nn
 from expunge import params
 from expunge.access import Blind
 from expunge.batches import Batches, micro_batches, to_device
+from expunge.checkpointing import recomputing, repeated_modules
 from expunge.errors import MismatchError, NotFinite, NotInformative
-from expunge.methods.classifier import in_eval_mode, inputs_and_labels
+from expunge.gradient import spread
+from expunge.methods.classifier import inputs_and_labels
 from expunge.methods.turns import in_turns, require_turns
 from expunge.params import Params
+from expunge.passes import exact_kernels, only_gradients_of
 from expunge.probe import checked_terms
+from expunge.seeds import keeping_random_state
 from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe
 
-ROWS, WAITING = 128, 2048  # records of a class that go through the model at once, and of all that wait for more
-PIECE = 2**18  # columns at a time that are float64
+ROWS = 128  # records of a class that go through the model at once
+WAITING, FEW = 2048, 32  # records of all classes that wait for more of their own: so many, or so many a class
+PIECE = 2**22  # entries of class gradients at a time that are float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,7 @@ def class_orthogonal_ascent(
     """Steps W ← W + step ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d is g_D less its projection on class gradients.
 
     W are the parameters of two or more dimensions (all, if there are none). The gradient of a class is that of its
-    records in what is left, at the trained weights; memory for them is classes x W, in the type of W.
+    records in what is left, at the trained weights; memory for them is classes x W, 4 bytes an entry in float32.
 
     ``trace.facts``: removed_count and cached_count (loss terms), classes, alone (‖d‖ as a share of ‖g_D‖), ascent
     (length of a step).
@@ -74,57 +81,69 @@ def class_orthogonal_ascent(
         NotFinite: A loss is NaN or infinite.
         ConfigError: There is no cached gradient.
     """
-    full = given.cached()
-    cached = params.named_parameters(model, full.total)
+    cached = params.named_parameters(model, given.cached().total)
     weights = {name: p for name, p in cached.items() if p.ndim > 1} or cached
-    assert full.noise is not None
-    total, noise = ({name: each[name] for name in weights} for each in (full.total, full.noise))
-
     with trace.stage("class gradients", model):
-        of_classes, count = class_gradients(model, weights, given, trace)
-        if count > full.count:
-            raise MismatchError(
-                f"{count} records are left of {full.count} that were cached. Give what is left of the same data."
-            )
-        direction = outside(total, of_classes)
-        length = params.norm(direction)
-        # Rounded were both: the cached gradient, and those of the classes, which make up nearly as much.
-        floor = 2 * params.norm(noise) + full.storage_roundoff * params.norm(total)
-        classes = len(next(iter(of_classes.values())))
-        if not length > floor:
-            raise NotInformative(
-                f"{length:.3g} of the cached gradient (norm {params.norm(total):.3g}) is not along the gradients of "
-                f"the {classes} classes, no more than its rounding floor, {floor:.3g}: what was removed has nothing of "
-                "its own there. Are records that are left copies of it? Otherwise delete more records at once, or take "
-                "orthogonal-ascent, whose floor is lower where records keep their positions."
-            )
-        ascent = config.step * params.norm({name: p.detach() for name, p in weights.items()})
-        trace.facts |= {
-            "removed_count": full.count - count,
-            "cached_count": full.count,
-            "classes": classes,
-            "alone": length / params.norm(total),
-            "ascent": ascent,
-        }
-        step = {name: ascent / length * each for name, each in direction.items()}
-        del of_classes, direction
-    return in_turns(model, step, given, rounds=config.rounds, fine_tune=config.fine_tune, seed=seed, trace=trace)
+        direction = _direction(model, weights, given, trace)
+        length = config.step * params.norm({name: p.detach() for name, p in weights.items()})
+        trace.facts["ascent"] = length
+    return in_turns(
+        model, direction, length, given, rounds=config.rounds, fine_tune=config.fine_tune, seed=seed, trace=trace
+    )
+
+
+def _direction(model: nn.Module, weights: dict[str, nn.Parameter], given: Blind, trace: Trace) -> Params:
+    """The unit vector along what the cached gradient has and no class of what is left has."""
+    full = given.cached()
+    assert full.noise is not None
+    total = {name: full.total[name] for name in weights}
+    of_classes, count = class_gradients(model, weights, given, trace)
+    if count > full.count:
+        raise MismatchError(
+            f"{count} records are left of {full.count} that were cached. Give what is left of the same data."
+        )
+    alone = outside(total, of_classes)
+    size, length = params.norm(total), params.norm(alone)
+    # Rounded were both, the cached gradient and those of the classes, and in other batches, so that nothing cancels.
+    # With nothing removed up to 4 times the norm of the spread floor was left, in convolutions with BatchNorm.
+    rounded = params.norm({name: spread(full.noise[name]) for name in weights})
+    floor = 8 * rounded + full.storage_roundoff * size
+    classes = len(next(iter(of_classes.values())))
+    if not length > floor:
+        raise NotInformative(
+            f"{length:.3g} of the cached gradient (norm {size:.3g}) is not along the gradients of the {classes} "
+            f"classes, no more than its rounding floor, {floor:.3g}: what was removed has nothing of its own there. "
+            "Are records that are left copies of it? Otherwise delete more records at once, or take orthogonal-ascent, "
+            "whose floor is lower where records keep their positions."
+        )
+    trace.facts |= {
+        "removed_count": full.count - count,
+        "cached_count": full.count,
+        "classes": classes,
+        "alone": length / size,
+    }
+    return {name: each / length for name, each in alone.items()}
 
 
 def class_gradients(
     model: nn.Module, theta: dict[str, nn.Parameter], given: Blind, trace: Trace
 ) -> tuple[dict[str, Float[Tensor, "classes entries"]], int]:
-    """The summed gradient of each class of what is left, and of how many terms all together."""
+    """The summed gradient of each class of what is left, float32 or better, and of how many terms all together."""
     device, count = next(iter(theta.values())).device, 0
     sums: dict[int, list[Tensor]] = {}
-    with in_eval_mode(model), params.requiring_gradients(model, theta.values()):
+    again = recomputing(repeated_modules(model, given.cached().recomputed).values())
+    with keeping_random_state(), exact_kernels(device), only_gradients_of(model, theta), again:
         for label, batch in _by_class(given.retain, device):
             terms = checked_terms(given.cached_terms(model, batch))
             if not terms.isfinite().all():
                 raise NotFinite(f"the loss of a record of class {label} is NaN or infinite. Look at what is left.")
             found = torch.autograd.grad(terms.sum(), list(theta.values()), materialize_grads=True)
-            own = sums.setdefault(label, [torch.zeros_like(p) for p in found])
-            torch._foreach_add_(own, list(found))
+            wide = [torch.promote_types(p.dtype, torch.float32) for p in found]
+            own = sums.setdefault(
+                label, [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(found, wide, strict=True)]
+            )
+            for mine, part in zip(own, found, strict=True):
+                mine.add_(part)
             count += terms.numel()
     trace.backwarded += count
     rows = [sums.pop(label) for label in sorted(sums)]
@@ -139,42 +158,54 @@ def outside(total: Params, spans: dict[str, Float[Tensor, "classes entries"]]) -
     the first time leaves what rounding those products cost.
     """
     left = {name: each.flatten().to(torch.float64, copy=True) for name, each in total.items()}
+    columns = max(PIECE // len(next(iter(spans.values()))), 1)
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
         for name, rows in spans.items():
-            for own, wide in zip(left[name].split(PIECE), rows.split(PIECE, dim=1), strict=True):
+            for own, wide in zip(left[name].split(columns), rows.split(columns, dim=1), strict=True):
                 yield own, wide.to(own)
 
-    products = torch.stack([wide @ wide.T for _, wide in pieces()]).sum(0)
+    def summed(parts: Iterator[Tensor]) -> Tensor:
+        return reduce(torch.add, parts)
+
+    products = summed(wide @ wide.T for _, wide in pieces())
+    if not products.isfinite().all():
+        raise NotFinite("the gradient of a class is NaN or infinite.")
     scale = products.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
     inverse = torch.linalg.pinv(products * scale[:, None] * scale, hermitian=True)
     for _ in range(2):
-        shares = scale * (inverse @ (scale * torch.stack([wide @ own for own, wide in pieces()]).sum(0)))
+        shares = scale * (inverse @ (scale * summed(wide @ own for own, wide in pieces())))
         for own, wide in pieces():
             own.sub_(shares @ wide)
     return {name: each.view_as(total[name]) for name, each in left.items()}
 
 
 def _by_class(data: Batches, device: torch.device) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Batches of one class each: records wait until there are enough of their class, or too many of all."""
-    waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    """Batches of one class each: records wait until there are enough of their class, or too many of all.
 
-    def gathered(label: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        inputs, labels = (torch.cat(parts) for parts in zip(*waiting.pop(label), strict=True))
+    Records of other shapes wait by themselves: texts may be padded to the length of their batch.
+    """
+    waiting: dict[tuple[int, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+    counts: Counter[tuple[int, torch.Size]] = Counter()
+    classes: set[int] = set()
+
+    def gathered(key: tuple[int, torch.Size]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        del counts[key]
+        inputs, labels = (torch.cat(parts) for parts in zip(*waiting.pop(key), strict=True))
         for batch in zip(inputs.split(ROWS), labels.split(ROWS), strict=True):
-            yield label, to_device(batch, device)
-
-    def rows(label: int) -> int:
-        return sum(len(labels) for _, labels in waiting[label])
+            yield key[0], to_device(batch, device)
 
     for _, batch in micro_batches(data, ROWS)[1]:
         inputs, labels = inputs_and_labels(batch, "class-orthogonal-ascent")
         for label in labels.unique().tolist():
-            waiting.setdefault(label, []).append((inputs[labels == label], labels[labels == label]))
-            if rows(label) >= ROWS:
-                yield from gathered(label)
-        if sum(map(rows, waiting)) > WAITING:
-            for label in list(waiting):
-                yield from gathered(label)
-    for label in list(waiting):
-        yield from gathered(label)
+            of_class, key = labels == label, (label, inputs.shape[1:])
+            classes.add(label)
+            waiting.setdefault(key, []).append((inputs[of_class.to(inputs.device)], labels[of_class]))
+            counts[key] += int(of_class.sum())
+            if counts[key] >= ROWS:
+                yield from gathered(key)
+        if counts.total() > max(WAITING, FEW * len(classes)):
+            for key in list(waiting):
+                yield from gathered(key)
+    for key in list(waiting):
+        yield from gathered(key)

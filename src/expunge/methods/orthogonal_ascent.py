@@ -86,8 +86,9 @@ def orthogonal_ascent(
         direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
         trace.facts["ascent"] = length = config.step * params.norm({name: p.detach() for name, p in weights.items()})
 
-    step = {name: length * each for name, each in direction.items()}
-    return in_turns(model, step, given, rounds=config.rounds, fine_tune=config.fine_tune, seed=seed, trace=trace)
+    return in_turns(
+        model, direction, length, given, rounds=config.rounds, fine_tune=config.fine_tune, seed=seed, trace=trace
+    )
 
 
 def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:

@@ -8,7 +8,7 @@ Needs: any loss.
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from expunge import params
 from expunge.access import Blind
@@ -47,6 +47,25 @@ def freeze_alike_(untrained: nn.Module, model: nn.Module) -> None:
             fresh[name].requires_grad_(False)
 
 
+def note_statistics_of_frozen(untrained: nn.Module, model: nn.Module, trace: Trace) -> None:
+    """Warn of normalisations with frozen scales whose statistics moved in the training of the model.
+
+    They stay as they are here, also in retraining, so that the two would differ for that reason alone.
+    """
+    built = dict(untrained.named_modules())
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not getattr(module, "track_running_stats", False) or not own or any(p.requires_grad for p in own):
+            continue
+        mean, fresh = module.running_mean, getattr(built.get(name), "running_mean", None)
+        if isinstance(mean, Tensor) and isinstance(fresh, Tensor) and not torch.equal(mean, fresh.to(mean)):
+            trace.warn(
+                f"{name!r} has frozen scales, and other running statistics than fresh() builds. Frozen normalisations "
+                "keep their statistics: let fresh() load those that the model has, or retrain with a loop of your own."
+            )
+            return
+
+
 def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace: Trace) -> nn.Module:
     """Fresh weights for every module, then training.
 
@@ -57,6 +76,7 @@ def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace
     """
     untrained = given.fresh_model(seed, model)
     freeze_alike_(untrained, model)
+    note_statistics_of_frozen(untrained, model, trace)
     model = untrained.to(next(model.parameters()).device).train(model.training)
     with trace.stage("train", model):
         train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, resume=config.resume)

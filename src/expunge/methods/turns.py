@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from expunge import params
 from expunge.access import Blind
 from expunge.errors import ConfigError
 from expunge.params import Params
@@ -33,7 +34,8 @@ def require_turns(step: float, rounds: int, fine_tune: Recipe) -> None:
 
 def in_turns(
     model: nn.Module,
-    step: Params,
+    direction: Params,
+    length: float,
     given: Blind,
     *,
     rounds: int,
@@ -41,12 +43,12 @@ def in_turns(
     seed: int,
     trace: Trace,
 ) -> nn.Module:
-    """Add the step to these parameters and train for a share of the epochs, so many times."""
-    theta = dict(model.named_parameters())
+    """Move these parameters so far along a unit vector and train for a share of the epochs, so many times."""
+    theta = params.named_parameters(model, direction)
     for number in range(rounds):
         with trace.stage("ascend", model), torch.no_grad():
-            for name, part in step.items():
-                theta[name].add_(part.to(theta[name]))
+            for name, part in direction.items():
+                theta[name].add_((length * part).to(theta[name]))
         with trace.stage("fine-tune", model):
             ends = [fine_tune.epochs * each // rounds for each in (number, number + 1)]
             recipe = replace(fine_tune, epochs=ends[1] - ends[0])

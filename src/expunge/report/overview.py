@@ -44,8 +44,8 @@ def sentences(summaries: Sequence[Summary], scenario: str, method: str) -> str:
     judged = verdicts(found.values())
     if any(who == method for who, _ in judged):
         said.append(_judged({metric: verdict.state for (who, metric), verdict in judged.items() if who == method}))
-        passed = sum(who == ORIGINAL and verdict.state == "within" for (who, _), verdict in judged.items())
-        said[-1] += f" The original is within it on {passed or 'none'}."
+        original = [verdict.state == "within" for (who, _), verdict in judged.items() if who == ORIGINAL]
+        said[-1] += f" The original is within it on {sum(original) or 'none'}." if original else ""
     cost = found.get((method, "Cost"))
     if cost is not None:
         said.append(f"{label(method)} took {100 * cost.mean:.3g}{_SPACE}% of the time of retraining")
