@@ -248,7 +248,8 @@ def test_where_nothing_was_removed_rounding_is_not_taken_for_it(build, dtype):
         unlearn(model, Blind(**{**vars(blind), "retain": left}), config)
 
 
-def test_sums_of_coarse_numbers_do_not_stagnate():
+def test_sums_of_coarse_numbers_do_not_stagnate(monkeypatch):
+    monkeypatch.setattr(method, "ROWS", 2)
     inputs = torch.ones(3000, 1, dtype=torch.bfloat16)
     model = nn.Linear(1, 2, dtype=torch.bfloat16)
     data = Examples(inputs, torch.zeros(3000, dtype=torch.int64))
