@@ -23,30 +23,11 @@ from expunge.methods import class_orthogonal_ascent as method
 from expunge.trace import Trace
 from expunge.training import mean_loss
 from tests.contract import without_type_checks, world
+from tests.test_orthogonal_ascent import REMOVED, flat, given, weights
+from tests.test_orthogonal_ascent import by_hand as of_margins
 from tests.zoo import classification, network
 
-REMOVED = torch.arange(0, 40, 5)
 ONCE = Recipe(epochs=1, lr=0.05, batch_size=8)
-
-
-def flat(tensors) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def weights(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-
-
-def of_margins(model: nn.Module, data: Examples) -> Tensor:
-    return flat(torch.autograd.grad(logit_margin(model, data.tensors).sum(), weights(model)))
-
-
-def given(kind: str, model: nn.Module, **changes) -> Blind:
-    data = classification(40, dtype=next(model.parameters()).dtype)
-    blind = {"retain": data.without(REMOVED), "loss_terms": cross_entropy, "cached_loss": logit_margin}
-    if "full" not in changes:
-        blind["full"] = gradient(model, logit_margin, data, micro_batch=8)
-    return Blind(**({"fresh": lambda seed: network(kind, seed + 100)} | blind | changes))
 
 
 def ascended(model: nn.Module, blind: Blind, config: object) -> Tensor:

@@ -97,7 +97,7 @@ def _in_types_of(like: nn.Module, model: nn.Module) -> None:
 
     def named(module: nn.Module) -> dict[str, Tensor]:
         pairs = (*module.named_parameters(), *module.named_buffers())
-        return {name.replace("_orig_mod.", ""): tensor for name, tensor in pairs}  # a part may be compiled
+        return {name.replace(params.COMPILED, ""): tensor for name, tensor in pairs}
 
     there = named(like)
     for name, tensor in named(model).items():

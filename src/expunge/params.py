@@ -20,7 +20,7 @@ from expunge.errors import ConfigError, MismatchError, NotFinite
 Params = dict[str, Tensor]
 Select = Iterable[str] | Callable[[str, nn.Parameter], bool]
 
-_COMPILED = "_orig_mod."  # what torch.compile puts in front of a name
+COMPILED = "_orig_mod."  # what torch.compile puts in front of a name
 _PIECE = 1 << 18  # entries a streaming step looks at: small enough for a core's cache
 _SAMPLE = 1 << 18  # entries whose ranks bracket the threshold
 
@@ -74,7 +74,7 @@ def named_parameters(model: nn.Module, select: Select | None = None) -> dict[str
             "the model is wrapped in DistributedDataParallel. Give the model itself, model.module: gradient passes and "
             "training deal their work out by themselves."
         )
-    everything = {name.replace(_COMPILED, ""): p for name, p in model.named_parameters()}
+    everything = {name.replace(COMPILED, ""): p for name, p in model.named_parameters()}
     if select is None:
         chosen = {name: p for name, p in everything.items() if p.requires_grad}
     elif callable(select):
@@ -209,13 +209,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """The fingerprint of all parameters, trainable or not."""
-    return fingerprint({n.replace(_COMPILED, ""): p for n, p in model.named_parameters()})
+    return fingerprint({n.replace(COMPILED, ""): p for n, p in model.named_parameters()})
 
 
 def buffers_fingerprint(model: nn.Module) -> str:
     """The fingerprint of the buffers that a checkpoint keeps (BatchNorm statistics and the like)."""
     kept = set(model.state_dict())
-    return fingerprint({n.replace(_COMPILED, ""): b for n, b in model.named_buffers() if n in kept})
+    return fingerprint({n.replace(COMPILED, ""): b for n, b in model.named_buffers() if n in kept})
 
 
 def smallest(scores: Params, k: int) -> dict[str, Bool[Tensor, "..."]]:

@@ -107,7 +107,7 @@ class Setup:
 _beside: list[Path] = []  # the folder of the last file that was run
 
 
-def let_import_from(folder: Path) -> None:
+def _let_import_from(folder: Path) -> None:
     """Let a file that is run import what lies beside it, now and from its functions, until one of another folder is.
 
     The folder is last on the path, so that nothing there hides a library. What another folder's file imported from
@@ -125,6 +125,25 @@ def let_import_from(folder: Path) -> None:
         _beside[:] = [folder]
 
 
+def run_python(path: Path, name: str, what: str, failed: Callable[[Exception], ConfigError]) -> ModuleType:
+    """Run a Python file as a module; what it is and what its failure is called are its reader's to say.
+
+    Raises:
+        ConfigError: It is no Python file, or fails when it is run.
+    """
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: {what}, and its name ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and worker processes look it up
+    _let_import_from(path.resolve().parent)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise failed(error) from error
+    return module
+
+
 def load_setup(path: Path | str) -> Setup:
     """Run a setup file and look at what it defines.
 
@@ -135,14 +154,8 @@ def load_setup(path: Path | str) -> Setup:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such setup file.")
-    spec = importlib.util.spec_from_file_location(f"{SETUP}{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path}: a setup file is Python, and its name ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and worker processes look it up
-    let_import_from(path.resolve().parent)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{path} failed when it was run, with {type(error).__name__}: {error}") from error
-    return Setup(path, module)
+
+    def failed(error: Exception) -> ConfigError:
+        return ConfigError(f"{path} failed when it was run, with {type(error).__name__}: {error}")
+
+    return Setup(path, run_python(path, f"{SETUP}{path.stem}", "a setup file is Python", failed))

@@ -314,10 +314,14 @@ def _train_mode(model: nn.Module, freeze_statistics: bool) -> None:
     """Train mode for all modules but normalisations whose statistics are to stay: all, or those with frozen scales."""
     model.train()
     for module in model.modules():
-        if getattr(module, "track_running_stats", False):
-            own = list(module.parameters(recurse=False))
-            if freeze_statistics or (own and not any(p.requires_grad for p in own)):
-                module.eval()
+        if (freeze_statistics and getattr(module, "track_running_stats", False)) or is_frozen_normalisation(module):
+            module.eval()
+
+
+def is_frozen_normalisation(module: nn.Module) -> bool:
+    """Whether it has running statistics, and scales that are all frozen."""
+    own = list(module.parameters(recurse=False))
+    return getattr(module, "track_running_stats", False) and bool(own) and not any(p.requires_grad for p in own)
 
 
 def _record(trace: Trace, losses: list[Tensor], epoch: int) -> float:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from expunge.bench import runs
-from expunge.bench.case import Case, attempt, curves, measure, standards
+from expunge.bench.case import Case, Result, attempt, curves, measure, standards
 from expunge.bench.entries import Entry, chosen, entries
-from expunge.bench.situations import FAULTY, FULL, LEADING, REMOVED, SITUATIONS, Size
+from expunge.bench.situations import FAULTY, FULL, LEADING, REMOVED, SITUATIONS, Situation, Size
 from expunge.errors import ConfigError, NotFinite, NotInformative
 from expunge.report import rich_tables
 from expunge.report.summaries import FLOOR, REFERENCE
 from expunge.rows import Row
+from expunge.trace import Watch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,20 +78,11 @@ def case(scenario: str, taking_part: Iterable[Entry], size: Size, folder: Path, 
         if scenario in entry.unfit:
             facts.append((entry.name, "took no part", entry.unfit[scenario]))
             continue
-        config = entry.configured(chosen(scenario, entry.name), situation)
         watch = (lambda name, now: moments.append((name, copy.deepcopy(now)))) if entry.name == "reload" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are in the trace, and become facts
             try:
-                results[entry.name] = attempt(
-                    situation.original,
-                    situation.given_with(entry.cached_loss),
-                    config,
-                    seed,
-                    blind=entry.blind,
-                    caching=situation.caching if entry.cached_loss else 0.0,
-                    watch=watch,
-                )
+                results[entry.name] = take_part(entry, situation, watch)
             except (NotFinite, NotInformative) as error:
                 facts.append((entry.name, "failed", str(error)))
     found = measure("compare", situation, results)
@@ -101,6 +93,19 @@ def case(scenario: str, taking_part: Iterable[Entry], size: Size, folder: Path, 
     if "reload" in results:
         found.curves += curves(situation, moments, results["reload"].trace)
     return found
+
+
+def take_part(entry: Entry, situation: Situation, watch: Watch | None = None) -> Result:
+    """Unlearn with the settings that the rehearsal chose; caching counts if the method needs a cached gradient."""
+    return attempt(
+        situation.original,
+        situation.given_with(entry.cached_loss),
+        entry.configured(chosen(situation.scenario, entry.name), situation),
+        situation.seed,
+        blind=entry.blind,
+        caching=situation.caching if entry.cached_loss else 0.0,
+        watch=watch,
+    )
 
 
 def tables(rows: Sequence[Row]) -> list["Table"]:

@@ -18,7 +18,8 @@ from torch import nn
 from expunge import cache
 from expunge.batches import Examples
 from expunge.bench import digits_setup, inputs, runs
-from expunge.bench.case import Case, Result, attempt, curves, measure, standards
+from expunge.bench.case import Case, Result, curves, measure, standards
+from expunge.bench.compare import take_part
 from expunge.bench.entries import chosen, entries
 from expunge.bench.situations import FAULTY, FULL, REMOVED, Situation, Size, label_correction, removal
 from expunge.errors import IncompleteRun
@@ -84,7 +85,7 @@ def config(size: Size = FULL) -> dict[str, Any]:
 def deleted(folder: Path, seed: int, size: Size = FULL) -> Case:
     """Train, cache, delete 10 % of the records from disk, unlearn in a process of its own, compare."""
     situation = removal(seed, size)
-    config = _configured("reload", situation, size)
+    config = entries(size.budget)["reload"].configured(chosen(situation.scenario, "reload"), situation)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(digits_setup.__file__, folder / "setup.py")
     assert isinstance(situation.given.original, Examples)
@@ -111,12 +112,9 @@ def corrected(folder: Path, seed: int, size: Size = FULL) -> Case:
     folder.mkdir(parents=True, exist_ok=True)
     _describe(folder, situation)
     moments: list[tuple[str, nn.Module]] = []
-    reload = attempt(
-        situation.original,
-        situation.given,
-        _configured("reload", situation, size),
-        seed,
-        caching=situation.caching,
+    reload = take_part(
+        entries(size.budget)["reload"],
+        situation,
         watch=lambda name, now: moments.append((name, copy.deepcopy(now))),
     )
     return _compared(situation, reload, moments, size)
@@ -126,23 +124,11 @@ def _compared(situation: Situation, reload: Result, moments: list[tuple[str, nn.
     """The other methods, then all of them measured."""
     results = {**standards(situation, size.recipe), "reload": reload}
     for name in METHODS[situation.scenario][1:]:
-        entry = entries(size.budget)[name]
-        results[name] = attempt(
-            situation.original,
-            situation.given_with(entry.cached_loss),
-            _configured(name, situation, size),
-            situation.seed,
-            blind=entry.blind,
-            caching=situation.caching if entry.cached_loss else 0.0,
-        )
+        results[name] = take_part(entries(size.budget)[name], situation)
     case = measure("demo", situation, results)
     case.describe("reload", reload, resets=True)
     case.curves += curves(situation, moments, reload.trace)
     return case
-
-
-def _configured(name: str, situation: Situation, size: Size) -> object:
-    return entries(size.budget)[name].configured(chosen(situation.scenario, name), situation)
 
 
 def _store(folder: Path, records: Examples) -> None:

@@ -6,12 +6,11 @@ claims, what it costs and what score is expected.
 
 import csv
 import hashlib
-import importlib.util
 import json
-import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from expunge.bench.tasks import NONE_TO_SPARE, Task, located, note_of
 from expunge.errors import ConfigError, ExpungeError
 from expunge.provenance import environment
 from expunge.rows import Row, read_rows, write_csv, write_rows
-from expunge.setup import let_import_from
+from expunge.setup import run_python
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +160,8 @@ def defined(path: Path, profile: str) -> Experiment:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such experiment.")
-    spec = importlib.util.spec_from_file_location(f"expunge_experiment_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path}: an experiment is a Python file, and its name ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look it up
-    let_import_from(path.resolve().parent)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise _failed(path, "failed when it was run", error) from error
+    name, what = f"expunge_experiment_{path.stem}", "an experiment is a Python file"
+    module = run_python(path, name, what, partial(_failed, path, "failed when it was run"))
     define = getattr(module, "experiment", None)
     if define is None:
         raise ConfigError(f"{path} defines no experiment(profile). docs/experiments.md shows one.")

@@ -26,7 +26,7 @@ from expunge.checkpointing import recomputing, repeated_modules
 from expunge.errors import MismatchError, NotFinite, NotInformative
 from expunge.gradient import spread
 from expunge.methods.classifier import inputs_and_labels
-from expunge.methods.turns import in_turns, require_turns
+from expunge.methods.turns import in_turns, moved_weights, require_turns
 from expunge.params import Params
 from expunge.passes import exact_kernels, only_gradients_of
 from expunge.probe import checked_terms
@@ -81,14 +81,18 @@ def class_orthogonal_ascent(
         NotFinite: A loss is NaN or infinite.
         ConfigError: There is no cached gradient.
     """
-    cached = params.named_parameters(model, given.cached().total)
-    weights = {name: p for name, p in cached.items() if p.ndim > 1} or cached
+    weights = moved_weights(model, given.cached().total)
     with trace.stage("class gradients", model):
         direction = _direction(model, weights, given, trace)
-        length = config.step * params.norm({name: p.detach() for name, p in weights.items()})
-        trace.facts["ascent"] = length
     return in_turns(
-        model, direction, length, given, rounds=config.rounds, fine_tune=config.fine_tune, seed=seed, trace=trace
+        model,
+        direction,
+        given,
+        step=config.step,
+        rounds=config.rounds,
+        fine_tune=config.fine_tune,
+        seed=seed,
+        trace=trace,
     )
 
 
@@ -138,11 +142,9 @@ def class_gradients(
             if not terms.isfinite().all():
                 raise NotFinite(f"the loss of a record of class {label} is NaN or infinite. Look at what is left.")
             found = torch.autograd.grad(terms.sum(), list(theta.values()), materialize_grads=True)
-            wide = [torch.promote_types(p.dtype, torch.float32) for p in found]
-            own = sums.setdefault(
-                label, [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(found, wide, strict=True)]
-            )
-            for mine, part in zip(own, found, strict=True):
+            if label not in sums:
+                sums[label] = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in found]
+            for mine, part in zip(sums[label], found, strict=True):
                 mine.add_(part)
             count += terms.numel()
     trace.backwarded += count

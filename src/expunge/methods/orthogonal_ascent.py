@@ -24,7 +24,7 @@ from expunge.access import Blind
 from expunge.errors import ConfigError, NotInformative
 from expunge.methods.difference import difference
 from expunge.methods.reinitialise import normal
-from expunge.methods.turns import in_turns, require_turns
+from expunge.methods.turns import in_turns, moved_weights, require_turns
 from expunge.params import Params
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -74,8 +74,7 @@ def orthogonal_ascent(
         MismatchError: A cache and a retain set that do not belong together.
         ConfigError: There is no cached gradient.
     """
-    cached = params.named_parameters(model, given.cached().total)
-    weights = {name: p for name, p in cached.items() if p.ndim > 1} or cached
+    weights = moved_weights(model, given.cached().total)
 
     with trace.stage("difference", model):
         removed, retain = difference(model, given, trace)
@@ -84,10 +83,15 @@ def orthogonal_ascent(
             {name: each[name] for name in weights} for each in (removed.total, retain.total, removed.noise)
         )
         direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
-        trace.facts["ascent"] = length = config.step * params.norm({name: p.detach() for name, p in weights.items()})
-
     return in_turns(
-        model, direction, length, given, rounds=config.rounds, fine_tune=config.fine_tune, seed=seed, trace=trace
+        model,
+        direction,
+        given,
+        step=config.step,
+        rounds=config.rounds,
+        fine_tune=config.fine_tune,
+        seed=seed,
+        trace=trace,
     )
 
 

@@ -16,7 +16,7 @@ from expunge.errors import MismatchError
 from expunge.methods.guard import note_if_nothing_was_learned
 from expunge.space import Space
 from expunge.trace import Trace
-from expunge.training import Recipe, train
+from expunge.training import Recipe, is_frozen_normalisation, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,7 @@ def note_statistics_of_frozen(untrained: nn.Module, model: nn.Module, trace: Tra
     """
     built = dict(untrained.named_modules())
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if not getattr(module, "track_running_stats", False) or not own or any(p.requires_grad for p in own):
+        if not is_frozen_normalisation(module):
             continue
         mean, fresh = module.running_mean, getattr(built.get(name), "running_mean", None)
         if isinstance(mean, Tensor) and isinstance(fresh, Tensor) and not torch.equal(mean, fresh.to(mean)):

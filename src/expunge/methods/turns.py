@@ -32,19 +32,29 @@ def require_turns(step: float, rounds: int, fine_tune: Recipe) -> None:
         )
 
 
+def moved_weights(model: nn.Module, cached: Params) -> dict[str, nn.Parameter]:
+    """The cached parameters of two or more dimensions; all, if there are none."""
+    theta = params.named_parameters(model, cached)
+    return {name: p for name, p in theta.items() if p.ndim > 1} or theta
+
+
 def in_turns(
     model: nn.Module,
     direction: Params,
-    length: float,
     given: Blind,
     *,
+    step: float,
     rounds: int,
     fine_tune: Recipe,
     seed: int,
     trace: Trace,
 ) -> nn.Module:
-    """Move these parameters so far along a unit vector and train for a share of the epochs, so many times."""
+    """Move parameters along a unit vector and train for a share of the epochs, so many times.
+
+    Each move is ``step`` times the norm that the parameters have now; ``trace.facts["ascent"]``.
+    """
     theta = params.named_parameters(model, direction)
+    trace.facts["ascent"] = length = step * params.norm({name: p.detach() for name, p in theta.items()})
     for number in range(rounds):
         with trace.stage("ascend", model), torch.no_grad():
             for name, part in direction.items():

@@ -8,7 +8,7 @@ from expunge.report.stored import Run
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
 from expunge.report.verdicts import verdicts
 
-_ATTACKS = ("FMIA", "AUC", "ΔFMIA", "ΔAUC")
+ATTACKS = frozenset({"FMIA", "AUC", "ΔFMIA", "ΔAUC"})
 _STRONG = ("LiRA", "RMIA", "Shadow")  # attacks that know how hard a record is, by what their metrics' names hold
 
 
@@ -69,7 +69,7 @@ def _of_scenario(run: Run, summaries: Sequence[Summary]) -> Iterator[str]:
         yield "a noise floor. With one retrained model nobody knows how far two retrained models are apart."
     yield from _verdicts(summaries, about)
     strong = any(name in metric for metric in metrics for name in _STRONG)
-    if not strong and not metrics & set(_ATTACKS):
+    if not strong and not metrics & ATTACKS:
         yield "what a membership attack finds. None was run."
     elif not strong:
         yield "what an attack stronger than a regression on losses finds (LiRA, RMIA). None was run."

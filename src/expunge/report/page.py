@@ -6,6 +6,7 @@ from typing import Any
 
 from expunge.definitions import define, slug
 from expunge.files import write_text
+from expunge.report.gaps import ATTACKS
 from expunge.report.html import flat, render
 from expunge.report.overview import findings, sentences, sizes, subject
 from expunge.report.stored import Run, read_run
@@ -67,7 +68,7 @@ def _context(run: Run) -> dict[str, Any]:
         "config": list(flat(run.config)),
         "environment": list(flat(run.environment)),
         "on_removed": any(row.split == "forget" for row in run.rows),
-        "attacked": any(row.metric in ("FMIA", "AUC") for row in run.rows),
+        "attacked": not ATTACKS.isdisjoint(metrics),
     }
 
 
