@@ -50,7 +50,7 @@ MUTANTS = [Mutant(**fields) for fields in tomllib.loads(LIST.read_text(encoding=
 
 def snapshot(folder: Path) -> None:
     """Copy the source and its tests, so that they stay as they are while someone edits the checkout."""
-    for name in ("src", "tests"):
+    for name in ("src", "tests", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "src" / "mutant_guard.py").write_text(GUARD)

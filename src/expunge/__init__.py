@@ -6,7 +6,7 @@ from expunge.batches import Batches, Examples, LossTerms
 from expunge.gradient import Gradient, gradient
 from expunge.importance import Importance
 from expunge.losses import causal_lm, cross_entropy, logit_margin, squared_error
-from expunge.methods import METHODS
+from expunge.methods import all_methods
 from expunge.methods.amnesiac import Amnesiac
 from expunge.methods.bad_teacher import BadTeacher
 from expunge.methods.boundary_expand import BoundaryExpand
@@ -38,7 +38,6 @@ from expunge.unlearn import Unlearned, unlearn
 __all__ = [
     "GAR",
     "GRDA",
-    "METHODS",
     "SSD",
     "Amnesiac",
     "BadTeacher",
@@ -70,6 +69,7 @@ __all__ = [
     "Unlearned",
     "Unsir",
     "UpdateLog",
+    "all_methods",
     "cache",
     "causal_lm",
     "cross_entropy",

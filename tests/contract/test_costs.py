@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from expunge import METHODS, Examples, Recipe, cross_entropy, gradient, squared_error, train, unlearn
+from expunge import Examples, Recipe, cross_entropy, gradient, squared_error, train, unlearn
 from expunge.errors import ConfigError, NotFinite, UnsupportedModule
-from expunge.methods import per_example
+from expunge.methods import METHODS, per_example
 from expunge.methods.guard import note_if_nothing_was_learned
 from expunge.trace import Trace
 from expunge.training import mean_loss

@@ -1,4 +1,4 @@
-"""The manners of every method in `expunge.METHODS`; a new one is tested by being in the table."""
+"""The manners of every method in `expunge.methods.METHODS`; a new one is tested by being in the table."""
 
 import copy
 import dataclasses
@@ -15,8 +15,9 @@ from jaxtyping import TypeCheckError
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from expunge import METHODS, Blind, Examples, Sighted, Unlearned, cross_entropy, gradient, unlearn
+from expunge import Blind, Examples, Sighted, Unlearned, cross_entropy, gradient, unlearn
 from expunge.errors import ForgetSetAccessed, NotFinite
+from expunge.methods import METHODS
 from expunge.params import buffers_fingerprint
 from expunge.space import random_settings, with_settings
 from expunge.training import mean_loss

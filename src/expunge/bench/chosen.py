@@ -8,7 +8,7 @@ from typing import Any
 
 from expunge.errors import ConfigError, CorruptData, MissingData
 from expunge.files import write_text
-from expunge.methods import METHODS, method_of
+from expunge.methods import all_methods, method_of
 from expunge.space import settings_of, with_settings
 
 # Of "about", by key: what `False` says against the settings.
@@ -56,9 +56,9 @@ def read_settings(path: Path, config: Any) -> object:
         ) from error
     if method != name:
         raise ConfigError(f"{path} holds settings of {method!r}, and this is {name!r}. Name the method {method}.")
-    if not METHODS[name].space:
+    if not all_methods()[name].space:
         raise ConfigError(f"{name} has no settings to choose: leave {path} out, and give its settings by name.")
-    if config != METHODS[name].config():
+    if config != all_methods()[name].config():
         raise ConfigError(
             f"settings of {name} were given beside {path}: nobody knows which is meant. Leave them out, or change a "
             "copy of the file."

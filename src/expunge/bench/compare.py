@@ -13,7 +13,7 @@ from torch import nn
 
 from expunge.bench import runs
 from expunge.bench.case import Case, Result, attempt, curves, measure, standards
-from expunge.bench.entries import Entry, chosen, entries
+from expunge.bench.entries import Entry, chosen, entries, rehearsed
 from expunge.bench.situations import FAULTY, FULL, LEADING, REMOVED, SITUATIONS, Situation, Size
 from expunge.errors import ConfigError, NotFinite, NotInformative
 from expunge.report import rich_tables
@@ -38,7 +38,7 @@ def run(out: Path, seeds: int, methods: Sequence[str] = (), size: Size = FULL) -
     Args:
         out: Folder for runs.
         seeds: 0, 1, … seeds - 1.
-        methods: Names of those who take part; empty for all.
+        methods: Names of those who take part; empty for all that the rehearsal chose settings for.
         size: How much data, and how long it is trained on.
 
     Returns:
@@ -166,4 +166,5 @@ def _named(methods: Sequence[str], size: Size) -> list[Entry]:
     unknown = [name for name in methods if name not in known]
     if unknown:
         raise ConfigError(f"methods={unknown}: nobody of that name takes part. Choose from {', '.join(known)}.")
-    return [entry for name, entry in known.items() if not methods or name in methods]
+    wanted = methods or rehearsed()
+    return [entry for name, entry in known.items() if name in wanted]

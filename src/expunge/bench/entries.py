@@ -14,12 +14,9 @@ from typing import Any
 from expunge.batches import LossTerms
 from expunge.bench.situations import Situation
 from expunge.errors import ConfigError
-from expunge.losses import cross_entropy, logit_margin
-from expunge.methods import METHODS, Method, fine_tune, reload
-from expunge.methods.class_orthogonal_ascent import ClassOrthogonalAscent
+from expunge.methods import Method, all_methods, fine_tune, method_of, reload
 from expunge.methods.fisher import FisherForgetting
 from expunge.methods.grda import GRDA
-from expunge.methods.orthogonal_ascent import OrthogonalAscent
 from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
 from expunge.space import Range, Space, with_settings
@@ -28,27 +25,7 @@ from expunge.training import Recipe
 FILE = "digits_settings.json"
 LAYERS = 3  # weight layers of the network on the digits
 _OF_THE_BUDGET = ("batch_size", "crop", "flip", "cutout", "channels_last", "precision", "compile")
-_CACHED: dict[type, LossTerms] = {
-    Reload: cross_entropy,
-    OrthogonalAscent: logit_margin,
-    ClassOrthogonalAscent: logit_margin,
-}
 SHORT = Recipe(epochs=10, lr=0.1)  # where any budget will do
-
-_WHOLE_CLASSES = {
-    "removal": "removes whole classes: it would forget what is left of them, too",
-    "label-correction": "removes whole classes, and a correction removes none",
-    "backdoor-correction": "removes whole classes, and a correction removes none",
-}
-_OTHER_LABELS = {"label-correction": "teaches the corrected records something else than their corrected labels"}
-_UNFIT: dict[str, dict[str, str]] = {
-    "boundary-shrink": _WHOLE_CLASSES,
-    "boundary-expand": _WHOLE_CLASSES,
-    "unsir": _WHOLE_CLASSES,
-    "bad-teacher": _OTHER_LABELS,
-    "salun": _OTHER_LABELS,
-    "amnesiac": _OTHER_LABELS,
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +41,7 @@ class Entry:
     @property
     def cached_loss(self) -> LossTerms | None:
         """What it needs a cached gradient of, if it needs one."""
-        return next((loss for config, loss in _CACHED.items() if isinstance(self.start, config)), None)
+        return method_of(self.start).cached_loss
 
     def configured(self, settings: Mapping[str, Any], situation: Situation) -> object:
         """Its configuration with chosen settings.
@@ -85,7 +62,7 @@ def entries(budget: Recipe, layers: int = LAYERS) -> dict[str, Entry]:
         budget: Epochs that each may train, all its phases together, and the batch size.
         layers: Weight layers of the network.
     """
-    methods = [_entry(method, budget, layers) for method in METHODS.values() if method.name != "retrain"]
+    methods = [_entry(method, budget, layers) for method in all_methods().values() if method.name != "retrain"]
     ordered = [*(e for e in methods if e.blind), *controls(budget), *(e for e in methods if not e.blind)]
     return {entry.name: entry for entry in ordered}
 
@@ -112,6 +89,11 @@ def stored() -> dict[str, Any]:
     return found
 
 
+def rehearsed() -> set[str]:
+    """The entries that the rehearsal chose settings for: all but methods of other packages."""
+    return {name for settings in stored()["settings"].values() for name in settings}
+
+
 def chosen(scenario: str, name: str) -> dict[str, Any]:
     """The settings that the rehearsal chose for an entry.
 
@@ -122,7 +104,7 @@ def chosen(scenario: str, name: str) -> dict[str, Any]:
     if name not in settings:
         raise ConfigError(
             f"{name!r} has no settings for {scenario!r} in {FILE}. Run experiments/digits_rehearsal.py, which chooses "
-            "them."
+            "them, or an experiment that tunes everyone (docs/own-method.md)."
         )
     return settings[name]
 
@@ -136,7 +118,7 @@ def _entry(method: Method, budget: Recipe, layers: int) -> Entry:
         ) from error
     start = _within(published, budget)
     space = {path: _fitted(path, values, start, layers) for path, values in method.space.items()}
-    return Entry(method.name, start, space, method.blind, _UNFIT.get(method.name, {}))
+    return Entry(method.name, start, space, method.blind, method.unfit)
 
 
 def _within(config: Any, budget: Recipe) -> Any:

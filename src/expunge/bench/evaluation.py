@@ -18,7 +18,7 @@ from expunge.batches import Batches
 from expunge.bench import inputs
 from expunge.errors import ConfigError, MismatchError
 from expunge.files import write_text
-from expunge.methods import METHODS
+from expunge.methods import all_methods
 from expunge.metrics.compare import Measured, Profile, distances, measured_rows
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE
 from expunge.rows import EVALUATION, Row, write_csv, write_rows
@@ -145,7 +145,7 @@ def write_run(folder: Path, found: Evaluation) -> None:
 
 
 def _rows(found: Evaluation, method: str, seed: int, measured: Sequence[Measured]) -> Iterator[Row]:
-    known = METHODS.get(str(found.trace.get("method"))) if method == found.method else METHODS.get(method)
+    known = all_methods().get(str(found.trace.get("method"))) if method == found.method else all_methods().get(method)
     return measured_rows(
         measured,
         run=SCENARIO,

@@ -22,7 +22,7 @@ from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.errors import ConfigError
 from expunge.files import require_writable, write_text
 from expunge.gradient import gradient
-from expunge.methods import METHODS, Method, method_of
+from expunge.methods import Method, all_methods, method_of
 from expunge.seeds import keeping_random_state
 from expunge.setup import Setup, load_setup
 from expunge.unlearn import unlearn as unlearn_model
@@ -38,7 +38,7 @@ def method_argument(methods: Iterable[Method]) -> Any:
 if TYPE_CHECKING:
     MethodConfig = object
 else:
-    MethodConfig = method_argument(METHODS.values())
+    MethodConfig = method_argument(all_methods().values())
 
 _LISTED = 10  # files that are named one by one
 

@@ -8,7 +8,7 @@ import tyro
 from expunge.cli import printing
 from expunge.cli.arguments import Flag
 from expunge.definitions import ARROWS, METRICS, find
-from expunge.methods import METHODS
+from expunge.methods import all_methods
 
 
 def methods(*, json: Flag = False) -> None:
@@ -19,14 +19,15 @@ def methods(*, json: Flag = False) -> None:
     """
     if json:
         table = [
-            {"name": m.name, "blind": m.blind, "summary": m.summary, "settings": m.defaults()} for m in METHODS.values()
+            {"name": m.name, "blind": m.blind, "summary": m.summary, "settings": m.defaults()}
+            for m in all_methods().values()
         ]
         print(printing.as_json(table))
         return
     from rich.table import Table
 
     columns = Table("method", "sees the removed records", "what it does")
-    for method in METHODS.values():
+    for method in all_methods().values():
         columns.add_row(method.name, "no (blind)" if method.blind else "yes", method.summary)
     printing.show(columns)
 

@@ -20,7 +20,7 @@ from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.cli.own_model import method_argument, require_new, trained_model
 from expunge.errors import ConfigError, NotFinite
 from expunge.gradient import MICRO_BATCH, gradient
-from expunge.methods import METHODS, method_of
+from expunge.methods import all_methods, method_of
 from expunge.metrics.outputs import outputs
 from expunge.setup import Setup, load_setup
 from expunge.space import settings_of, with_settings
@@ -28,7 +28,7 @@ from expunge.space import settings_of, with_settings
 if TYPE_CHECKING:
     Rehearsable = object
 else:
-    Rehearsable = method_argument(each for each in METHODS.values() if each.blind and each.space)
+    Rehearsable = method_argument(each for each in all_methods().values() if each.blind and each.space)
 
 NOTHING, GIVEN, CHOSEN = "no unlearning", "settings as given", "settings chosen"
 _SHOWN = 10  # trials in the table

@@ -1,18 +1,23 @@
-"""The table of methods: one file each, one line here.
+"""The table of methods: one file each, one line here; packages that are installed may add their own.
 
 A method is a frozen dataclass of settings and a function ``(model, given, config, *, seed, trace) -> model``,
 which may change the model it is given. Whether ``given`` is annotated `Blind` or `Sighted` decides what it gets.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from torch import nn
 
 from expunge.access import Blind, Sighted
+from expunge.batches import LossTerms
 from expunge.errors import ConfigError
+from expunge.losses import cross_entropy, logit_margin
 from expunge.methods import (
     amnesiac,
     bad_teacher,
@@ -38,22 +43,41 @@ from expunge.methods import (
 )
 from expunge.space import Space
 
+GROUP = "expunge.methods"  # of the entry points by which packages add methods
+
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table."""
+    """A row of the table.
+
+    Raises:
+        ConfigError: Settings that are no frozen dataclass, or a function that does not say what it may see.
+    """
 
     name: str  # on the command line and in tables
     config: type[Any]
     run: Callable[..., nn.Module]
     space: Space  # settings worth trying
+    cached_loss: LossTerms | None = None  # what it takes a cached gradient of in comparisons, if it needs one
+    unfit: Mapping[str, str] = field(default_factory=dict)  # kind of scenario: why it takes no part
+
+    def __post_init__(self) -> None:
+        if not (is_dataclass(self.config) and self.config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+            raise ConfigError(f"method {self.name}: {self.config!r} is no frozen dataclass. Write its settings as one.")
+        if not (inspect.isclass(self._given) and issubclass(self._given, Blind)):
+            raise ConfigError(
+                f"method {self.name}: the second argument of {self.run.__name__} is annotated as {self._given!r}. "
+                "Annotate it as Blind if the removed records are not needed, as Sighted if they are."
+            )
+
+    @property
+    def _given(self) -> Any:
+        return list(inspect.signature(self.run, eval_str=True).parameters.values())[1].annotation
 
     @property
     def access(self) -> type[Blind]:
         """`Blind` or `Sighted`: the annotation of the function's second argument."""
-        annotation = list(inspect.signature(self.run, eval_str=True).parameters.values())[1].annotation
-        assert issubclass(annotation, Blind), f"{self.name}: annotate the second argument as Blind or Sighted"
-        return Sighted if issubclass(annotation, Sighted) else Blind
+        return Sighted if issubclass(self._given, Sighted) else Blind
 
     @property
     def summary(self) -> str:
@@ -74,21 +98,30 @@ class Method:
         return self.access is Blind
 
 
+_WHOLE_CLASSES = {
+    "removal": "removes whole classes: it would forget what is left of them, too",
+    "label-correction": "removes whole classes, and a correction removes none",
+    "backdoor-correction": "removes whole classes, and a correction removes none",
+}
+_OTHER_LABELS = {"label-correction": "teaches the corrected records something else than their corrected labels"}
+
 METHODS = {
     method.name: method
     for method in (
-        Method("reload", reload.Reload, reload.reload, reload.SPACE),
+        Method("reload", reload.Reload, reload.reload, reload.SPACE, cross_entropy),
         Method(
             "orthogonal-ascent",
             orthogonal_ascent.OrthogonalAscent,
             orthogonal_ascent.orthogonal_ascent,
             orthogonal_ascent.SPACE,
+            logit_margin,
         ),
         Method(
             "class-orthogonal-ascent",
             class_orthogonal_ascent.ClassOrthogonalAscent,
             class_orthogonal_ascent.class_orthogonal_ascent,
             class_orthogonal_ascent.SPACE,
+            logit_margin,
         ),
         Method("retrain", retrain.Retrain, retrain.retrain, retrain.SPACE),
         Method("fine-tune", fine_tune.FineTune, fine_tune.fine_tune, fine_tune.SPACE),
@@ -101,21 +134,64 @@ METHODS = {
         ),
         Method("ssd", ssd.SSD, ssd.ssd, ssd.SPACE),
         Method("scrub", scrub.Scrub, scrub.scrub, scrub.SPACE),
-        Method("bad-teacher", bad_teacher.BadTeacher, bad_teacher.bad_teacher, bad_teacher.SPACE),
-        Method("salun", salun.SalUn, salun.salun, salun.SPACE),
-        Method("amnesiac", amnesiac.Amnesiac, amnesiac.amnesiac, amnesiac.SPACE),
+        Method("bad-teacher", bad_teacher.BadTeacher, bad_teacher.bad_teacher, bad_teacher.SPACE, unfit=_OTHER_LABELS),
+        Method("salun", salun.SalUn, salun.salun, salun.SPACE, unfit=_OTHER_LABELS),
+        Method("amnesiac", amnesiac.Amnesiac, amnesiac.amnesiac, amnesiac.SPACE, unfit=_OTHER_LABELS),
         Method("gar", gar.GAR, gar.gar, gar.SPACE),
         Method("grda", grda.GRDA, grda.grda, grda.SPACE),
         Method("duck", duck.Duck, duck.duck, duck.SPACE),
         Method(
-            "boundary-shrink", boundary_shrink.BoundaryShrink, boundary_shrink.boundary_shrink, boundary_shrink.SPACE
+            "boundary-shrink",
+            boundary_shrink.BoundaryShrink,
+            boundary_shrink.boundary_shrink,
+            boundary_shrink.SPACE,
+            unfit=_WHOLE_CLASSES,
         ),
         Method(
-            "boundary-expand", boundary_expand.BoundaryExpand, boundary_expand.boundary_expand, boundary_expand.SPACE
+            "boundary-expand",
+            boundary_expand.BoundaryExpand,
+            boundary_expand.boundary_expand,
+            boundary_expand.SPACE,
+            unfit=_WHOLE_CLASSES,
         ),
-        Method("unsir", unsir.Unsir, unsir.unsir, unsir.SPACE),
+        Method("unsir", unsir.Unsir, unsir.unsir, unsir.SPACE, unfit=_WHOLE_CLASSES),
     )
 }
+
+
+def all_methods() -> dict[str, Method]:
+    """`METHODS`, and those of installed packages, by name.
+
+    A package adds one by an entry point of the group ``expunge.methods`` that names a `Method`. One that cannot be used
+    is left out with a warning: it must not keep the others from working.
+    """
+    return METHODS | _installed()
+
+
+@cache  # it reads what every installed package says of itself
+def _installed() -> dict[str, Method]:
+    found: dict[str, Method] = {}
+    for point in entry_points(group=GROUP):
+        try:
+            method = _of(point, METHODS | found)
+        except Exception as error:
+            why = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            package = point.dist.name if point.dist else "an unknown package"
+            warnings.warn(
+                f"the method {point.name} = {point.value} of {package} is left out: {why}", RuntimeWarning, stacklevel=3
+            )
+        else:
+            found[method.name] = method
+    return found
+
+
+def _of(point: EntryPoint, known: Mapping[str, Method]) -> Method:
+    method = point.load()
+    if not isinstance(method, Method):
+        raise ConfigError(f"it is {type(method).__name__}, and not an expunge.methods.Method")
+    if method.name in known:
+        raise ConfigError(f"there is a method of the name {method.name!r} already; give it another")
+    return method
 
 
 def method_of(config: object) -> Method:
@@ -124,8 +200,12 @@ def method_of(config: object) -> Method:
     Raises:
         ConfigError: It belongs to none.
     """
-    for method in METHODS.values():
+    methods = all_methods().values()
+    for method in methods:
         if type(config) is method.config:
             return method
-    known = ", ".join(method.config.__name__ for method in METHODS.values())
-    raise ConfigError(f"{config!r} is not the configuration of a method. Give one of {known}.")
+    known = ", ".join(method.config.__name__ for method in methods)
+    raise ConfigError(
+        f"{config!r} is not the configuration of a method. Give one of {known}, or install your own "
+        "(docs/own-method.md)."
+    )

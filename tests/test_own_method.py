@@ -1,0 +1,182 @@
+"""A method that another package brings: examples/own_method, installed as pip would leave it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from expunge import methods
+from expunge.bench import stages
+from expunge.bench.compare import config
+from expunge.bench.entries import SHORT, entries
+from expunge.bench.experiments import everyone
+from expunge.errors import ConfigError, ForgetSetAccessed
+from expunge.gradient import gradient
+from expunge.losses import cross_entropy
+from expunge.methods import METHODS, Method, all_methods, gradient_ascent
+from expunge.rows import read_rows
+from expunge.training import mean_loss
+from expunge.unlearn import unlearn
+from tests.contract import world
+
+EXAMPLE = Path("examples/own_method").resolve()
+EXPERIMENT = """from expunge.bench.stages import Contender
+from tests.tiny_bench import tiny
+
+
+def experiment(profile):
+    return tiny(contenders=(Contender(name="mine", entry="neggrad-plus"),))
+"""
+
+
+def installed(site, *lines, package="neggrad-plus"):
+    """What pip leaves in a site folder: the example's module, and the entry points of a package, by default its own."""
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    points = lines or [f"{n} = {v}" for n, v in project["entry-points"]["expunge.methods"].items()]
+    shutil.copytree(EXAMPLE, site, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    about = site / f"{package.replace('-', '_')}-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n", encoding="utf-8")
+    (about / "entry_points.txt").write_text("\n".join(["[expunge.methods]", *points]), encoding="utf-8")
+    return site
+
+
+@pytest.fixture
+def known(monkeypatch, tmp_path):
+    """Packages of a site folder, as if they had been installed before Python began."""
+
+    def with_packages(*lines, package="neggrad-plus"):
+        monkeypatch.syspath_prepend(installed(tmp_path / "site", *lines, package=package))
+        forget()
+
+    def forget():
+        for each in (methods._installed, stages._entries, stages._source):
+            each.cache_clear()
+
+    yield with_packages
+    sys.modules.pop("neggrad_plus", None)
+    monkeypatch.undo()
+    forget()
+
+
+def test_it_takes_part_everywhere_and_gets_what_it_asks_for(known):
+    known()
+    import neggrad_plus
+
+    assert list(all_methods()) == [*METHODS, "neggrad-plus"]
+    entry = entries(replace(SHORT, epochs=3))["neggrad-plus"]
+    assert (entry.start.recipe.epochs, entry.blind, entry.space["recipe.epochs"].high) == (3, False, 3)
+    assert "neggrad-plus" in {each.name for each in everyone("removal")}
+    w = world()
+    with pytest.raises(ForgetSetAccessed, match="neggrad-plus needs the removed records"):
+        unlearn(w.model, w.blind(), neggrad_plus.NegGradPlus())
+
+
+def test_the_example_forgets_and_without_weight_is_fine_tuning(known):
+    known()
+    import neggrad_plus
+
+    w = world()
+
+    def loss_after(beta):
+        done = unlearn(w.model, w.sighted(), neggrad_plus.NegGradPlus(beta=beta), seed=1).model
+        return mean_loss(done, w.forget, cross_entropy)
+
+    before = mean_loss(w.model, w.forget, cross_entropy)
+    assert loss_after(0.8) > loss_after(0.95) > max(before, loss_after(1.0))
+
+
+def test_a_step_of_the_example_follows_the_two_means(known):
+    """One batch of everything: the gradient is that of beta times one mean less 1 - beta times the other."""
+    known()
+    import neggrad_plus
+
+    w = world()
+    beta = 0.7
+    whole = len(w.retain) + len(w.forget)
+    recipe = replace(SHORT, epochs=1, lr=0.01, batch_size=whole, momentum=0.0, weight_decay=0.0, schedule="constant")
+    config = neggrad_plus.NegGradPlus(beta=beta, recipe=recipe, loss_bound=100.0)
+    done = unlearn(w.model, w.sighted(), config).model
+    total = beta * mean_gradient(w, w.retain) - (1 - beta) * mean_gradient(w, w.forget)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(done.parameters(), w.model.parameters(), strict=True)])
+    # a batch is averaged over all its terms, of which those of what is left make up this share
+    assert torch.allclose(moved.double(), -0.01 * total / beta * len(w.retain) / whole, rtol=1e-3, atol=1e-7)
+
+
+def mean_gradient(w, data):
+    found = gradient(w.model, cross_entropy, data)
+    return torch.cat([total.flatten() for total in found.total.values()]) / found.count
+
+
+def test_its_rows_come_from_worker_processes_as_well(tmp_path):
+    """The command, in a process of its own with two workers; the settings are tuned."""
+    (tmp_path / "mine.py").write_text(EXPERIMENT, encoding="utf-8")
+    site = installed(tmp_path / "site")
+    paths = os.pathsep.join(map(str, (site, Path.cwd())))
+    run = [sys.executable, "-m", "expunge", "bench", "run", "mine.py", "--seeds", "1", "--jobs", "2", "--out", "out"]
+    subprocess.run(run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, check=True, capture_output=True)
+    (rows,) = (tmp_path / "out").glob("tiny-cpu-*/rows.csv")
+    assert {"mine", "retrain", "original"} <= {row.method for row in read_rows(rows)}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("mine = nowhere_at_all:METHOD", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("mine = neggrad_plus:SPACE", "it is dict, and not an expunge.methods.Method"),
+        ("ssd = expunge.methods:METHODS.ssd", "AttributeError"),
+    ],
+)
+def test_one_that_cannot_be_used_is_left_out_with_the_reason(known, line, reason):
+    known(line, package="broken")
+    with pytest.warns(RuntimeWarning, match=rf"{line.split(' ')[0]} = .* of broken is left out: .*{reason}"):
+        assert all_methods() == METHODS
+
+
+def test_a_name_that_is_taken_is_left_out(known, tmp_path):
+    module = "from neggrad_plus import NegGradPlus, neggrad_plus\nfrom expunge.methods import Method\n"
+    known("mine = twice:METHOD", package="broken")
+    (tmp_path / "site" / "twice.py").write_text(
+        module + "METHOD = Method('ssd', NegGradPlus, neggrad_plus, {})\n", encoding="utf-8"
+    )
+    with pytest.warns(RuntimeWarning, match="there is a method of the name 'ssd' already; give it another"):
+        assert all_methods() == METHODS
+
+
+def test_a_comparison_on_the_digits_leaves_out_who_has_no_settings(known):
+    before = config()
+    known()
+    assert config() == before
+    with pytest.raises(ConfigError, match=r"'neggrad-plus' has no settings for 'removal'.*own-method\.md"):
+        config(["neggrad-plus"])
+
+
+@dataclass
+class Changing:
+    """Settings that are not frozen."""
+
+
+def test_a_method_says_what_its_settings_are_and_what_it_may_see():
+    row = METHODS["gradient-ascent"]
+    with pytest.raises(ConfigError, match=r"method mine: <class .*Changing'> is no frozen dataclass"):
+        replace(row, name="mine", config=Changing)
+
+    def unannotated(model, given, config, *, seed, trace):
+        return model
+
+    with pytest.raises(
+        ConfigError, match=r"the second argument of unannotated is annotated as .* Annotate it as Blind"
+    ):
+        Method("mine", gradient_ascent.GradientAscent, unannotated, {})
+
+
+def test_settings_of_nobody_are_refused_with_the_way_to_install_ones_own():
+    w = world()
+    with pytest.raises(ConfigError, match=r"install your own \(docs/own-method.md\)"):
+        unlearn(w.model, w.blind(), Changing())
