@@ -203,6 +203,11 @@ def test_too_few_records_are_refused(members, unseen):
         loss_attack(np.ones(members), np.ones(unseen))
 
 
+def test_losses_that_are_no_numbers_are_refused():
+    with pytest.raises(NotFinite, match="1 of 9 losses are NaN or infinite"):
+        loss_attack(np.ones(9), np.r_[np.nan, np.ones(8)])
+
+
 def test_without_scikit_learn_the_cure_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(MissingExtra, match=r"pip install 'expunge\[eval\]'"):

@@ -114,12 +114,12 @@ def mean_gradient(w, data):
     return torch.cat([total.flatten() for total in found.total.values()]) / found.count
 
 
-def test_its_rows_come_from_worker_processes_as_well(tmp_path):
-    """The command, in a process of its own with two workers; the settings are tuned."""
+def test_the_command_tunes_it_and_measures_it_as_the_others(tmp_path):
+    """In a process of its own, as a worker is, which finds it by itself."""
     (tmp_path / "mine.py").write_text(EXPERIMENT, encoding="utf-8")
     site = installed(tmp_path / "site")
     paths = os.pathsep.join(map(str, (site, Path.cwd())))
-    run = [sys.executable, "-m", "expunge", "bench", "run", "mine.py", "--seeds", "1", "--jobs", "2", "--out", "out"]
+    run = [sys.executable, "-m", "expunge", "bench", "run", "mine.py", "--seeds", "1", "--out", "out"]
     subprocess.run(run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, check=True, capture_output=True)
     (rows,) = (tmp_path / "out").glob("tiny-cpu-*/rows.csv")
     assert {"mine", "retrain", "original"} <= {row.method for row in read_rows(rows)}

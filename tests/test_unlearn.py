@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expunge import (
-    METHODS,
     Blind,
     CFk,
     Examples,
@@ -29,7 +28,7 @@ from expunge import (
 )
 from expunge import trace as trace_module
 from expunge.errors import ConfigError, ForgetSetAccessed, MismatchError, NotFinite, NotInformative
-from expunge.methods import method_of
+from expunge.methods import METHODS, method_of
 from expunge.methods.guard import keeping_what_is_left
 from expunge.trace import Trace
 from expunge.training import mean_loss

@@ -131,7 +131,8 @@ def write(
             work = sum(map(passes, parts)) / passes(reference)
             measured.append(Measured("Cost", seconds / reference[SPENT], "ratio", "", 1))
             measured.append(Measured("Work", work, "ratio", "", 1))
-        rows = [_row(stage, each, seconds) for each in measured]
+        known = entries(SHORT).get(stage.contender.entry)
+        rows = [_row(stage, each, seconds, known is None or known.blind) for each in measured]
     write_rows(folder / "rows.csv", rows)
     facts = [("failed", done["failed"])] if "failed" in done else facts_of(done)
     write_csv(folder / "facts.csv", TABLES["facts"], [(*key, *each) for each in facts] if stage.effort else [])
@@ -149,9 +150,11 @@ def passes(trace: Mapping[str, Any]) -> float:
 
 def _measured(own: Splits, truth: Splits, stage: Stage) -> list[Measured]:
     corrects = stage.task.scenario.corrects
-    models = [profile_of(each, corrects, stage.seed) for each in (own, truth)]
+    mine = profile_of(own, corrects, stage.seed)
     assert stage.contender is not None
-    return models[0].values + ([] if stage.contender.entry == REFERENCE else distances(*models))
+    if stage.contender.entry == REFERENCE:
+        return mine.values
+    return mine.values + distances(mine, profile_of(truth, corrects, stage.seed))
 
 
 def profile_of(found: Splits, corrects: bool, seed: int) -> Profile:
@@ -171,10 +174,9 @@ def profile_of(found: Splits, corrects: bool, seed: int) -> Profile:
     return Profile(whole.splits, [seen if each.metric == "TA" else each for each in whole.values])
 
 
-def _row(stage: Stage, each: Measured, seconds: float) -> Row:
+def _row(stage: Stage, each: Measured, seconds: float, blind: bool) -> Row:
     assert stage.contender is not None
     task, contender = stage.task, stage.contender
-    known = entries(SHORT).get(contender.entry)
     return Row(
         run=f"{task.scenario.name}/{stage.seed}",
         experiment="",
@@ -182,7 +184,7 @@ def _row(stage: Stage, each: Measured, seconds: float) -> Row:
         model=task.about,
         scenario=task.scenario.name,
         method=contender.name,
-        blind=known is None or known.blind,
+        blind=blind,
         seed=stage.seed,
         split=each.split,
         metric=each.metric,

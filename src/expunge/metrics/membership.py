@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from expunge.errors import ConfigError, MissingExtra
+from expunge.errors import ConfigError, MissingExtra, NotFinite
 from expunge.metrics.roc import Attack, area, balanced, judge, placements
 from expunge.metrics.stats import Interval
 from expunge.seeds import derive
@@ -40,8 +40,10 @@ def loss_attack(
     Raises:
         MissingExtra: scikit-learn is not installed.
         ConfigError: Fewer than five records on a side.
+        NotFinite: NaN or infinity among the losses.
     """
     try:
+        from sklearn import config_context
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import roc_auc_score
         from sklearn.model_selection import StratifiedKFold
@@ -50,24 +52,29 @@ def loss_attack(
     count = min(len(members), len(unseen))
     if count < FOLDS:
         raise ConfigError(f"{len(members)} members and {len(unseen)} unseen records: an attack needs {FOLDS} of each.")
+    for side in (members, unseen):
+        if not np.isfinite(side).all():
+            raise NotFinite(f"{int((~np.isfinite(side)).sum())} of {side.size} losses are NaN or infinite.")
     truth = np.repeat([1, 0], count)
     draws = DRAWS if count < _MANY else 1
     right, areas, sides = np.zeros(2), [], (members, unseen)
     sums, times = ([np.zeros(len(side)) for side in sides] for _ in range(2))
-    for draw in range(draws):
-        generator = np.random.default_rng([seed, draw])
-        drawn = [generator.choice(len(side), count, replace=False) for side in sides]
-        losses = np.concatenate([side[rows] for side, rows in zip(sides, drawn, strict=True)])[:, None]
-        for fit, held in StratifiedKFold(FOLDS, shuffle=True, random_state=draw).split(losses, truth):
-            attack = LogisticRegression().fit(losses[fit], truth[fit])
-            scores = attack.decision_function(losses[held])
-            areas.append(roc_auc_score(truth[held], scores))
-            for number, kind in enumerate((1, 0)):
-                mine = truth[held] == kind
-                rows = drawn[number][held[mine] - number * count]
-                sums[number][rows] += scores[mine]
-                times[number][rows] += 1
-                right[number] += np.count_nonzero((scores[mine] > 0) == kind)
+    # a third of the time would go into looking again and again whether these numbers are finite
+    with config_context(assume_finite=True, skip_parameter_validation=True):
+        for draw in range(draws):
+            generator = np.random.default_rng([seed, draw])
+            drawn = [generator.choice(len(side), count, replace=False) for side in sides]
+            losses = np.concatenate([side[rows] for side, rows in zip(sides, drawn, strict=True)])[:, None]
+            for fit, held in StratifiedKFold(FOLDS, shuffle=True, random_state=draw).split(losses, truth):
+                attack = LogisticRegression().fit(losses[fit], truth[fit])
+                scores = attack.decision_function(losses[held])
+                areas.append(roc_auc_score(truth[held], scores))
+                for number, kind in enumerate((1, 0)):
+                    mine = truth[held] == kind
+                    rows = drawn[number][held[mine] - number * count]
+                    sums[number][rows] += scores[mine]
+                    times[number][rows] += 1
+                    right[number] += np.count_nonzero((scores[mine] > 0) == kind)
     mean_scores = [total[seen > 0] / seen[seen > 0] for total, seen in zip(sums, times, strict=True)]
     shares = right / (count * draws)
     return replace(
