@@ -112,6 +112,7 @@ class TestWorkedExample:
             "removed_count": 1,
             "cached_count": 4,
             "eps": 1.0,
+            "priming_length": pytest.approx(0.1 * math.hypot(4, 8, 4) / math.hypot(1, 2, 1)),
             "target_loss": 15 / 4,
             "informative_share": 1.0,
             "relative_noise": pytest.approx(relative_noise),
@@ -277,6 +278,21 @@ def test_the_ascent_goes_along_the_difference_on_the_mean_loss_over_all_data():
     assert bool((removed < 0).any())  # or the next test could not tell
 
 
+def test_a_relative_ascent_is_a_share_of_the_weights_norm():
+    moved, removed = steps((), priming_lr=0.3, priming_relative=True)
+    length = 0.3 * float(HUNDRED[0].weight.detach().norm())
+    torch.testing.assert_close(moved.double(), length * removed / removed.norm(), rtol=1e-5, atol=1e-7)
+
+
+def test_the_length_of_one_ascent_can_be_taken_for_another():
+    model, given = HUNDRED
+    first = unlearn(model, given, change(ONLY_ASCEND, priming_lr=0.3))
+    length = first.trace.facts["priming_length"]
+    again = unlearn(model, given, change(ONLY_ASCEND, priming_lr=length, priming_relative=True))
+    torch.testing.assert_close(again.model.weight, first.model.weight)
+    assert again.trace.facts["priming_length"] == pytest.approx(length)
+
+
 def test_absolute_direction_ascends_along_absolute_values():
     moved, removed = steps(("absolute-direction",), priming_lr=0.3)
     torch.testing.assert_close(moved, 0.3 / 6 * removed.abs())
@@ -403,6 +419,11 @@ def test_a_learning_rate_that_blows_up_is_reported_with_epoch_and_step():
         ({"priming_lr": 0.0}, "priming_lr=0.0: must be positive, or None for no ascent"),
         ({"priming_lr": -1.0}, "priming_lr=-1.0: must be positive"),
         ({"priming_lr": math.inf}, "priming_lr=inf: must be positive"),
+        ({"priming_lr": None, "priming_relative": True}, "priming_relative=True without an ascent: there is no length"),
+        (
+            {"priming_relative": True, "published_code": ("batch-means",)},
+            "priming_relative=True with 'batch-means', which scales a gradient: there is no length",
+        ),
         ({"eps": 0.0}, "eps=0.0: must be positive, or 'auto'"),
         ({"eps": -1e-9}, "eps=-1e-09: must be positive"),
         ({"tolerance": -0.01}, "tolerance=-0.01, patience=10: must be 0 or more"),

@@ -209,8 +209,11 @@ def test_the_trace_says_what_the_flat_vector_says(trained, reset_untouched):
     paper, chosen, wanted = expected.paper_choice, expected.chosen, expected.wanted
     inputs, labels = trained.original.tensors
     losses = functional.cross_entropy(copy.deepcopy(trained.model).eval()(inputs), labels, reduction="none").detach()
+    weights = torch.cat([parameter.detach().flatten() for parameter in trained.model.parameters()]).double()
+    moved = (config.priming_lr or 0) / len(labels) * expected.removed.norm() / weights.norm()
     assert trace.facts == {
         "removed_count": len(REMOVED),
+        "priming_length": pytest.approx(float(moved)),
         "cached_count": len(labels),
         "eps": pytest.approx(expected.eps, rel=1e-6, abs=0),
         "relative_noise": pytest.approx(float(expected.noise.norm() / expected.removed.norm()), rel=1e-6, abs=0),

@@ -64,6 +64,7 @@ class Reload:
     """
 
     priming_lr: float | None = 1.0  # η_p n_D: step of the ascent on the mean loss over D; None: no ascent
+    priming_relative: bool = False  # is priming_lr the length of the ascent instead, as a share of the weights' norm?
     reset_fraction: float = 0.1  # α: share of all entries that is re-initialised, in [0, 1)
     threshold: float | None = None  # instead of a share: every entry with a knowledge value of at most this
     scope: Scope = "global"  # is the share one of all entries together, or of each layer's?
@@ -105,6 +106,9 @@ class Reload:
 
     def _require_agreement(self) -> None:
         """Refuse settings that another one makes meaningless."""
+        if self.priming_relative and (self.priming_lr is None or "batch-means" in self.published_code):
+            without = "without an ascent" if self.priming_lr is None else "with 'batch-means', which scales a gradient"
+            raise ConfigError(f"priming_relative=True {without}: there is no length to take. Leave one of them out.")
         if self.threshold is not None and self.selector != "small-kv":
             raise ConfigError(
                 f"threshold={self.threshold}, selector={self.selector!r}: a threshold is one of knowledge values. Take "
@@ -131,6 +135,7 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
 
     ``trace.facts``: those of `difference`, eps, reset_count, requested_count, untouched_in_paper_choice and
     overlap_with_paper_choice (how the choice differs from the one that takes untouched entries, too), target_loss; of
+    an ascent its length as a share of the norm of the weights (priming_length), which ``priming_relative`` takes; of
     a selector of second order kronecker_share (of entries whose curvature is in blocks); with ``statistics``
     re-estimated, statistics_layers (how many have some).
 
@@ -189,7 +194,7 @@ def _reset_(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace:
 
     with trace.stage("ascend", model):
         if config.priming_lr is not None:
-            ascend_(theta, removed.total, config, full.count)
+            trace.facts["priming_length"] = ascend_(theta, removed.total, config, full.count)
 
     with trace.stage("select", model):
         evidence = Evidence(
@@ -208,13 +213,24 @@ def _reset_(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace:
 
 
 @torch.no_grad()
-def ascend_(theta: dict[str, nn.Parameter], removed: Params, config: Reload, terms: int) -> None:
-    """θ ← θ + priming_lr (g_D - g_new) / n_D: one step up the mean loss over D, in what was removed."""
+def ascend_(theta: dict[str, nn.Parameter], removed: Params, config: Reload, terms: int) -> float:
+    """θ ← θ + priming_lr (g_D - g_new) / n_D: one step up the mean loss over D, in what was removed.
+
+    With ``priming_relative`` θ ← θ + priming_lr ‖θ‖ (g_D - g_new) / ‖g_D - g_new‖.
+
+    Returns:
+        The length of the step, as a share of ‖θ‖.
+    """
     assert config.priming_lr is not None
-    step = config.priming_lr / (config.fine_tune.batch_size if "batch-means" in config.published_code else terms)
+    weights, length = params.norm({name: p.detach() for name, p in theta.items()}), params.norm(removed)
+    if config.priming_relative:
+        step = config.priming_lr * weights / length
+    else:
+        step = config.priming_lr / (config.fine_tune.batch_size if "batch-means" in config.published_code else terms)
     for name, p in theta.items():
         direction = removed[name].abs() if "absolute-direction" in config.published_code else removed[name]
         p.add_((step * direction).to(p))
+    return step * length / weights if weights else math.inf
 
 
 def _eps(removed: Gradient, config: Reload) -> float:
