@@ -19,8 +19,9 @@ from expunge.weights import load_weights
 SETUP = """
 import torch
 from torch import nn
-from expunge import Examples, cross_entropy
+from expunge import Examples, Recipe, cross_entropy
 
+recipe = Recipe(epochs=3, lr=0.05)
 generator = torch.Generator().manual_seed(0)
 images, labels = torch.randn(60, 6, generator=generator), torch.randint(3, (60,), generator=generator)
 loss_terms = cross_entropy
@@ -46,7 +47,7 @@ def folder(tmp_path, monkeypatch):
     """A folder with a setup file and trained weights; also the current one."""
     monkeypatch.chdir(tmp_path)
     Path("setup.py").write_text(SETUP, encoding="utf-8")
-    assert main(["unlearn", *weights_of_nobody(tmp_path), "--out", "w.safetensors", *retrain()]) == 0
+    assert main(["unlearn", *weights_of_nobody(tmp_path), "--out", "w.safetensors", "retrain"]) == 0
     return tmp_path
 
 
@@ -55,10 +56,6 @@ def weights_of_nobody(folder):
     exec(SETUP, names)
     save_file(names["model"](0).state_dict(), folder / "start.safetensors")
     return ["setup.py", "--weights", "start.safetensors"]
-
-
-def retrain():
-    return ["retrain", "--recipe.epochs", "3", "--recipe.lr", "0.05"]
 
 
 def cached(*more):
@@ -121,7 +118,7 @@ def test_human_output_names_what_was_written_and_warns_of_the_cache(folder, caps
 
 
 def test_the_trace_is_where_the_output_says_it_is(folder, capsys):
-    assert main(["unlearn", *weights_of_nobody(folder), "--out", "model.v2", *retrain()]) == 0
+    assert main(["unlearn", *weights_of_nobody(folder), "--out", "model.v2", "retrain"]) == 0
     named = re.search(r"^trace:\s+(\S+)$", capsys.readouterr().out, re.M)
     assert named
     assert json.loads(Path(named[1]).read_text(encoding="utf-8"))["method"] == "retrain"
@@ -136,9 +133,19 @@ def test_weights_replaced_while_they_are_loaded_are_named_and_nothing_is_written
         return model
 
     monkeypatch.setattr(own_model, "trained_model", replaced)
-    assert unlearned(*retrain(), cache=None) == 2
+    assert unlearned("retrain", cache=None) == 2
     assert re.search(r"w\.safetensors was changed while", capsys.readouterr().err)
     assert not Path("u.safetensors").exists()
+
+
+def test_retraining_takes_the_recipe_of_the_setup_file_and_goes_on_where_it_was(folder, capsys):
+    assert unlearned("retrain", "--resume", "unfinished.safetensors", cache=None) == 0
+    config = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))["config"]
+    assert (config["recipe"]["epochs"], config["recipe"]["lr"]) == (3, 0.05)
+    assert config["resume"] == "unfinished.safetensors"
+    Path("setup.py").write_text(SETUP.replace("recipe = ", "other = "), encoding="utf-8")
+    assert unlearned("--replace", "retrain", cache=None) == 2
+    assert "setup.py does not define recipe. Add: recipe = expunge.Recipe(epochs=…, lr=…)" in capsys.readouterr().err
 
 
 def test_the_hashes_of_a_trace_are_those_of_what_was_read(folder, monkeypatch):
@@ -149,7 +156,7 @@ def test_the_hashes_of_a_trace_are_those_of_what_was_read(folder, monkeypatch):
         return run(*given, **more)
 
     monkeypatch.setattr(own_model, "unlearn_model", replaced)
-    assert unlearned(*retrain(), cache=None) == 0
+    assert unlearned("retrain", cache=None) == 0
     hashes = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))["provenance"]["files"]
     assert hashes["weights before"] == before != file_hash("w.safetensors")
     assert hashes["weights after"] == file_hash("u.safetensors")

@@ -41,14 +41,13 @@ def made(tmp_path_factory):
         exec(EVALUATED, names)
         save_file(names["model"](0).state_dict(), "start.safetensors")
         base = ["unlearn", "setup.py", "--weights"]
-        retrain = ["retrain", "--recipe.epochs", "2", "--recipe.lr", "0.05"]
-        assert main([*base, "start.safetensors", "--out", "w.safetensors", *retrain]) == 0
+        assert main([*base, "start.safetensors", "--out", "w.safetensors", "retrain"]) == 0
         assert main(["cache", "setup.py", "--weights", "w.safetensors", "--out", "c.safetensors"]) == 0
         unlearned = ["--cache", "c.safetensors", "--out", "u.safetensors", *RELOAD]
         assert main([*base, "w.safetensors", *unlearned]) == 0
         for seed in range(3):
             assert (
-                main([*base, "w.safetensors", "--seed", str(seed + 1), "--out", f"r{seed}.safetensors", *retrain]) == 0
+                main([*base, "w.safetensors", "--seed", str(seed + 1), "--out", f"r{seed}.safetensors", "retrain"]) == 0
             )
         assert evaluate("--out", "run") == 0
     return folder

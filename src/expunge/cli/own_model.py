@@ -4,7 +4,7 @@ import functools
 import operator
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,15 +23,27 @@ from expunge.errors import ConfigError
 from expunge.files import require_writable, write_text
 from expunge.gradient import gradient
 from expunge.methods import Method, all_methods, method_of
+from expunge.methods.retrain import Retrain
 from expunge.seeds import keeping_random_state
 from expunge.setup import Setup, load_setup
 from expunge.unlearn import unlearn as unlearn_model
 from expunge.weights import load_weights, save_weights
 
 
+@dataclass(frozen=True, kw_only=True)
+class AsTrained:
+    """Train an untrained model on what is left, with the recipe of the setup file."""
+
+    resume: str | None = None  # a file from which a retraining that was interrupted goes on
+
+
 def method_argument(methods: Iterable[Method]) -> Any:
-    """The type of an argument that is one of these methods with its settings."""
-    each = (Annotated[m.config, tyro.conf.subcommand(m.name, description=m.summary)] for m in methods)
+    """The type of an argument that is one of these methods with its settings.
+
+    Retraining takes its recipe, which is that of the original, from the setup file.
+    """
+    configs = ((m, AsTrained if m.config is Retrain else m.config) for m in methods)
+    each = (Annotated[config, tyro.conf.subcommand(m.name, description=m.summary)] for m, config in configs)
     return Annotated[functools.reduce(operator.or_, each), tyro.conf.arg(name="")]
 
 
@@ -138,7 +150,8 @@ def unlearn(
     Writes the unlearned weights to OUT and what was done to OUT with the ending .trace.json.
 
     Args:
-        setup: Python file with model(seed), retain() and loss_terms; forget() for methods that are not blind.
+        setup: Python file with model(seed), retain() and loss_terms; forget() for methods that are not blind, recipe
+            for retrain.
         method: The method and its settings.
         weights: The trained weights that the cache was made at.
         out: Where the unlearned weights go.
@@ -160,8 +173,11 @@ def unlearn(
     read |= {"cache": cache_file.file_of(cache)} if cache else {}
     read |= {"settings": settings} if settings else {}
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
+    loaded = load_setup(setup)
+    if isinstance(method, AsTrained):
+        method = Retrain(recipe=loaded.recipe, resume=method.resume)
     method = chosen.read_settings(settings, method) if settings else method
-    loaded, row = load_setup(setup), method_of(method)
+    row = method_of(method)
     model = trained_model(loaded, weights, device)
     full = cache_file.load(cache, model, loaded.cached_terms) if cache is not None else None
     shared: dict[str, Any] = {
