@@ -114,6 +114,25 @@ def test_sets_of_a_class_have_a_class_of_their_own(like, size):
     assert len(set.union(*classes)) == 3
 
 
+def test_sets_of_persons_have_all_their_records_and_somebody_stays():
+    persons = np.repeat(np.arange(8), [1, 2, 3, 4, 5, 6, 7, 8])
+    labels = np.zeros(36, dtype=np.int64)
+    for seed in range(20):
+        sets = draw(labels, "person", 4, 3, seed, persons)
+        own = [set(persons[rows.numpy()].tolist()) for rows in sets]
+        assert sum(map(len, own)) == len(set.union(*own))  # nobody twice
+        for rows, mine in zip(sets, own, strict=True):
+            assert rows.tolist() == np.flatnonzero(np.isin(persons, list(mine))).tolist()
+            assert len(rows) >= 4
+            assert any(len(rows) - (persons == person).sum() < 4 for person in mine)  # and no more of them than needed
+    drawn = {tuple(map(tuple, (r.tolist() for r in draw(labels, "person", 4, 3, seed, persons)))) for seed in range(20)}
+    assert len(drawn) == 20
+    with pytest.raises(
+        ConfigError, match=r"3 pseudo-forget sets of at least 12 .* nothing of the 36 records of 8 persons"
+    ):
+        draw(labels, "person", 12, 3, 0, persons)
+
+
 def test_sets_that_cannot_be_drawn_are_refused():
     labels = np.arange(12) % 3
     with pytest.raises(ConfigError, match=r"3 pseudo-forget sets of 4 records leave nothing of the 12 .*smaller sets"):
@@ -547,6 +566,27 @@ def test_without_a_cache_the_number_of_records_is_needed(folder, capsys):
     assert "without a cache nobody knows how many records were removed" in capsys.readouterr().err
     assert rehearsed("--records", "4", "--trials", "1", cache=False) == 0
     assert "sets of 4 records" in capsys.readouterr().out
+
+
+def test_persons_of_the_setup_file_are_drawn_whole(folder, capsys):
+    edited("def test():", "def persons():\n    return [f'person {i // 4}' for i in range(54)]\n\ndef test():")
+    assert rehearsed("--like", "person", "--records", "7", "--trials", "1", "--sets", "2") == 0
+    assert re.search(r"2 pseudo-forget sets of 8( to \d+)? records", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("[1] * 53", r"persons() returned an array of shape (53,), and retain() has 54 records. Return the name"),
+        ("[[1], [1, 2]]", "what persons() returns is no list of names or numbers"),
+        (None, 'setup.py does not define persons. Add: def persons(): return ["anna", "anna", "ben", …]'),
+    ],
+)
+def test_persons_that_do_not_fit_the_records_are_refused(returned, message, folder, capsys):
+    if returned:
+        edited("def test():", f"def persons():\n    return {returned}\n\ndef test():")
+    assert rehearsed("--like", "person") == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_cache_from_which_nothing_was_removed_does_not_say_how_many(folder, capsys):

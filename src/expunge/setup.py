@@ -3,7 +3,7 @@
 It defines ``model(seed)`` and ``loss_terms``, and of the following what a command needs: ``original()`` to cache,
 ``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``validation()`` for SCRUB's
 rewind, ``test()`` for evaluation, ``candidates()`` and ``triggered()`` for audits, ``recipe`` to retrain, also in
-rehearsals, ``logits(model, batch)`` where a batch is not (inputs, labels), ``cached_loss`` if gradients are cached of
+rehearsals, ``persons()`` for rehearsals with whole persons, ``logits(model, batch)`` where a batch is not (inputs, labels), ``cached_loss`` if gradients are cached of
 another loss than that of training. Only what is needed is called.
 """
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from torch import nn
 
 from expunge.batches import Batches, LossTerms, require_reiterable
@@ -79,6 +81,26 @@ class Setup:
         require_reiterable(data, f"what {split}() of {self.path} returns")
         return data
 
+    def persons(self, records: int) -> Int[np.ndarray, " records"]:
+        """Whose each record of ``retain()`` is, by number.
+
+        Raises:
+            ConfigError: It does not say it once for each of so many records.
+        """
+        try:
+            names = np.asarray(self._call("persons"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.path}: what persons() returns is no list of names or numbers ({error})."
+            ) from error
+        if names.shape != (records,):
+            raise ConfigError(
+                f"{self.path}: persons() returned an array of shape {names.shape}, and retain() has {records} records. "
+                "Return the name or number of a person for each, in the same order."
+            )
+        numbers: Int[np.ndarray, " records"] = np.unique(names, return_inverse=True)[1]
+        return numbers
+
     def _loss(self, name: str) -> LossTerms:
         example = f"def {name}(model, batch): …, one loss a term"
         loss: LossTerms = self._get(name, example)
@@ -92,7 +114,8 @@ class Setup:
         return getattr(self.module, name)
 
     def _call(self, name: str, *arguments: int) -> Any:
-        example = "def model(seed): return MyNetwork()" if name == "model" else f"def {name}(): return Examples(x, y)"
+        returned = {"model": "MyNetwork()", "persons": '["anna", "anna", "ben", …]'}.get(name, "Examples(x, y)")
+        example = f"def {name}({'seed' if arguments else ''}): return {returned}"
         function: Callable[..., Any] = self._get(name, example)
         try:
             return function(*arguments)

@@ -27,7 +27,7 @@ from expunge.seeds import derive, stream
 from expunge.training import Recipe
 from expunge.unlearn import unlearn
 
-Like = Literal["random", "in-class", "class"]
+Like = Literal["random", "person", "in-class", "class"]
 Rows = Int[Tensor, " _"]
 LEAST_REFERENCES = 2  # the noise floor is the distance between two
 
@@ -53,22 +53,30 @@ class Rehearsal:
     references: tuple[Seen, ...]  # by models retrained without it
 
 
-def draw(labels: Int[np.ndarray, " left"], like: Like, count: int, sets: int, seed: int) -> list[Rows]:
+def draw(
+    labels: Int[np.ndarray, " left"],
+    like: Like,
+    count: int,
+    sets: int,
+    seed: int,
+    persons: Int[np.ndarray, " left"] | None = None,
+) -> list[Rows]:
     """Rows of pseudo-forget sets that share no record.
 
     Args:
         labels: Of the records that are left.
-        like: "random": over all of them; "in-class": within a class, another one for each set; "class": all of a class,
-            another one for each set.
-        count: Records a set, unless like="class".
+        like: "random": over all of them; "person": all records of persons, others for each set; "in-class": within a
+            class, another one for each set; "class": all of a class, another one for each set.
+        count: Records a set, unless like="class"; with "person" the least, which the last person may exceed.
         sets: How many.
         seed: Which.
+        persons: With "person" whose each record is, by number.
 
     Returns:
         Ascending rows for each set.
 
     Raises:
-        ConfigError: Too few records, or too few classes that are large enough.
+        ConfigError: Too few records, persons, or classes that are large enough.
     """
     if like not in get_args(Like):
         raise ConfigError(f"like={like!r}: choose from {', '.join(get_args(Like))}.")
@@ -82,6 +90,9 @@ def draw(labels: Int[np.ndarray, " left"], like: Like, count: int, sets: int, se
                 "Take smaller sets (--records) or fewer (--sets)."
             )
         return [each.sort().values for each in order[: count * sets].split(count)]
+    if like == "person":
+        assert persons is not None
+        return _of_persons(torch.from_numpy(persons), count, sets, seed)
     shuffled = torch.from_numpy(labels)[order]
     least = 1 if like == "class" else count + 1  # a class of which some stays
     classes = [label for label in dict.fromkeys(shuffled.tolist()) if int((shuffled == label).sum()) >= least]
@@ -92,6 +103,22 @@ def draw(labels: Int[np.ndarray, " left"], like: Like, count: int, sets: int, se
         )
     found = [order[shuffled == label] for label in classes[:sets]]
     return [(rows if like == "class" else rows[:count]).sort().values for rows in found]
+
+
+def _of_persons(persons: Rows, count: int, sets: int, seed: int) -> list[Rows]:
+    """Rows of whole persons, so many that a set has the records asked for; somebody stays."""
+    known = persons.unique()
+    found: list[list[Rows]] = [[]]
+    for person in known[torch.randperm(len(known), generator=stream(seed, "persons"))]:
+        if sum(map(len, found[-1])) >= count:
+            if len(found) == sets:
+                return [torch.cat(each).sort().values for each in found]
+            found.append([])
+        found[-1].append((persons == person).nonzero().flatten())
+    raise ConfigError(
+        f"like='person': {sets} pseudo-forget sets of at least {count} records leave nothing of the {len(persons)} "
+        f"records of {len(known)} persons in retain(). Take smaller sets (--records) or fewer (--sets)."
+    )
 
 
 def prepare(

@@ -76,8 +76,10 @@ def rehearse(
         weights: The trained weights that the cache was made at.
         cache: The gradient cache: it says how many records were removed. Without it, give --records.
         out: Where the settings go, for `expunge unlearn --settings`.
-        like: What was removed: records at random, records of one class, or a whole class (needs --retrain).
+        like: What was removed: records at random, all records of some persons (needs persons() in the setup file),
+            records of one class, or a whole class (needs --retrain).
         records: Size of a pseudo-forget set; by default as many as were removed. Few are ruled by chance: take 50.
+            Of whole persons the least size.
         sets: Pseudo-forget sets to tune on, at least 2; one more is drawn to confirm.
         retrain: Models to retrain for each set as references, at least 2; 0 judges against test() instead.
         trials: Settings to try, those given among them.
@@ -216,7 +218,8 @@ def _stage(
         logits=loaded.logits,
     )
     labels = outputs(model, retain, loaded.logits).labels
-    drawn = rehearsal.draw(labels, like, count, sets + 1, seed)
+    persons = loaded.persons(len(labels)) if like == "person" else None
+    drawn = rehearsal.draw(labels, like, count, sets + 1, seed, persons)
     recipe = loaded.recipe if retrain and loaded.has("recipe") else None
     prepared = rehearsal.prepare(problem, drawn, seed=seed, recipe=recipe, retrain=retrain)
     about: dict[str, Any] = {"like": like, "records": count or None, "sets": sets, "retrain": retrain, "seed": seed}
@@ -272,7 +275,8 @@ def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Pa
     for who, each in scores.items():
         compared.add_row(who, *(f"{value:.3g}" for value in (*each["tuned on"], each["held out"].total)))
     printing.show(tried, compared)
-    told = f"{len(stage.tuned)} pseudo-forget sets of {len(stage.held[0].before.forget.labels)} records"
+    sizes = sorted({len(each.before.forget.labels) for each in (*stage.tuned, *stage.held)})
+    told = f"{len(stage.tuned)} pseudo-forget sets of {' to '.join(map(str, sizes[:: max(len(sizes) - 1, 1)]))} records"
     if stage.held[0].references:
         print(f"{told}, against {len(stage.held[0].references)} retrained models each.")
     else:
