@@ -21,7 +21,6 @@ import csv
 import json
 import math
 import random
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+import tyro
 from torch import nn
 
 from expunge.bench import entries as bench_entries
@@ -171,7 +171,7 @@ def best(trials: Sequence[Trial]) -> dict[str, dict[str, dict[str, object]]]:
     return found
 
 
-def main(trials: int) -> None:
+def main(trials: tyro.conf.Positional[int] = TRIALS) -> None:
     """Keep all trials in ``results/``, and the best settings beside the code that uses them."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # that settings do nothing, or too much, is what their score says
@@ -211,4 +211,4 @@ def _rounded(value: object) -> object:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else TRIALS)
+    tyro.cli(main, description=__doc__)

@@ -17,7 +17,6 @@ references, 4.3 with the true forget set, 5.9 for the defaults.
 """
 
 import csv
-import sys
 import tempfile
 import time
 import warnings
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from torch import nn
 
 from expunge.access import Blind
@@ -147,7 +147,7 @@ def lines(scenario: str, seed: int, trials: int) -> Iterator[tuple[object, ...]]
         start = time.perf_counter()
 
 
-def main(trials: int) -> None:
+def main(trials: tyro.conf.Positional[int] = TRIALS) -> None:
     """Keep all lines in ``results/``; seeds that are there already are not run again."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # that settings do nothing, or too much, is what their score says
@@ -166,4 +166,4 @@ def main(trials: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else TRIALS)
+    tyro.cli(main, description=__doc__)
