@@ -204,6 +204,32 @@ def by_scenario(name: str, metric: str) -> str:
     return "\n".join(lines)
 
 
+def frontier_table() -> str:
+    """The grid of frontier.py: what a re-initialisation of the same size does, by who chooses and with which ascent."""
+    rows = read_rows(ROOT / "results" / "frontier-cpu.csv")
+    found = {(each.method, each.metric): each.mean for each in summarise(rows)}
+    kinds = ("reload", "random reset", "without ascent")
+    points = [method.split(", ", 1)[1] for method in dict.fromkeys(row.method for row in rows) if "reload," in method]
+    metrics = {"NA": ".1f", "ΔFA": ".1f", "NSKL": ".2f"}
+    head = " | ".join(f"{kind}: {metric}" for kind in kinds for metric in metrics)
+    lines = [f"| setting | work | {head} |", f"|---|--:|{'--:|' * len(kinds) * len(metrics)}"]
+    for point in points:
+        cells = [format(found[f"{kind}, {point}", m], digits) for kind in kinds for m, digits in metrics.items()]
+        lines.append(f"| {point} | {found[f'reload, {point}', 'Work']:.2f} | {' | '.join(cells)} |")
+    pairs = [(kind, metric) for kind in kinds for metric in metrics]
+    means = [statistics.mean(found[f"{kind}, {point}", metric] for point in points) for kind, metric in pairs]
+    larger = [
+        sum(found[f"{kind}, {point}", metric] > found[f"reload, {point}", metric] for point in points)
+        for kind, metric in pairs
+    ]
+    digits = [metrics[metric] for _, metric in pairs]
+    cells = [format(mean, each) for mean, each in zip(means, digits, strict=True)]
+    lines.append(f"| mean of all {len(points)} | | {' | '.join(cells)} |")
+    cells = ["" if kind == "reload" else str(each) for (kind, _), each in zip(pairs, larger, strict=True)]
+    lines.append(f"| settings in which it is larger than RELOAD's | | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def unfit() -> str:
     """Who takes no part in a scenario of the comparison, and why."""
     lines = ["| method | scenario | why not |", "|---|---|---|"]
@@ -324,6 +350,12 @@ FINDINGS: dict[str, Finding] = {
               for how in ("", " (rehearsed blind)", " (defaults)")),
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL"),
     ),
+    "frontier": Finding(
+        "frontier",
+        ("original", "retrain", "retrain again", *(f"short retraining, {e} epochs, lr 0.1" for e in (1, 2, 5)),
+         *(f"fine-tune, {e} epochs, lr 0.1" for e in (1, 2, 5)), "ascent alone", "reset alone"),
+        ("NA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"),
+    ),
     "ascent": Finding("ascent", (), ("NA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL")),
 }  # fmt: skip
 GENERATED: dict[str, Callable[[], str]] = {
@@ -335,6 +367,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "ablation": ablation_table,
     "results": results,
     **{f"finding:{name}": functools.partial(finding, name) for name in FINDINGS},
+    "finding-frontier": frontier_table,
     "finding-by-share": functools.partial(by_scenario, "gamma", "TA with trigger"),
     "finding-sequence-left": functools.partial(by_scenario, "sequential", "NA"),
     "finding-sequence-removed": functools.partial(by_scenario, "sequential", "FA"),
