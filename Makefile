@@ -19,7 +19,7 @@ demo: $(READY) ## cache, delete, unlearn, measure and report on handwritten digi
 	$(BIN)/expunge demo
 
 test: $(READY) ## the whole test suite (under 4 minutes)
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(READY) ## format, lint, types, layers, docs
 	$(BIN)/ruff format --check .

@@ -28,7 +28,7 @@ from expunge.bench.situations import FULL
 from expunge.cli import COMMANDS
 from expunge.definitions import METRICS, Definition
 from expunge.methods import METHODS
-from expunge.metrics.stats import t_interval
+from expunge.metrics.stats import paired, t_interval
 from expunge.report import markdown
 from expunge.report.summaries import label, summarise
 from expunge.rows import read_rows
@@ -143,6 +143,35 @@ def compared(scenario: str) -> str:
     if scenario == compare.OVERVIEW:
         return markdown(compare.overview(rows), scenario)
     return markdown([row for row in rows if row.metric in compare.SHOWN[scenario]], scenario)
+
+
+PAIRS = {  # that docs/compare.md speaks of
+    "removal": (
+        ("class-orthogonal-ascent", "reload"), ("class-orthogonal-ascent", "orthogonal-ascent"), ("reload", "original"),
+        ("reload", "orthogonal-ascent"), ("reload", "control: random reset"), ("reload", "control: without ascent"),
+    ),
+    "class-removal": (
+        ("orthogonal-ascent", "reload"), ("class-orthogonal-ascent", "reload"), ("eu-k", "reload"),
+        ("control: random reset", "reload"), ("control: without ascent", "reload"),
+    ),
+}  # fmt: skip
+
+
+def paired_table() -> str:
+    """Who is closer to retraining than whom over the same seeds, from the rows of the comparison."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for row in compare.overview(read_rows(ROOT / "results" / "compare_rows.csv")):
+        found.setdefault((row.metric, row.method), {})[row.seed] = row.value
+    lines = ["| scenario | method | against | difference, floors | closer in | p |", "|---|---|---|--:|--:|--:|"]
+    for scenario, pairs in PAIRS.items():
+        for names in pairs:
+            mine, other = (found[f"Δ {scenario}", name] for name in names)
+            both = paired([mine[seed] for seed in mine], [other[seed] for seed in mine])
+            closer = sum(mine[seed] < other[seed] for seed in mine)
+            labels = " | ".join(map(label, names))
+            cells = f"{both.difference:+.2f} | {closer} of {len(mine)} | {both.p:.2g}"
+            lines.append(f"| {scenario.replace('-', ' ')} | {labels} | {cells} |")
+    return "\n".join(lines)
 
 
 def results() -> str:
@@ -364,6 +393,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "compare-class-removal": lambda: compared("class-removal"),
     "compare-label-correction": lambda: compared("label-correction"),
     "compare-unfit": unfit,
+    "compare-paired": paired_table,
     "ablation": ablation_table,
     "results": results,
     **{f"finding:{name}": functools.partial(finding, name) for name in FINDINGS},
