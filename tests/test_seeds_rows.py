@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from expunge.errors import ConfigError
+from expunge.errors import ConfigError, CorruptData
 from expunge.rows import Row, read_rows, write_rows
 from expunge.seeds import derive, seeded, stream
 
@@ -106,6 +106,26 @@ def test_a_table_with_other_columns_is_refused(tmp_path):
         read_rows(path)
     path.write_text("")
     with pytest.raises(ConfigError, match="has the columns None"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (",True,", ",yes,", "blind is 'yes'"),
+        ("nats", "", "there are more, or fewer"),
+        ("measured", "measured,more", "there are more, or fewer"),
+        (",0.5,", ",half,", "could not convert string to float: 'half'"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, old, new, reason):
+    path = tmp_path / "rows.csv"
+    write_rows(path, [ROW, replace(ROW, value=0.5, blind=True, unit="nats")])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert old in lines[2]
+    lines[2] = lines[2][: lines[2].index(old)] if not new else lines[2].replace(old, new)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(CorruptData, match=rf"rows\.csv, line 3: no row of 15 values \({reason}\)\. Correct it"):
         read_rows(path)
 
 

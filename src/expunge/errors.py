@@ -25,7 +25,7 @@ class MissingData(ExpungeError, FileNotFoundError):
 
 
 class CorruptData(ExpungeError, ValueError):
-    """A file of a dataset that is damaged, truncated, or something else."""
+    """A file that is damaged, truncated, or something else than it should be."""
 
 
 class NotFinite(ExpungeError, FloatingPointError):

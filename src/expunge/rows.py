@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from expunge.errors import ConfigError
+from expunge.errors import ConfigError, CorruptData
 from expunge.files import replacing
 
 EVALUATION = "evaluate"  # the experiment in which a "seed" numbers a retrained model, or a pair of them
+
+
+_BLIND = {"True": True, "False": False, "": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +54,32 @@ def read_rows(path: Path | str) -> list[Row]:
 
     Raises:
         ConfigError: The file has other columns.
+        CorruptData: A line that is no row.
     """
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         names = [field.name for field in fields(Row)]
         if reader.fieldnames != names:
             raise ConfigError(f"{path} has the columns {reader.fieldnames}; rows have {names}.")
-        return [_row(row) for row in reader]
+        found = []
+        for row in reader:
+            try:
+                found.append(_row(row))
+            except ValueError as error:
+                raise CorruptData(
+                    f"{path}, line {reader.line_num}: no row of {len(names)} values ({error}). Correct it, or measure "
+                    "again."
+                ) from error
+        return found
 
 
 def _row(texts: dict[str, str]) -> Row:
     values: dict[str, Any] = dict(texts)
-    values |= {"blind": {"True": True, "False": False}.get(texts["blind"])}
+    if None in values or None in values.values():  # more than columns, or fewer
+        raise ValueError("there are more, or fewer")
+    if texts["blind"] not in _BLIND:
+        raise ValueError(f"blind is {texts['blind']!r}")
+    values |= {"blind": _BLIND[texts["blind"]]}
     values |= {name: int(texts[name]) for name in ("seed", "n")}
     values |= {name: float(texts[name]) for name in ("value", "seconds")}
     return Row(**values)
