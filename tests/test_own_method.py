@@ -1,5 +1,6 @@
 """A method that another package brings: examples/own_method, installed as pip would leave it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,14 +17,19 @@ from expunge.bench import stages
 from expunge.bench.compare import config
 from expunge.bench.entries import SHORT, entries
 from expunge.bench.experiments import everyone
+from expunge.cli import own_model
 from expunge.errors import ConfigError, ForgetSetAccessed
 from expunge.gradient import gradient
 from expunge.losses import cross_entropy
 from expunge.methods import METHODS, Method, all_methods, gradient_ascent
+from expunge.provenance import file_hash
 from expunge.rows import read_rows
+from expunge.setup import load_setup
 from expunge.training import mean_loss
 from expunge.unlearn import unlearn
+from expunge.weights import save_weights
 from tests.contract import world
+from tests.test_cli import SETUP
 
 EXAMPLE = Path("examples/own_method").resolve()
 EXPERIMENT = """from expunge.bench.stages import Contender
@@ -123,6 +129,20 @@ def test_the_command_tunes_it_and_measures_it_as_the_others(tmp_path):
     subprocess.run(run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, check=True, capture_output=True)
     (rows,) = (tmp_path / "out").glob("tiny-cpu-*/rows.csv")
     assert {"mine", "retrain", "original"} <= {row.method for row in read_rows(rows)}
+
+
+def test_a_trace_has_the_hash_of_the_method_s_file(known, tmp_path, monkeypatch, capsys):
+    known()
+    import neggrad_plus
+
+    monkeypatch.chdir(tmp_path)
+    gone = "def forget():\n    return data.only(torch.arange(6))\n"
+    Path("setup.py").write_text(SETUP + gone, encoding="utf-8")
+    save_weights(Path("w.safetensors"), load_setup("setup.py").model(0))
+    config = neggrad_plus.NegGradPlus(recipe=replace(SHORT, epochs=1))
+    own_model.unlearn(Path("setup.py"), config, weights=Path("w.safetensors"), out=Path("u.safetensors"), json=True)
+    files = json.loads(capsys.readouterr().out)["provenance"]["files"]
+    assert files["method"] == file_hash(tmp_path / "site" / "neggrad_plus.py")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The commands for people with their own model: cache, show, unlearn."""
 
 import functools
+import inspect
 import operator
 import re
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.errors import ConfigError
 from expunge.files import require_writable, write_text
 from expunge.gradient import gradient
-from expunge.methods import Method, all_methods, method_of
+from expunge.methods import METHODS, Method, all_methods, method_of
 from expunge.methods.retrain import Retrain
 from expunge.seeds import keeping_random_state
 from expunge.setup import Setup, load_setup
@@ -172,12 +173,14 @@ def unlearn(
     read = {"setup file": setup, "weights before": weights}
     read |= {"cache": cache_file.file_of(cache)} if cache else {}
     read |= {"settings": settings} if settings else {}
+    row = METHODS["retrain"] if isinstance(method, AsTrained) else method_of(method)
+    if not row.of_expunge:
+        read |= {"method": Path(inspect.getfile(row.run))}  # `sources` says nothing of it
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
     loaded = load_setup(setup)
     if isinstance(method, AsTrained):
         method = Retrain(recipe=loaded.recipe, resume=method.resume)
     method = chosen.read_settings(settings, method) if settings else method
-    row = method_of(method)
     model = trained_model(loaded, weights, device)
     full = cache_file.load(cache, model, loaded.cached_terms) if cache is not None else None
     shared: dict[str, Any] = {

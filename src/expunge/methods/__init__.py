@@ -80,6 +80,11 @@ class Method:
         return Sighted if issubclass(self._given, Sighted) else Blind
 
     @property
+    def of_expunge(self) -> bool:
+        """Whether its code is a part of expunge, or of another package."""
+        return self.run.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+    @property
     def summary(self) -> str:
         """The first sentence about its settings."""
         return (inspect.getdoc(self.config) or "").splitlines()[0]
