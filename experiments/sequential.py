@@ -19,9 +19,7 @@ from expunge.bench.tasks import Scenario
 
 DELETIONS, SHARE = 10, 0.02
 METHODS = ("reload", "class-orthogonal-ascent", "fine-tune", "control: random reset")
-RELATIVE = Contender(
-    name="reload (relative ascent)", entry="reload", settings=(("priming_lr", 0.08), ("priming_relative", True))
-)
+RELATIVE = Contender(name="reload (relative ascent)", entry="reload", settings=(("priming_length", 0.08),))
 
 
 def experiment(profile: str) -> Experiment:

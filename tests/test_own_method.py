@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expunge import methods
+from expunge import cli, methods
 from expunge.bench import stages
 from expunge.bench.compare import config
 from expunge.bench.entries import SHORT, entries
@@ -159,14 +160,84 @@ def test_one_that_cannot_be_used_is_left_out_with_the_reason(known, line, reason
         assert all_methods() == METHODS
 
 
-def test_a_name_that_is_taken_is_left_out(known, tmp_path):
-    module = "from neggrad_plus import NegGradPlus, neggrad_plus\nfrom expunge.methods import Method\n"
+USABLE = """
+import sys
+from dataclasses import dataclass
+from torch import nn
+from expunge.access import Blind
+from expunge.methods import Method
+from expunge.space import Range
+
+@dataclass(frozen=True)
+class Mine:
+    scale: float = 0.5
+
+def mine(model: nn.Module, given: Blind, config: Mine, *, seed, trace) -> nn.Module:
+    return model
+
+METHOD = Method("mine", Mine, mine, {"scale": Range(0.1, 0.9)})
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("", "", None),
+        ('Method("mine"', 'Method("ssd"', "there is a method of the name 'ssd' already; give it another"),
+        ('Method("mine"', 'Method("other"', "its Method has the name 'other'; write the same name in both places"),
+        ("scale: float = 0.5", "scale: float", "Give every setting a default"),
+        ("scale: float = 0.5", "scale = 0.5", "Mine.scale has no annotation, so it is no setting"),
+        ('{"scale"', '{"sclae"', "its search space has 'sclae': .*Name one of scale"),
+        ("Range(0.1, 0.9)", "(0.1, 0.9)", "its search space has 'scale': .*give a Range or a Choice"),
+        ("*, seed, trace", "*, trace", "mine must take .*does not: got an unexpected keyword argument 'seed'"),
+        ("import sys", "import sys\nsys.exit(0)", "SystemExit: 0"),
+    ],
+)
+def test_what_would_show_late_is_found_when_a_method_is_loaded(known, tmp_path, recwarn, old, new, reason):
     known("mine = twice:METHOD", package="broken")
-    (tmp_path / "site" / "twice.py").write_text(
-        module + "METHOD = Method('ssd', NegGradPlus, neggrad_plus, {})\n", encoding="utf-8"
+    (tmp_path / "site" / "twice.py").write_text(USABLE.replace(old, new), encoding="utf-8")
+    assert ("mine" in all_methods()) == (reason is None)
+    said = [str(each.message) for each in recwarn if "is left out" in str(each.message)]
+    sys.modules.pop("twice", None)
+    assert re.search(reason, said[0]) if reason else not said
+
+
+def test_the_search_space_may_hold_only_what_the_settings_take(known, tmp_path):
+    known("mine = twice:METHOD", package="broken")
+    refusing = (
+        "    scale: float = 0.5\n    def __post_init__(self):\n        if self.scale > 0.8: raise ValueError('large')"
     )
-    with pytest.warns(RuntimeWarning, match="there is a method of the name 'ssd' already; give it another"):
-        assert all_methods() == METHODS
+    (tmp_path / "site" / "twice.py").write_text(USABLE.replace("    scale: float = 0.5", refusing), encoding="utf-8")
+    with pytest.warns(RuntimeWarning, match="is left out: ValueError: large"):
+        all_methods()
+    sys.modules.pop("twice", None)
+
+
+def test_a_mistake_in_somebody_s_own_method_is_called_theirs(known, tmp_path, monkeypatch, capsys):
+    known("mine = twice:METHOD", package="broken")
+    broken = USABLE.replace("    return model", "    trace.stages('part')")
+    (tmp_path / "site" / "twice.py").write_text(broken, encoding="utf-8")
+    import twice
+
+    def command(arguments):
+        unlearn(world().model, world().blind(), twice.Mine())
+
+    monkeypatch.setattr(cli, "COMMANDS", {"unlearn": lambda: command(()), "other": lambda: None})
+    assert cli.main(["unlearn"]) == 2
+    said = capsys.readouterr().err
+    assert "twice.py" in said
+    assert "AttributeError in your own code or data" in said
+    sys.modules.pop("twice")
+
+
+def test_a_method_that_forgets_to_return_the_model_is_told(known, tmp_path):
+    known("mine = twice:METHOD", package="broken")
+    (tmp_path / "site" / "twice.py").write_text(USABLE.replace("    return model", "    del model"), encoding="utf-8")
+    import twice
+
+    with pytest.raises(ConfigError, match="mine returned NoneType, and not the model"):
+        unlearn(world().model, world().blind(), twice.Mine())
+    sys.modules.pop("twice")
 
 
 def test_a_comparison_on_the_digits_leaves_out_who_has_no_settings(known):

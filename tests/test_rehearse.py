@@ -577,8 +577,14 @@ def test_persons_of_the_setup_file_are_drawn_whole(folder, capsys):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ("[1] * 53", r"persons() returned an array of shape (53,), and retain() has 54 records. Return the name"),
-        ("[[1], [1, 2]]", "what persons() returns is no list of names or numbers"),
+        ("[1] * 53", "persons() returned 53 names, and retain() has 54 records. Return the name"),
+        ("['anna'] * 53 + [None]", "persons()[53] is None, and persons()[0] is 'anna'. Return names or whole numbers"),
+        ("['1'] * 53 + [1]", "persons()[53] is 1, and persons()[0] is '1'"),
+        ("[None] * 54", "persons()[0] is None"),
+        (
+            "torch.arange(54) // 20",
+            "4 pseudo-forget sets, of which one is held out, and somebody who stays take 5 persons",
+        ),
         (None, 'setup.py does not define persons. Add: def persons(): return ["anna", "anna", "ben", …]'),
     ],
 )
@@ -587,6 +593,12 @@ def test_persons_that_do_not_fit_the_records_are_refused(returned, message, fold
         edited("def test():", f"def persons():\n    return {returned}\n\ndef test():")
     assert rehearsed("--like", "person") == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_list_in_place_of_a_function_is_refused(folder, capsys):
+    edited("def test():", "persons = [1]\n\ndef test():")
+    assert rehearsed("--like", "person") == 2
+    assert "setup.py: persons is a list, no function. Write def persons(): return" in capsys.readouterr().err
 
 
 def test_a_cache_from_which_nothing_was_removed_does_not_say_how_many(folder, capsys):

@@ -279,7 +279,7 @@ def test_the_ascent_goes_along_the_difference_on_the_mean_loss_over_all_data():
 
 
 def test_a_relative_ascent_is_a_share_of_the_weights_norm():
-    moved, removed = steps((), priming_lr=0.3, priming_relative=True)
+    moved, removed = steps((), priming_length=0.3)
     length = 0.3 * float(HUNDRED[0].weight.detach().norm())
     torch.testing.assert_close(moved.double(), length * removed / removed.norm(), rtol=1e-5, atol=1e-7)
 
@@ -288,7 +288,7 @@ def test_the_length_of_one_ascent_can_be_taken_for_another():
     model, given = HUNDRED
     first = unlearn(model, given, change(ONLY_ASCEND, priming_lr=0.3))
     length = first.trace.facts["priming_length"]
-    again = unlearn(model, given, change(ONLY_ASCEND, priming_lr=length, priming_relative=True))
+    again = unlearn(model, given, change(ONLY_ASCEND, priming_lr=None, priming_length=length))
     torch.testing.assert_close(again.model.weight, first.model.weight)
     assert again.trace.facts["priming_length"] == pytest.approx(length)
 
@@ -419,10 +419,11 @@ def test_a_learning_rate_that_blows_up_is_reported_with_epoch_and_step():
         ({"priming_lr": 0.0}, "priming_lr=0.0: must be positive, or None for no ascent"),
         ({"priming_lr": -1.0}, "priming_lr=-1.0: must be positive"),
         ({"priming_lr": math.inf}, "priming_lr=inf: must be positive"),
-        ({"priming_lr": None, "priming_relative": True}, "priming_relative=True without an ascent: there is no length"),
+        ({"priming_length": 1.0}, r"priming_length=1.0: must be in \(0, 1\), a share of the weights"),
+        ({"priming_length": 0.0}, r"priming_length=0.0: must be in \(0, 1\)"),
         (
-            {"priming_relative": True, "published_code": ("batch-means",)},
-            "priming_relative=True with 'batch-means', which scales a gradient: there is no length",
+            {"priming_length": 0.1, "published_code": ("batch-means",)},
+            "priming_length=0.1: 'batch-means' scales priming_lr",
         ),
         ({"eps": 0.0}, "eps=0.0: must be positive, or 'auto'"),
         ({"eps": -1e-9}, "eps=-1e-09: must be positive"),

@@ -87,17 +87,19 @@ class Setup:
         Raises:
             ConfigError: It does not say it once for each of so many records.
         """
-        try:
-            names = np.asarray(self._call("persons"))
-        except ValueError as error:
+        returned = self._call("persons")
+        names = returned.tolist() if hasattr(returned, "tolist") else list(returned)
+        if len(names) != records:
             raise ConfigError(
-                f"{self.path}: what persons() returns is no list of names or numbers ({error})."
-            ) from error
-        if names.shape != (records,):
-            raise ConfigError(
-                f"{self.path}: persons() returned an array of shape {names.shape}, and retain() has {records} records. "
-                "Return the name or number of a person for each, in the same order."
+                f"{self.path}: persons() returned {len(names)} names, and retain() has {records} records. Return the "
+                "name or number of a person for each, in the same order."
             )
+        for row, name in enumerate(names):
+            if type(name) not in (str, int) or type(name) is not type(names[0]):
+                raise ConfigError(
+                    f"{self.path}: persons()[{row}] is {name!r}, and persons()[0] is {names[0]!r}. Return names or "
+                    "whole numbers, all of one kind."
+                )
         numbers: Int[np.ndarray, " records"] = np.unique(names, return_inverse=True)[1]
         return numbers
 
@@ -117,6 +119,8 @@ class Setup:
         returned = {"model": "MyNetwork()", "persons": '["anna", "anna", "ben", …]'}.get(name, "Examples(x, y)")
         example = f"def {name}({'seed' if arguments else ''}): return {returned}"
         function: Callable[..., Any] = self._get(name, example)
+        if not callable(function):
+            raise ConfigError(f"{self.path}: {name} is a {type(function).__name__}, no function. Write {example}")
         try:
             return function(*arguments)
         except ExpungeError:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from expunge import distributed, params, sharding
 from expunge.access import Blind
-from expunge.errors import ForgetSetAccessed, UnsupportedModule
+from expunge.errors import ConfigError, ForgetSetAccessed, UnsupportedModule
 from expunge.gradient import Origin
 from expunge.methods import method_of
 from expunge.methods.guard import note_what_was_lost
@@ -80,6 +80,8 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     with distributed.failing_together(), trace.measuring_memory(next(inner.parameters()).device):
         own = inner if sharded else copy.deepcopy(inner)  # torch cannot copy what it has sharded
         unlearned = method.run(own, given, config, seed=seed, trace=trace)
+    if not isinstance(unlearned, nn.Module):
+        raise ConfigError(f"{method.name} returned {type(unlearned).__name__}, and not the model. Return it.")
     sharding.settle(unlearned)
     unlearned.zero_grad(set_to_none=True)
     params.require_finite(_tensors(unlearned, infinite), f"the result of {method.name}")

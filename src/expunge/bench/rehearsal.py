@@ -115,6 +115,11 @@ def _of_persons(persons: Rows, count: int, sets: int, seed: int) -> list[Rows]:
                 return [torch.cat(each).sort().values for each in found]
             found.append([])
         found[-1].append((persons == person).nonzero().flatten())
+    if len(known) <= sets:
+        raise ConfigError(
+            f"like='person': {sets} pseudo-forget sets, of which one is held out, and somebody who stays take "
+            f"{sets + 1} persons, and retain() has {len(known)}. Take fewer --sets (2 at least), or --like random."
+        )
     raise ConfigError(
         f"like='person': {sets} pseudo-forget sets of at least {count} records leave nothing of the {len(persons)} "
         f"records of {len(known)} persons in retain(). Take smaller sets (--records) or fewer (--sets)."

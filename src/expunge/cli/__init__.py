@@ -5,6 +5,7 @@ that found something (a record that can be recovered, an unlearning that should 
 evidence that does not fit its files, 130 interrupted.
 """
 
+import inspect
 import sys
 import traceback
 import warnings
@@ -26,6 +27,7 @@ from expunge.cli.reference import explain, methods
 from expunge.cli.rehearse import rehearse
 from expunge.cli.reports import evidence, report
 from expunge.errors import ExpungeError
+from expunge.methods import all_methods
 from expunge.setup import SETUP
 
 ABOUT = "Remove deleted or corrected training data from a trained PyTorch model, without that data."
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         theirs = _frames_of_the_user(error)
         if theirs is not None:
             print("".join(traceback.format_list(theirs)), end="", file=sys.stderr)
-            print(f"expunge: {type(error).__name__} in your setup file's code or data: {error}", file=sys.stderr)
+            print(f"expunge: {type(error).__name__} in your own code or data: {error}", file=sys.stderr)
             return 2
         traceback.print_exc()
         print("expunge: this is a mistake of ours. Please report it with the lines above.", file=sys.stderr)
@@ -82,8 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _frames_of_the_user(error: Exception) -> list[traceback.FrameSummary] | None:
-    """The frames of a setup file, if it came out of one, or out of a loss that the file's data does not fit."""
+    """The frames of a setup file or of somebody's own method, if it came out of one.
+
+    Also if it came out of a loss that the file's data does not fit.
+    """
     loaded = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(SETUP)]
+    loaded += [inspect.getfile(method.run) for method in all_methods().values() if not method.of_expunge]
     frames = traceback.extract_tb(error.__traceback__)
     if any(frame.filename in (*loaded, losses.__file__) for frame in frames):
         return [frame for frame in frames if frame.filename in loaded]

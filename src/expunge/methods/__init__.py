@@ -41,7 +41,7 @@ from expunge.methods import (
     ssd,
     unsir,
 )
-from expunge.space import Space
+from expunge.space import Choice, Range, Space, settings_of, with_settings
 
 GROUP = "expunge.methods"  # of the entry points by which packages add methods
 
@@ -179,24 +179,60 @@ def _installed() -> dict[str, Method]:
     for point in entry_points(group=GROUP):
         try:
             method = _of(point, METHODS | found)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             why = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             package = point.dist.name if point.dist else "an unknown package"
-            warnings.warn(
-                f"the method {point.name} = {point.value} of {package} is left out: {why}", RuntimeWarning, stacklevel=3
-            )
+            said = f"the method {point.name} = {point.value} of {package} is left out: {why}."
+            warnings.warn_explicit(said, RuntimeWarning, package, 0)  # no line of expunge is to blame
         else:
             found[method.name] = method
     return found
 
 
 def _of(point: EntryPoint, known: Mapping[str, Method]) -> Method:
+    """The method of another package, with the mistakes that would show late found now."""
     method = point.load()
     if not isinstance(method, Method):
         raise ConfigError(f"it is {type(method).__name__}, and not an expunge.methods.Method")
     if method.name in known:
         raise ConfigError(f"there is a method of the name {method.name!r} already; give it another")
+    if method.name != point.name:
+        raise ConfigError(f"its Method has the name {method.name!r}; write the same name in both places")
+    _require_usable(method)
     return method
+
+
+def _require_usable(method: Method) -> None:
+    """Refuse a method that a search or a table could not begin with.
+
+    Raises:
+        ConfigError: A setting without default or annotation, a search space that does not fit, another signature.
+    """
+    config, named = method.config, {each.name for each in fields(method.config)}
+    stray = [n for n, v in vars(config).items() if not n.startswith("_") and n not in named and not callable(v)]
+    if stray:
+        raise ConfigError(
+            f"{config.__name__}.{stray[0]} has no annotation, so it is no setting. Write one: {stray[0]}: float = …"
+        )
+    try:
+        start = config()
+    except TypeError as error:
+        raise ConfigError(f"{error}. Give every setting a default: tables and searches begin with them") from error
+    known = settings_of(start)
+    for path, values in method.space.items():
+        if path not in known or not isinstance(values, Range | Choice):
+            raise ConfigError(
+                f"its search space has {path!r}: {values!r}. Name one of {', '.join(known)}, and give a Range or a "
+                "Choice"
+            )
+        for value in (values.low, values.high) if isinstance(values, Range) else values.options:
+            with_settings(start, {path: value})
+    try:
+        inspect.signature(method.run).bind(None, None, start, seed=0, trace=None)
+    except TypeError as error:
+        raise ConfigError(
+            f"{method.run.__name__} must take (model, given, config, *, seed, trace), and does not: {error}"
+        ) from error
 
 
 def method_of(config: object) -> Method:

@@ -64,7 +64,7 @@ class Reload:
     """
 
     priming_lr: float | None = 1.0  # η_p n_D: step of the ascent on the mean loss over D; None: no ascent
-    priming_relative: bool = False  # is priming_lr the length of the ascent instead, as a share of the weights' norm?
+    priming_length: float | None = None  # in place of priming_lr: length of the ascent, as a share of the weights' norm
     reset_fraction: float = 0.1  # α: share of all entries that is re-initialised, in [0, 1)
     threshold: float | None = None  # instead of a share: every entry with a knowledge value of at most this
     scope: Scope = "global"  # is the share one of all entries together, or of each layer's?
@@ -105,10 +105,16 @@ class Reload:
         self._require_agreement()
 
     def _require_agreement(self) -> None:
-        """Refuse settings that another one makes meaningless."""
-        if self.priming_relative and (self.priming_lr is None or "batch-means" in self.published_code):
-            without = "without an ascent" if self.priming_lr is None else "with 'batch-means', which scales a gradient"
-            raise ConfigError(f"priming_relative=True {without}: there is no length to take. Leave one of them out.")
+        """Refuse a length that is none, and settings that another one makes meaningless."""
+        if self.priming_length is not None and not 0 < self.priming_length < 1:
+            raise ConfigError(
+                f"priming_length={self.priming_length}: must be in (0, 1), a share of the weights. Steps that forget "
+                "and can be repaired are 0.05 to 0.2."
+            )
+        if self.priming_length is not None and "batch-means" in self.published_code:
+            raise ConfigError(
+                f"priming_length={self.priming_length}: 'batch-means' scales priming_lr. Leave one of them out."
+            )
         if self.threshold is not None and self.selector != "small-kv":
             raise ConfigError(
                 f"threshold={self.threshold}, selector={self.selector!r}: a threshold is one of knowledge values. Take "
@@ -135,7 +141,7 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
 
     ``trace.facts``: those of `difference`, eps, reset_count, requested_count, untouched_in_paper_choice and
     overlap_with_paper_choice (how the choice differs from the one that takes untouched entries, too), target_loss; of
-    an ascent its length as a share of the norm of the weights (priming_length), which ``priming_relative`` takes; of
+    an ascent its length as a share of the norm of the weights (priming_length), which can be given to another; of
     a selector of second order kronecker_share (of entries whose curvature is in blocks); with ``statistics``
     re-estimated, statistics_layers (how many have some).
 
@@ -193,7 +199,7 @@ def _reset_(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace:
             curvature = _curvature(model, given, config, theta, trace)
 
     with trace.stage("ascend", model):
-        if config.priming_lr is not None:
+        if config.priming_lr is not None or config.priming_length is not None:
             trace.facts["priming_length"] = ascend_(theta, removed.total, config, full.count)
 
     with trace.stage("select", model):
@@ -216,16 +222,16 @@ def _reset_(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace:
 def ascend_(theta: dict[str, nn.Parameter], removed: Params, config: Reload, terms: int) -> float:
     """θ ← θ + priming_lr (g_D - g_new) / n_D: one step up the mean loss over D, in what was removed.
 
-    With ``priming_relative`` θ ← θ + priming_lr ‖θ‖ (g_D - g_new) / ‖g_D - g_new‖.
+    With a ``priming_length`` θ ← θ + priming_length ‖θ‖ (g_D - g_new) / ‖g_D - g_new‖.
 
     Returns:
         The length of the step, as a share of ‖θ‖.
     """
-    assert config.priming_lr is not None
     weights, length = params.norm({name: p.detach() for name, p in theta.items()}), params.norm(removed)
-    if config.priming_relative:
-        step = config.priming_lr * weights / length
+    if config.priming_length is not None:
+        step = config.priming_length * weights / length
     else:
+        assert config.priming_lr is not None
         step = config.priming_lr / (config.fine_tune.batch_size if "batch-means" in config.published_code else terms)
     for name, p in theta.items():
         direction = removed[name].abs() if "absolute-direction" in config.published_code else removed[name]
