@@ -43,8 +43,11 @@ def method_argument(methods: Iterable[Method]) -> Any:
 
     Retraining takes its recipe, which is that of the original, from the setup file.
     """
-    configs = ((m, AsTrained if m.config is Retrain else m.config) for m in methods)
-    each = (Annotated[config, tyro.conf.subcommand(m.name, description=m.summary)] for m, config in configs)
+    configs = {m.name: AsTrained if m.config is Retrain else m.config for m in methods}
+    each = (
+        Annotated[config, tyro.conf.subcommand(name, description=(inspect.getdoc(config) or "").split("\n", 1)[0])]
+        for name, config in configs.items()
+    )
     return Annotated[functools.reduce(operator.or_, each), tyro.conf.arg(name="")]
 
 
@@ -217,6 +220,8 @@ def unlearn(
     facts = result.trace.facts
     if "removed_count" in facts:
         print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
+    if "priming_length" in facts:
+        print(f"length of the ascent: {facts['priming_length']:.3g} of the norm of the weights")
     if "groups" in facts:
         print(f"groups of the cache: {facts['groups_computed']} of {facts['groups']} computed again")
     print(f"ended because: {result.trace.stopped}")
