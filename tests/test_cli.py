@@ -456,7 +456,7 @@ def test_a_mistake_in_a_setup_file_shows_its_own_lines_and_no_others(folder, cap
     capsys.readouterr()
     assert cached("--replace") == 2
     said = capsys.readouterr().err
-    assert "AttributeError in your setup file's code or data" in said
+    assert "AttributeError in your own code or data" in said
     assert said.count("File ") == 1
     assert "no_such_method" in said
 

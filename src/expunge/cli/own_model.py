@@ -35,7 +35,7 @@ from expunge.weights import load_weights, save_weights
 class AsTrained:
     """Train an untrained model on what is left, with the recipe of the setup file."""
 
-    resume: str | None = None  # a file from which a retraining that was interrupted goes on
+    resume: Maybe[str] = None  # a file from which a retraining that was interrupted goes on
 
 
 def method_argument(methods: Iterable[Method]) -> Any:
