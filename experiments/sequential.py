@@ -4,7 +4,8 @@ Claim: none is made in advance.
 Setting: each time 2 % of the first training set of table1.py; after each deletion everything removed so far is judged
 against a model retrained without it. Settings are those tuned for the first deletion.
 Controls: fine-tuning, and a random reset in place of RELOAD's choice. RELOAD takes part again with an ascent that is
-the same share of the weights every time, that of its first deletion (the fact `priming_length`, 0.080 to 0.082).
+the same share of the weights every time, that of its first deletion (the fact `priming_length`, 0.080 and 0.082
+for seeds 0 and 1).
 Cost: ten times two retrained models a seed; on the cpu profile about twice that of table1.py.
 Expected: what was removed first is forgotten further with every deletion, by methods that train.
 

@@ -67,7 +67,8 @@ def known(monkeypatch, tmp_path):
             each.cache_clear()
 
     yield with_packages
-    sys.modules.pop("neggrad_plus", None)
+    for name in ("neggrad_plus", "twice"):
+        sys.modules.pop(name, None)
     monkeypatch.undo()
     forget()
 
@@ -198,7 +199,6 @@ def test_what_would_show_late_is_found_when_a_method_is_loaded(known, tmp_path, 
     (tmp_path / "site" / "twice.py").write_text(USABLE.replace(old, new), encoding="utf-8")
     assert ("mine" in all_methods()) == (reason is None)
     said = [str(each.message) for each in recwarn if "is left out" in str(each.message)]
-    sys.modules.pop("twice", None)
     assert re.search(reason, said[0]) if reason else not said
 
 
@@ -210,7 +210,6 @@ def test_the_search_space_may_hold_only_what_the_settings_take(known, tmp_path):
     (tmp_path / "site" / "twice.py").write_text(USABLE.replace("    scale: float = 0.5", refusing), encoding="utf-8")
     with pytest.warns(RuntimeWarning, match="is left out: ValueError: large"):
         all_methods()
-    sys.modules.pop("twice", None)
 
 
 def test_a_mistake_in_somebody_s_own_method_is_called_theirs(known, tmp_path, monkeypatch, capsys):
@@ -227,7 +226,6 @@ def test_a_mistake_in_somebody_s_own_method_is_called_theirs(known, tmp_path, mo
     said = capsys.readouterr().err
     assert "twice.py" in said
     assert "AttributeError in your own code or data" in said
-    sys.modules.pop("twice")
 
 
 def test_a_method_that_forgets_to_return_the_model_is_told(known, tmp_path):
@@ -237,7 +235,6 @@ def test_a_method_that_forgets_to_return_the_model_is_told(known, tmp_path):
 
     with pytest.raises(ConfigError, match="mine returned NoneType, and not the model"):
         unlearn(world().model, world().blind(), twice.Mine())
-    sys.modules.pop("twice")
 
 
 def test_a_comparison_on_the_digits_leaves_out_who_has_no_settings(known):

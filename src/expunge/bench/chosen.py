@@ -8,7 +8,7 @@ from typing import Any
 
 from expunge.errors import ConfigError, CorruptData, MissingData
 from expunge.files import write_text
-from expunge.methods import all_methods, method_of
+from expunge.methods import method_of
 from expunge.space import settings_of, with_settings
 
 # Of "about", by key: what `False` says against the settings.
@@ -42,7 +42,8 @@ def read_settings(path: Path, config: Any) -> object:
         CorruptData: It is no file of settings.
         ConfigError: Settings of another method, settings beside those of the file, or values that the method refuses.
     """
-    name = method_of(config).name
+    row = method_of(config)
+    name = row.name
     if not path.is_file():
         raise MissingData(f"{path}: no such file of settings. `expunge rehearse` writes one; or leave --settings out.")
     try:
@@ -56,9 +57,9 @@ def read_settings(path: Path, config: Any) -> object:
         ) from error
     if method != name:
         raise ConfigError(f"{path} holds settings of {method!r}, and this is {name!r}. Name the method {method}.")
-    if not all_methods()[name].space:
+    if not row.space:
         raise ConfigError(f"{name} has no settings to choose: leave {path} out, and give its settings by name.")
-    if config != all_methods()[name].config():
+    if config != row.config():
         raise ConfigError(
             f"settings of {name} were given beside {path}: nobody knows which is meant. Leave them out, or change a "
             "copy of the file."

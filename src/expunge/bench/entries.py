@@ -110,13 +110,7 @@ def chosen(scenario: str, name: str) -> dict[str, Any]:
 
 
 def _entry(method: Method, budget: Recipe, layers: int) -> Entry:
-    try:
-        published = method.config()
-    except TypeError as error:
-        raise ConfigError(
-            f"method {method.name}: {error}. Give every setting a default: tables and searches begin with them."
-        ) from error
-    start = _within(published, budget)
+    start = _within(method.published(), budget)
     space = {path: _fitted(path, values, start, layers) for path, values in method.space.items()}
     return Entry(method.name, start, space, method.blind, method.unfit)
 

@@ -145,7 +145,7 @@ def write_run(folder: Path, found: Evaluation) -> None:
 
 
 def _rows(found: Evaluation, method: str, seed: int, measured: Sequence[Measured]) -> Iterator[Row]:
-    known = all_methods().get(str(found.trace.get("method"))) if method == found.method else all_methods().get(method)
+    known = all_methods().get(str(found.trace.get("method")) if method == found.method else method)
     return measured_rows(
         measured,
         run=SCENARIO,

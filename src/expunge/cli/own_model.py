@@ -43,10 +43,11 @@ def method_argument(methods: Iterable[Method]) -> Any:
 
     Retraining takes its recipe, which is that of the original, from the setup file.
     """
-    configs = {m.name: AsTrained if m.config is Retrain else m.config for m in methods}
     each = (
-        Annotated[config, tyro.conf.subcommand(name, description=(inspect.getdoc(config) or "").split("\n", 1)[0])]
-        for name, config in configs.items()
+        Annotated[AsTrained, tyro.conf.subcommand(m.name)]
+        if m.config is Retrain
+        else Annotated[m.config, tyro.conf.subcommand(m.name, description=m.summary)]
+        for m in methods
     )
     return Annotated[functools.reduce(operator.or_, each), tyro.conf.arg(name="")]
 

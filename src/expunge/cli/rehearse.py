@@ -275,8 +275,9 @@ def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Pa
     for who, each in scores.items():
         compared.add_row(who, *(f"{value:.3g}" for value in (*each["tuned on"], each["held out"].total)))
     printing.show(tried, compared)
-    sizes = sorted({len(each.before.forget.labels) for each in (*stage.tuned, *stage.held)})
-    told = f"{len(stage.tuned)} pseudo-forget sets of {' to '.join(map(str, sizes[:: max(len(sizes) - 1, 1)]))} records"
+    sizes = [len(each.before.forget.labels) for each in (*stage.tuned, *stage.held)]
+    size = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    told = f"{len(stage.tuned)} pseudo-forget sets of {size} records"
     if stage.held[0].references:
         print(f"{told}, against {len(stage.held[0].references)} retrained models each.")
     else:

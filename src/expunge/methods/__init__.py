@@ -64,9 +64,10 @@ class Method:
     def __post_init__(self) -> None:
         if not (is_dataclass(self.config) and self.config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise ConfigError(f"method {self.name}: {self.config!r} is no frozen dataclass. Write its settings as one.")
-        if not (inspect.isclass(self._given) and issubclass(self._given, Blind)):
+        given = self._given
+        if not (inspect.isclass(given) and issubclass(given, Blind)):
             raise ConfigError(
-                f"method {self.name}: the second argument of {self.run.__name__} is annotated as {self._given!r}. "
+                f"method {self.name}: the second argument of {self.run.__name__} is annotated as {given!r}. "
                 "Annotate it as Blind if the removed records are not needed, as Sighted if they are."
             )
 
@@ -88,6 +89,19 @@ class Method:
     def summary(self) -> str:
         """The first sentence about its settings."""
         return (inspect.getdoc(self.config) or "").splitlines()[0]
+
+    def published(self) -> Any:
+        """Its configuration with all defaults, which searches and tables begin with.
+
+        Raises:
+            ConfigError: A setting without a default.
+        """
+        try:
+            return self.config()
+        except TypeError as error:
+            raise ConfigError(
+                f"method {self.name}: {error}. Give every setting a default: tables and searches begin with them."
+            ) from error
 
     def defaults(self) -> dict[str, Any]:
         """Its settings with their defaults, as plain values; None where one must be given."""
@@ -182,7 +196,7 @@ def _installed() -> dict[str, Method]:
         except (Exception, SystemExit) as error:
             why = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             package = point.dist.name if point.dist else "an unknown package"
-            said = f"the method {point.name} = {point.value} of {package} is left out: {why}."
+            said = f"the method {point.name} = {point.value} of {package} is left out: {why.rstrip('.')}."
             warnings.warn_explicit(said, RuntimeWarning, package, 0)  # no line of expunge is to blame
         else:
             found[method.name] = method
@@ -214,10 +228,7 @@ def _require_usable(method: Method) -> None:
         raise ConfigError(
             f"{config.__name__}.{stray[0]} has no annotation, so it is no setting. Write one: {stray[0]}: float = …"
         )
-    try:
-        start = config()
-    except TypeError as error:
-        raise ConfigError(f"{error}. Give every setting a default: tables and searches begin with them") from error
+    start = method.published()
     known = settings_of(start)
     for path, values in method.space.items():
         if path not in known or not isinstance(values, Range | Choice):

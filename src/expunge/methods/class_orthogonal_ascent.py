@@ -53,7 +53,7 @@ class ClassOrthogonalAscent:
     fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together: your own recipe
 
     def __post_init__(self) -> None:
-        require_turns(self.step, self.rounds, self.fine_tune)
+        require_turns(self)
 
 
 SPACE: Space = {
@@ -84,16 +84,7 @@ def class_orthogonal_ascent(
     weights = moved_weights(model, given.cached().total)
     with trace.stage("class gradients", model):
         direction = _direction(model, weights, given, trace)
-    return in_turns(
-        model,
-        direction,
-        given,
-        step=config.step,
-        rounds=config.rounds,
-        fine_tune=config.fine_tune,
-        seed=seed,
-        trace=trace,
-    )
+    return in_turns(model, direction, given, config, seed=seed, trace=trace)
 
 
 def _direction(model: nn.Module, weights: dict[str, nn.Parameter], given: Blind, trace: Trace) -> Params:

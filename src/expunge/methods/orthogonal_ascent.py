@@ -47,7 +47,7 @@ class OrthogonalAscent:
     fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together: your own recipe
 
     def __post_init__(self) -> None:
-        require_turns(self.step, self.rounds, self.fine_tune)
+        require_turns(self)
         if self.direction not in get_args(Direction):
             raise ConfigError(f"direction={self.direction!r}: choose from {', '.join(get_args(Direction))}.")
 
@@ -83,16 +83,7 @@ def orthogonal_ascent(
             {name: each[name] for name in weights} for each in (removed.total, retain.total, removed.noise)
         )
         direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
-    return in_turns(
-        model,
-        direction,
-        given,
-        step=config.step,
-        rounds=config.rounds,
-        fine_tune=config.fine_tune,
-        seed=seed,
-        trace=trace,
-    )
+    return in_turns(model, direction, given, config, seed=seed, trace=trace)
 
 
 def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,12 +16,29 @@ from expunge.trace import Trace
 from expunge.training import Recipe, train
 
 
-def require_turns(step: float, rounds: int, fine_tune: Recipe) -> None:
+class Turns(Protocol):
+    """The settings of a method that takes turns."""
+
+    @property
+    def step(self) -> float:
+        """Length of each ascent, as a share of the norm of the weights that it moves."""
+
+    @property
+    def rounds(self) -> int:
+        """Ascents, each followed by its share of the epochs."""
+
+    @property
+    def fine_tune(self) -> Recipe:
+        """How to train on what is left, all rounds together."""
+
+
+def require_turns(config: Turns) -> None:
     """Refuse settings that cannot work.
 
     Raises:
         ConfigError: A step of no length, or rounds that are not so many epochs.
     """
+    step, rounds, fine_tune = config.step, config.rounds, config.fine_tune
     if not 0 < step < math.inf:
         raise ConfigError(f"step={step}: must be a positive share of the norm of the weights.")
     if not isinstance(rounds, int) or rounds < 1:
@@ -42,19 +60,18 @@ def in_turns(
     model: nn.Module,
     direction: Params,
     given: Blind,
+    config: Turns,
     *,
-    step: float,
-    rounds: int,
-    fine_tune: Recipe,
     seed: int,
     trace: Trace,
 ) -> nn.Module:
     """Move parameters along a unit vector and train for a share of the epochs, so many times.
 
-    Each move is ``step`` times the norm that the parameters have now; ``trace.facts["ascent"]``.
+    Each move is ``config.step`` times the norm that the parameters have now; ``trace.facts["ascent"]``.
     """
     theta = params.named_parameters(model, direction)
-    trace.facts["ascent"] = length = step * params.norm({name: p.detach() for name, p in theta.items()})
+    trace.facts["ascent"] = length = config.step * params.norm({name: p.detach() for name, p in theta.items()})
+    rounds, fine_tune = config.rounds, config.fine_tune
     for number in range(rounds):
         with trace.stage("ascend", model), torch.no_grad():
             for name, part in direction.items():
