@@ -1,53 +1,22 @@
 import importlib
 import json
-import math
 import re
-from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset, Subset
 
-from expunge import Blind, Examples, Recipe, Reload, cross_entropy, gradient, second_pass
-from expunge.batches import indexed, only_rows, plain
+from expunge import Recipe, Reload, gradient, second_pass
 from expunge.bench import chosen, closeness, rehearsal, tuning
-from expunge.bench.closeness import Score, Seen
-from expunge.bench.rehearsal import Problem, draw, prepare
+from expunge.bench.closeness import Score
 from expunge.bench.tuning import Trial
 from expunge.cli import main
 from expunge.errors import ConfigError, CorruptData, NotFinite
 from expunge.methods import METHODS
-from expunge.metrics.outputs import Outputs
 from expunge.provenance import file_hash
 from expunge.space import settings_of, with_settings
+from tests.rehearsing import SETUP, facts
 
-SETUP = """
-import torch
-from torch import nn
-from expunge import Examples, Recipe, cross_entropy
-
-generator = torch.Generator().manual_seed(0)
-labels = torch.arange(120) % 3
-images = torch.randn(120, 6, generator=generator) + 1.5 * torch.eye(3, 6)[labels]
-loss_terms = cross_entropy
-recipe = Recipe(epochs=4, lr=0.1, batch_size=16)
-
-def model(seed):
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-
-def original():
-    return Examples(images[:60], labels[:60])
-
-def retain():
-    return original().without(torch.arange(6))
-
-def test():
-    return Examples(images[60:], labels[60:])
-"""
 RELOAD = ("reload", "--fine-tune.epochs", "2", "--fine-tune.batch-size", "16")
 
 
@@ -75,258 +44,9 @@ def folder(trained, tmp_path, monkeypatch):
     return tmp_path
 
 
-def facts():
-    names: dict = {}
-    exec(SETUP, names)
-    return names
-
-
 def rehearsed(*more, cache=True, method=RELOAD):
     options = ["--cache", "c.safetensors"] if cache else []
     return main(["rehearse", "setup.py", "--weights", "w.safetensors", *options, *more, *method])
-
-
-def outputs_of(logits, labels):
-    return Outputs(np.array(logits, dtype=np.float64), np.array(labels))
-
-
-# Which records
-
-
-def test_random_sets_share_no_record_and_have_the_size_asked_for():
-    sets = draw(np.arange(50) % 5, "random", 7, 4, seed=3)
-    assert [len(rows) for rows in sets] == [7] * 4
-    rows = torch.cat(sets).tolist()
-    assert len(set(rows)) == 28
-    assert all(rows.tolist() == sorted(rows.tolist()) for rows in sets)
-    again, other = draw(np.arange(50) % 5, "random", 7, 4, seed=3), draw(np.arange(50) % 5, "random", 7, 4, seed=4)
-    assert all(torch.equal(a, b) for a, b in zip(sets, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(sets, other, strict=True))
-
-
-@pytest.mark.parametrize(("like", "size"), [("in-class", 4), ("class", 10)])
-def test_sets_of_a_class_have_a_class_of_their_own(like, size):
-    labels = np.arange(50) % 5
-    sets = draw(labels, like, 4, 3, seed=0)
-    classes = [set(labels[rows.numpy()].tolist()) for rows in sets]
-    assert [len(rows) for rows in sets] == [size] * 3
-    assert all(len(own) == 1 for own in classes)
-    assert len(set.union(*classes)) == 3
-
-
-def test_sets_of_persons_have_all_their_records_and_somebody_stays():
-    persons = np.repeat(np.arange(8), [1, 2, 3, 4, 5, 6, 7, 8])
-    labels = np.zeros(36, dtype=np.int64)
-    for seed in range(20):
-        sets = draw(labels, "person", 4, 3, seed, persons)
-        own = [set(persons[rows.numpy()].tolist()) for rows in sets]
-        assert sum(map(len, own)) == len(set.union(*own))  # nobody twice
-        for rows, mine in zip(sets, own, strict=True):
-            assert rows.tolist() == np.flatnonzero(np.isin(persons, list(mine))).tolist()
-            assert len(rows) >= 4
-            assert any(len(rows) - (persons == person).sum() < 4 for person in mine)  # and no more of them than needed
-    drawn = {tuple(map(tuple, (r.tolist() for r in draw(labels, "person", 4, 3, seed, persons)))) for seed in range(20)}
-    assert len(drawn) == 20
-    with pytest.raises(
-        ConfigError, match=r"3 pseudo-forget sets of at least 12 .* nothing of the 36 records of 8 persons"
-    ):
-        draw(labels, "person", 12, 3, 0, persons)
-
-
-def test_sets_that_cannot_be_drawn_are_refused():
-    labels = np.arange(12) % 3
-    with pytest.raises(ConfigError, match=r"3 pseudo-forget sets of 4 records leave nothing of the 12 .*smaller sets"):
-        draw(labels, "random", 4, 3, 0)
-    with pytest.raises(ConfigError, match=r"like='in-class': 0 classes have 5 records or more .*--records"):
-        draw(labels, "in-class", 4, 3, 0)
-    with pytest.raises(ConfigError, match=r"like='class': 3 classes .*and 4 pseudo-forget sets"):
-        draw(labels, "class", 4, 4, 0)
-    with pytest.raises(ConfigError, match="records=0: a pseudo-forget set has at least one"):
-        draw(labels, "random", 0, 3, 0)
-
-
-class Squares(Dataset):
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, index):
-        return torch.tensor([float(index)]), index
-
-
-@pytest.mark.parametrize("form", ["examples", "dataset", "subset", "loader"])
-def test_some_rows_of_any_data_keep_their_positions(form):
-    kept = [3, 5, 8, 13]
-    numbers = torch.arange(20)
-    data = {
-        "examples": Examples(numbers.float()[:, None], numbers).only(torch.tensor(kept)),
-        "dataset": Squares(),
-        "subset": Subset(Squares(), [13, 3, 8, 5]),
-        "loader": DataLoader(Subset(Squares(), kept), batch_size=3, shuffle=True),
-    }[form]
-    rows, expected = ([3, 8], [3, 8]) if form == "dataset" else ([0, 2], [3, 8])
-    part = indexed(only_rows(data, torch.tensor(rows)))
-    assert part is not None
-    assert part.positions.tolist() == expected
-    (batch,) = part.fetch([slice(0, 2)]) if form == "examples" else part.fetch([torch.arange(2)])
-    assert batch[1].tolist() == expected
-
-
-def test_data_without_positions_cannot_be_divided():
-    with pytest.raises(ConfigError, match="list without positions cannot be divided"):
-        only_rows([(torch.zeros(2, 6), torch.zeros(2))], torch.tensor([0]))
-    assert plain([1]) == [1]
-
-
-def problem_of(names, model, **more):
-    left = names["retain"]()
-    given = Blind(
-        retain=left, loss_terms=cross_entropy, fresh=names["model"], full=gradient(model, cross_entropy, left)
-    )
-    return Problem(model=model, given=given, **more)
-
-
-def test_the_blind_difference_of_a_rehearsal_is_the_gradient_of_its_set():
-    names = facts()
-    model = names["model"](0)
-    problem = problem_of(names, model, unseen=names["test"]())
-    rows = [torch.tensor([1, 4, 30]), torch.tensor([0, 53])]
-    for each, own in zip(prepare(problem, rows, seed=0), rows, strict=True):
-        assert type(each.given) is Blind
-        assert each.given.full is not None
-        found = each.given.full - gradient(model, cross_entropy, each.given.retain)
-        truth = gradient(model, cross_entropy, names["retain"]().only(own + 6))
-        assert found.count == len(own)
-        for name, total in truth.total.items():
-            torch.testing.assert_close(found.total[name], total, rtol=1e-4, atol=1e-5)
-        assert len(each.before.left.labels) + len(each.before.forget.labels) == 54
-
-
-def test_references_never_saw_the_set_and_differ():
-    names = facts()
-    model = names["model"](0)
-    problem = problem_of(names, model)
-    recipe = Recipe(epochs=2, lr=0.1, batch_size=16)
-    (each,) = prepare(problem, [torch.tensor([2, 3])], seed=0, recipe=recipe, retrain=2)
-    one, other = each.references
-    assert not np.array_equal(one.forget.logits, other.forget.logits)
-    moved = names["retain"]().tensors[0].clone()
-    moved[[2, 3]] += 100.0  # other records in the set: the same models, since they were not trained on
-    strange = Examples(moved, names["retain"]().tensors[1], positions=names["retain"]().positions)
-    again = replace(problem, given=replace(problem.given, retain=strange))
-    (twin,) = prepare(again, [torch.tensor([2, 3])], seed=0, recipe=recipe, retrain=2)
-    assert np.array_equal(twin.references[0].left.logits, one.left.logits)
-
-
-# Scores
-
-
-def seen(seed, shift=0.0):
-    generator = np.random.default_rng(seed)
-    parts = [(30, np.arange(30) % 3), (6, np.arange(6) % 2), (24, np.arange(24) % 3)]
-    return Seen(*(outputs_of(generator.normal(size=(n, 3)) + shift * np.eye(3)[labels], labels) for n, labels in parts))
-
-
-def test_the_score_against_unseen_records_is_the_sum_of_a_gap_and_of_what_was_lost():
-    before, after = [seen(0, 2.0), seen(1, 2.0)], [seen(2, 1.0), seen(3, 3.0)]
-    gaps, rises = [], []
-    for own, trained in zip(after, before, strict=True):
-        for loss, label in zip(own.forget.losses, own.forget.labels, strict=True):
-            like = [u for u, other in zip(own.unseen.losses, own.unseen.labels, strict=True) if other == label]
-            gaps.append(loss - sum(like) / len(like))
-        rises.append(max(0, own.left.losses.mean() - trained.left.losses.mean()))
-        rises.append(max(0, own.unseen.losses.mean() - trained.unseen.losses.mean()))
-    found = closeness.against_unseen(before, after)
-    assert found.forgetting == pytest.approx(abs(sum(gaps) / 12))
-    assert found.usefulness == pytest.approx(sum(rises) / 2)
-    assert found.usefulness > 0
-    assert found.total == pytest.approx(found.forgetting + found.usefulness)
-
-
-def test_a_model_that_treats_a_set_as_unseen_and_loses_nothing_scores_0():
-    one = seen(0, 2.0)
-    same = Seen(one.left, outputs_of(one.unseen.logits, one.unseen.labels), one.unseen)
-    assert closeness.against_unseen([same], [same]).total == pytest.approx(0, abs=1e-12)
-
-
-def test_sets_that_are_easier_or_harder_by_chance_balance():
-    one = seen(0)
-    easy, hard = (
-        Seen(one.left, outputs_of([[shift, 0.0, 0.0]], [0]), outputs_of([[0.0, 0.0, 0.0]], [0]))
-        for shift in (1.0, -0.9)
-    )
-    alone = closeness.against_unseen([easy], [easy]).forgetting
-    assert closeness.against_unseen([easy, hard], [easy, hard]).forgetting < alone / 3
-
-
-def test_the_score_against_retrained_models_counts_noise_floors():
-    references, after = [[seen(10), seen(11), seen(12)], [seen(13), seen(14)]], [seen(0), seen(1)]
-
-    def kl(a, b):
-        p, q = (np.exp(x.logits) / np.exp(x.logits).sum(1, keepdims=True) for x in (a, b))
-        return float((p * np.log(p / q) + q * np.log(q / p)).sum(1).mean())
-
-    def both(a, b):
-        return abs(a.forget.losses.mean() - b.forget.losses.mean()), kl(a.left, b.left)
-
-    own = np.mean([both(a, r) for a, rs in zip(after, references, strict=True) for r in rs], axis=0)
-    floor = np.mean([both(a, b) for rs in references for a, b in combinations(rs, 2)], axis=0)
-    found = closeness.against_retrained(references, after)
-    assert found[1:] == pytest.approx(tuple(own / floor))
-    assert found.total == pytest.approx((own / floor).mean())
-
-
-def test_chance_is_the_standard_error_of_a_mean_loss():
-    each = seen(0)
-    losses = each.unseen.losses.copy()
-    for label in range(3):
-        losses[each.unseen.labels == label] -= losses[each.unseen.labels == label].mean()
-    assert closeness.chance([each, each]) == pytest.approx(losses.std() / math.sqrt(12))
-
-
-def test_what_there_is_to_forget_is_how_much_better_records_are_known_that_were_trained_on():
-    sets = [seen(0), seen(1)]
-    known = [*zip(sets[0].left.losses, sets[0].left.labels, strict=True)]
-    known += [*zip(sets[0].forget.losses, sets[0].forget.labels, strict=True)]
-    unseen = [*zip(sets[0].unseen.losses, sets[0].unseen.labels, strict=True)]
-
-    def mean(pairs, label):
-        return np.mean([loss for loss, other in pairs if other == label])
-
-    labels = [label for each in sets for label in each.forget.labels]
-    expected = np.mean([mean(unseen, label) - mean(known, label) for label in labels])
-    assert closeness.to_forget(sets) == pytest.approx(expected)
-
-
-def spread(gain, deviation, records):
-    """Records that are known by `gain` nats better than unseen ones, whose losses deviate by so much."""
-    losses = {"known": [1.0], "unseen": [1.0 + gain - deviation, 1.0 + gain + deviation]}
-    logits = {k: [[0.0, math.log(math.exp(loss) - 1)] for loss in own] for k, own in losses.items()}
-    of = {k: outputs_of(own, [0] * len(own)) for k, own in logits.items()}
-    return Seen(of["known"], outputs_of(logits["known"] * records, [0] * records), of["unseen"])
-
-
-@pytest.mark.parametrize(
-    ("gain", "records", "needed"),
-    [
-        (0.3, 3, 15),  # 3 sets: chance is 0.5 / 3 = 0.17; a quarter of 0.3 with (0.5 · 4 / 0.3)² / 3 = 14.8 records
-        (0.3, 4, None),
-        (0.34, 3, None),
-        (0.3, 15, None),
-        (-0.1, 50, 0),
-    ],
-)
-def test_too_few_records_are_those_of_which_chance_is_half_of_what_there_is_to_forget(gain, records, needed):
-    assert closeness.records_needed([spread(gain, 0.5, records)] * 3) == needed
-
-
-def test_a_class_without_unseen_records_is_named():
-    one = seen(0)
-    lacking = Seen(one.left, one.forget, outputs_of([[0.0, 0.0, 0.0]], [0]))
-    with pytest.raises(ConfigError, match=r"test\(\) has no record of class 1"):
-        closeness.against_unseen([lacking], [lacking])
-
-
-# The command
 
 
 def test_activations_that_the_cache_computed_again_are_computed_again(folder, monkeypatch):
@@ -355,6 +75,21 @@ def test_settings_are_chosen_and_unlearn_takes_them(folder, capsys):
     assert trace["config"]["fine_tune"]["lr"] == best["settings"]["fine_tune.lr"]
     assert trace["config"]["fine_tune"]["epochs"] == 2
     assert "settings" in trace["provenance"]["files"]
+
+
+def test_sets_are_of_the_classes_that_the_cache_tells_were_removed(folder, capsys):
+    edited("without(torch.arange(6))", "without(torch.arange(0, 24, 3))")  # eight of class 0
+    more = ("--like", "removed", "--may-lose", "0.5")
+    assert rehearsed("--trials", "1", "--sets", "2", *more) == 0
+    out = capsys.readouterr().out
+    stored = json.loads(Path("settings.json").read_text(encoding="utf-8"))["about"]
+    assert stored["may_lose"] == 0.5
+    assert sum(stored["removed"].values()) == pytest.approx(8, abs=0.1)
+    assert stored["removed"]["0"] > 4  # an estimate, from a model that does not fit its data
+    assert re.search(r"removed, as the cache tells: class 0: [5678]", out)
+    assert "2 pseudo-forget sets of" in out
+    assert rehearsed("--trials", "1", "--sets", "2", "--like", "removed", "--replace") == 2
+    assert "may_lose" in capsys.readouterr().err  # another search
 
 
 def test_a_cache_in_several_files_is_as_good_as_one(folder):
@@ -536,6 +271,7 @@ def edited(old, new):
             ["--like", "class", "--retrain", "2", "--records", "9"],
             "records=9, like='class': a whole class has the size",
         ),
+        (["--may-lose", "1"], r"may_lose=1.0: give a share of what is left"),
         (["--retrain", "1"], r"retrain=1: nobody knows how far two retrained models are apart"),
         (["--records", "20"], r"4 pseudo-forget sets of 20 records leave nothing of the 54 records in retain\(\)"),
         (["--minutes", "0"], "no settings of reload worked: no trial began in 0 minutes"),
@@ -562,6 +298,8 @@ def test_a_setup_file_that_lacks_something_is_told_what(folder, capsys):
 
 
 def test_without_a_cache_the_number_of_records_is_needed(folder, capsys):
+    assert rehearsed("--like", "removed", "--records", "6", cache=False) == 2
+    assert "like='removed': it is the cache that tells the classes" in capsys.readouterr().err
     assert rehearsed(cache=False) == 2
     assert "without a cache nobody knows how many records were removed" in capsys.readouterr().err
     assert rehearsed("--records", "4", "--trials", "1", cache=False) == 0

@@ -6,15 +6,18 @@ computes from kept records what one of each class contributes, and solves for ho
 Source: Zhao et al. 2020, "iDLG"; the counts are in the spirit of Wainakh et al. 2021, "LLG".
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from expunge import params
 from expunge.audit.finding import Evidence, Finding, Truth, Verdict
 from expunge.audit.layers import LIMIT, Layer
 from expunge.batches import Batches, map_tensors, micro_batches, to_device
-from expunge.errors import MissingExtra
+from expunge.errors import MissingExtra, NotInformative
 from expunge.gradient import gradient
 from expunge.metrics.outputs import Logits, outputs
 from expunge.seeds import keeping_random_state
@@ -69,22 +72,47 @@ def _one(head: Layer, known: int | None) -> Finding:
     )
 
 
-def _several(evidence: Evidence, head: Layer, count: int, known: Tensor | None) -> Finding:
+class Composition(NamedTuple):
+    """How many records of each class were removed, as far as the head's gradient tells."""
+
+    counts: Float[np.ndarray, " classes"]  # together as many as were removed
+    kept: Float[np.ndarray, " classes"]  # records that say what one of each class contributes
+    unexplained: float  # share of the gradient's norm that no records of these classes account for
+
+
+def composition(evidence: Evidence, head: Layer) -> Composition:
+    """Estimate of which classes the removed records were, from the gradient of their loss, of any kind.
+
+    Formula: min over n >= 0 of ‖g - Σ n_c m_c‖, with g the head's part of the difference and m_c that of an average
+    kept record of class c; n is then scaled to the number of removed records. Misses: a class of which nothing is
+    kept, which ``unexplained`` shows: it is near 1 then.
+
+    Raises:
+        NotInformative: The head's gradient is below its rounding floor.
+        MissingExtra: SciPy is not installed.
+    """
     try:
         from scipy.optimize import nnls
     except ImportError as error:
         raise MissingExtra("counting labels needs SciPy: pip install 'expunge[eval]'.") from error
-    attack, classes = "labels of several records", len(head.weight)
-    means, kept = _contribution_of_a_class(evidence, head, classes)
     observed = _flat(head.weight, head.bias)
-    scale = observed.norm()
-    if float(scale) <= float(_flat(head.weight_floor, head.bias_floor).norm()):
-        words = "The head's gradient is below its rounding floor."
-        return Finding(attack=attack, place=head.name, verdict="not shown", words=words)
-    solution, _ = nnls(means.numpy(), observed.numpy())
-    estimate = solution * count / max(solution.sum(), 1e-300)
+    scale = float(observed.norm())
+    if scale <= float(_flat(head.weight_floor, head.bias_floor).norm()):
+        raise NotInformative("The head's gradient is below its rounding floor.")
+    means, kept = _contribution_of_a_class(evidence, head, len(head.weight))
+    solution, left_over = nnls(means.numpy(), observed.numpy())
+    counts = solution * evidence.removed.count / max(solution.sum(), 1e-300)
+    return Composition(counts, kept.double().numpy(), float(left_over) / scale)
+
+
+def _several(evidence: Evidence, head: Layer, count: int, known: Tensor | None) -> Finding:
+    attack, classes = "labels of several records", len(head.weight)
+    try:
+        estimate, kept, _ = composition(evidence, head)
+    except NotInformative as error:
+        return Finding(attack=attack, place=head.name, verdict="not shown", words=str(error))
     numbers: dict[str, object] = {"estimated counts": [round(float(each), 2) for each in estimate]}
-    prior = count * kept.numpy() / kept.sum().item()
+    prior = count * kept / kept.sum()
     if known is None:
         words = "An estimate of how many records of each class were removed; without the truth nobody knows how good."
         return Finding(attack=attack, place=head.name, verdict="not shown", words=words, numbers=numbers)

@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import Float
 
 from expunge.errors import ConfigError
-from expunge.metrics.classification import cross_entropy, symmetric_kl
+from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
 from expunge.metrics.outputs import Outputs
+
+MAY_LOSE = 0.01  # share of what is left that may be told wrongly after an unlearning and was not before
 
 
 class Seen(NamedTuple):
@@ -25,8 +27,9 @@ class Seen(NamedTuple):
 class Score(NamedTuple):
     """How far from what was wanted; low is good.
 
-    Against unseen records: nats, the total is the sum, and 0 is perfect. Against retrained models: noise floors, the
-    total is the mean, and 1 is as close as another retrained model: what is below it is chance.
+    Against unseen records: nats; the total is the sum unless too much was lost, and 0 is perfect. Against retrained
+    models: noise floors; the total is the mean, and 1 is as close as another retrained model: what is below it is
+    chance.
     """
 
     total: float
@@ -34,28 +37,37 @@ class Score(NamedTuple):
     usefulness: float  # of the rest: from what it should be
 
 
-def against_unseen(before: Sequence[Seen], after: Sequence[Seen]) -> Score:
+def against_unseen(before: Sequence[Seen], after: Sequence[Seen], may_lose: float = MAY_LOSE) -> Score:
     """How close the sets come to never having been seen, and what that costs.
 
     Formula: forgetting = |mean over all records of all sets of (loss - mean loss of the unseen records of its class)|:
     the sign is kept until the sets are averaged, since a set may be easier or harder by chance. usefulness = mean over
     sets of the rise of the mean loss on what is left, plus that on the unseen records, over the trained model's (a fall
-    counts as 0). Unit: nats.
+    counts as 0). Unit: nats. Where the accuracy on what is left falls by more than may_lose, mean over sets, the total
+    is no less than without unlearning, and a nat more for every point beyond: a model that knows its data by heart has
+    nats to forget, and would else give up what is left for them.
 
     Misses: a class that was removed whole, whose unseen records are known as well as the removed ones.
 
     Raises:
         ConfigError: A class of which there are no unseen records.
     """
-    apart = np.concatenate([excess(each) for each in after])
+    forgetting = _apart(after)
     rises = [
         max(0.0, cross_entropy(one) - cross_entropy(other))
         for own, trained in zip(after, before, strict=True)
         for one, other in ((own.left, trained.left), (own.unseen, trained.unseen))
         if one is not None and other is not None
     ]
-    forgetting, usefulness = abs(float(apart.mean())), sum(rises) / len(after)
-    return Score(forgetting + usefulness, forgetting, usefulness)
+    usefulness = sum(rises) / len(after)
+    lost = fmean(accuracy(each.left) - accuracy(own.left) for each, own in zip(before, after, strict=True))
+    total, beyond = forgetting + usefulness, lost - 100 * may_lose
+    return Score(max(total, _apart(before)) + beyond if beyond > 0 else total, forgetting, usefulness)
+
+
+def _apart(models: Sequence[Seen]) -> float:
+    """How far the sets are from never having been seen, nats."""
+    return abs(float(np.concatenate([excess(each) for each in models]).mean()))
 
 
 def excess(seen: Seen) -> Float[np.ndarray, " forget"]:

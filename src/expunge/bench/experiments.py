@@ -18,7 +18,7 @@ from expunge.bench.entries import SHORT, entries
 from expunge.bench.fit import require_fit
 from expunge.bench.judging import TABLES, metrics_of
 from expunge.bench.required import require
-from expunge.bench.stages import PSEUDO_SETS, PSEUDO_SETS_LIKE, STANDARDS, Contender, Effort, Stage, tuning_of
+from expunge.bench.stages import PSEUDO_SETS, STANDARDS, Contender, Effort, Stage, tuning_of
 from expunge.bench.steps import TRIALS
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import NONE_TO_SPARE, Task, located, note_of
@@ -60,11 +60,11 @@ class Experiment:
         for contender in self.contenders:
             standard = contender.entry in STANDARDS
             require(not standard, "entry", contender.entry, "it is in every table anyway: leave the contender out")
-            unfit = [t.scenario.name for t in self.tasks if t.scenario.kind not in PSEUDO_SETS_LIKE]
+            unfit = [t.scenario.name for t in self.tasks if t.scenario.corrects]
             if contender.tuned == "blind" and unfit:
                 raise ConfigError(
-                    f"contender {contender.name!r}, tuned='blind': without a forget set only one removal of records "
-                    f"can be rehearsed, random or in-class, and not {unfit[0]!r}. Leave tuned out."
+                    f"contender {contender.name!r}, tuned='blind': without a forget set removals can be rehearsed, "
+                    f"and not {unfit[0]!r}. Leave tuned out."
                 )
             whole = [t for t in self.tasks if t.dataset == "digits" or t.train == 0]
             if contender.tuned == "blind" and whole:

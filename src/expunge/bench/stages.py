@@ -30,8 +30,6 @@ STEPS: tuple[Step, ...] = get_args(Step)
 VERSIONS: dict[Step, int] = dict.fromkeys(STEPS, 1)
 LOSSES = {name_of(loss): loss for loss in (cross_entropy, logit_margin)}  # that gradients are cached of
 PSEUDO_SETS = 2  # that a blind tuning tries every setting on
-# Scenarios for which a contender can be tuned blind, and what pseudo-forget sets are like then.
-PSEUDO_SETS_LIKE: dict[str, Literal["random", "in-class"]] = {"random": "random", "in-class": "in-class"}
 STANDARDS = ("original", "retrain", "retrain again")  # models that are evaluated beside those that unlearned
 
 
@@ -285,7 +283,7 @@ def _matters(stage: Stage) -> dict[str, Any]:
     assert stage.effort is not None
     code = {"method": _source(stage.contender.entry)}
     if stage.step == "tune":
-        how = {"tuned": "blind"} if stage.contender.tuned == "blind" else {}
+        how = {"tuned": "blind", "like": "removed"} if stage.contender.tuned == "blind" else {}
         return {**found, **code, **how, "entry": stage.contender.entry, "effort": _chosen(stage.effort)}
     choice = {name: value for name, value in _chosen(stage.contender).items() if name != "name"}
     return {**found, **code, "contender": choice, "budget": _chosen(stage.effort.budget)}

@@ -21,7 +21,6 @@ from expunge.bench.judging import SPENT
 from expunge.bench.stages import (
     LOSSES,
     PSEUDO_SETS,
-    PSEUDO_SETS_LIKE,
     Stage,
     Step,
     cache_of,
@@ -143,8 +142,9 @@ def _on_what_is_left(stage: Stage, store: Store, entry: Entry) -> tuple[Objectiv
     unseen = tasks.spare(stage.task, stage.seed, store.data).to(stage.task.device)
     problem = rehearsal.Problem(model=situation.original, given=blind, unseen=unseen)
     labels = situation.records.retain.tensors[1].cpu().numpy()
+    removed = rehearsal.removed_of_each_class(problem, given.cached())
     drawn = rehearsal.draw(
-        labels, PSEUDO_SETS_LIKE[stage.task.scenario.kind], len(situation.records.forget), PSEUDO_SETS, stage.seed
+        labels, "removed", len(situation.records.forget), PSEUDO_SETS, stage.seed, of_each_class=removed
     )
     sets = rehearsal.prepare(problem, drawn, seed=stage.seed)
 

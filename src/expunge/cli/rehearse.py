@@ -12,7 +12,7 @@ from expunge import cache as cache_file
 from expunge import provenance
 from expunge.access import Blind
 from expunge.bench import chosen, closeness, inputs, rehearsal, tuning
-from expunge.bench.closeness import Score
+from expunge.bench.closeness import MAY_LOSE, Score, Seen
 from expunge.bench.rehearsal import Like, Problem, Rehearsal
 from expunge.bench.tuning import Trial
 from expunge.cli import printing
@@ -42,7 +42,12 @@ class _Stage:
     problem: Problem
     tuned: list[Rehearsal]
     held: list[Rehearsal]  # the one that settings are confirmed on
+    may_lose: float  # against unseen records: accuracy on what is left
     about: dict[str, Any]  # what the scores depend on
+
+    def score(self, sets: Sequence[Rehearsal], after: Sequence[Seen]) -> Score:
+        """Of models after some of the rehearsals."""
+        return rehearsal.score(sets, after, self.may_lose)
 
 
 def rehearse(
@@ -56,6 +61,7 @@ def rehearse(
     records: Maybe[int] = None,
     sets: int = 3,
     retrain: int = 0,
+    may_lose: float = MAY_LOSE,
     trials: int = 25,
     minutes: float = math.inf,
     journal: Maybe[Path] = None,
@@ -76,12 +82,15 @@ def rehearse(
         weights: The trained weights that the cache was made at.
         cache: The gradient cache: it says how many records were removed. Without it, give --records.
         out: Where the settings go, for `expunge unlearn --settings`.
-        like: What was removed: records at random, all records of some persons (needs persons() in the setup file),
-            records of one class, or a whole class (needs --retrain).
+        like: What was removed: records at random; records of the classes that the cache tells were "removed"; all
+            records of some persons (needs persons() in the setup file); records of one class; a whole class (needs
+            --retrain).
         records: Size of a pseudo-forget set; by default as many as were removed. Few are ruled by chance: take 50.
-            Of whole persons the least size.
+            Of whole persons the least size, of the classes that were removed the most.
         sets: Pseudo-forget sets to tune on, at least 2; one more is drawn to confirm.
         retrain: Models to retrain for each set as references, at least 2; 0 judges against test() instead.
+        may_lose: Share of what is left that a model may tell wrongly after an unlearning and did not before: settings
+            that cost more are no better than none. With --retrain the score itself sees to that.
         trials: Settings to try, those given among them.
         minutes: No trial begins later than this.
         journal: Where finished trials are kept; by default beside OUT.
@@ -102,11 +111,15 @@ def rehearse(
         )
     if like == "class" and records is not None:
         raise ConfigError(f"records={records}, like='class': a whole class has the size it has. Leave one of them out.")
+    if like == "removed" and cache is None:
+        raise ConfigError("like='removed': it is the cache that tells the classes of what was removed. Give --cache.")
+    if not 0 <= may_lose < 1:
+        raise ConfigError(f"may_lose={may_lose}: give a share of what is left, from 0 to below 1.")
     row = method_of(method)
     tuning.require_optuna()
     read = {"setup": setup, "weights": weights} | ({"cache": cache_file.file_of(cache)} if cache else {})
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
-    stage = _stage(load_setup(setup), weights, cache, like, records, sets, retrain, seed, device)
+    stage = _stage(load_setup(setup), weights, cache, like, records, sets, retrain, may_lose, seed, device)
     inputs.require_unchanged(hashes)
     _warn_of_chance(stage)
     about = stage.about | {"method": row.name, "settings": settings_of(method), "code": provenance.sources()}
@@ -114,7 +127,7 @@ def rehearse(
 
     def objective(settings: dict[str, Any]) -> float:
         after = rehearsal.rehearse(stage.problem, stage.tuned, with_settings(method, settings))
-        return rehearsal.score(stage.tuned, after).total
+        return stage.score(stage.tuned, after).total
 
     kept = journal or out.with_suffix(".trials.jsonl")
     found = tuning.tune(
@@ -183,6 +196,7 @@ def _stage(
     records: int | None,
     sets: int,
     retrain: int,
+    may_lose: float,
     seed: int,
     device: str,
 ) -> _Stage:
@@ -219,26 +233,31 @@ def _stage(
     )
     labels = outputs(model, retain, loaded.logits).labels
     persons = loaded.persons(len(labels)) if like == "person" else None
-    drawn = rehearsal.draw(labels, like, count, sets + 1, seed, persons)
+    removed = rehearsal.removed_of_each_class(problem, cached) if like == "removed" and cached else None
+    drawn = rehearsal.draw(labels, like, count, sets + 1, seed, persons, removed)
     recipe = loaded.recipe if retrain and loaded.has("recipe") else None
     prepared = rehearsal.prepare(problem, drawn, seed=seed, recipe=recipe, retrain=retrain)
     about: dict[str, Any] = {"like": like, "records": count or None, "sets": sets, "retrain": retrain, "seed": seed}
+    if removed is not None:
+        about["removed"] = {str(label): round(float(each), 1) for label, each in enumerate(removed) if each >= 0.05}
+    if not retrain:
+        about["may_lose"] = may_lose
     about |= {"left": {"terms": left.count, "loss": f"{left.loss:.6g}"}}  # data that changed is another search
-    return _Stage(problem, prepared[:sets], prepared[sets:], about)
+    return _Stage(problem, prepared[:sets], prepared[sets:], may_lose, about)
 
 
 def _confirm(stage: _Stage, configs: Mapping[str, object]) -> _Confirmed:
     """Scores on the sets that were tuned on, and on the one that was not."""
     both = {"tuned on": stage.tuned, "held out": stage.held}
-    found = {NOTHING: {name: rehearsal.score(sets, [each.before for each in sets]) for name, sets in both.items()}}
+    found = {NOTHING: {name: stage.score(sets, [each.before for each in sets]) for name, sets in both.items()}}
     for who, config in configs.items():
-        found[who] = {name: _score(stage.problem, sets, config) for name, sets in both.items()}
+        found[who] = {name: _score(stage, sets, config) for name, sets in both.items()}
     return found
 
 
-def _score(problem: Problem, sets: Sequence[Rehearsal], config: object) -> Score:
+def _score(stage: _Stage, sets: Sequence[Rehearsal], config: object) -> Score:
     try:
-        return rehearsal.score(sets, rehearsal.rehearse(problem, sets, config))
+        return stage.score(sets, rehearsal.rehearse(stage.problem, sets, config))
     except NotFinite:
         return Score(math.inf, math.inf, math.inf)
 
@@ -275,6 +294,9 @@ def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Pa
     for who, each in scores.items():
         compared.add_row(who, *(f"{value:.3g}" for value in (*each["tuned on"], each["held out"].total)))
     printing.show(tried, compared)
+    if "removed" in stage.about:
+        most = sorted(stage.about["removed"].items(), key=lambda pair: -pair[1])[:_SHOWN]
+        print(f"removed, as the cache tells: {', '.join(f'class {label}: {count:.0f}' for label, count in most)}")
     sizes = [len(each.before.forget.labels) for each in (*stage.tuned, *stage.held)]
     size = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     told = f"{len(stage.tuned)} pseudo-forget sets of {size} records"
