@@ -219,6 +219,26 @@ def rehearsal_table() -> str:
     return "\n".join(lines)
 
 
+def classes_table() -> str:
+    """How many removed records a cache puts into the right class: mean, least and most over seeds."""
+    with (ROOT / "results" / "removed_classes.csv").open(newline="", encoding="utf-8") as file:
+        stored = list(csv.DictReader(file))
+    groups: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = {}
+    for line in stored:
+        groups.setdefault((line["dataset"], line["removal"]), {}).setdefault(line["loss"], []).append(line)
+    losses = tuple(dict.fromkeys(line["loss"] for line in stored))
+    heads = [f"{what} ({loss})" for loss in losses for what in ("placed", "unexplained")]
+    lines = [f"| data | removed | by shares of what is left | {' | '.join(heads)} |", f"|---|---|{'--:|' * 5}"]
+    for (dataset, removal), of in groups.items():
+        cells = [f"{statistics.mean(float(line['by_chance']) for line in of[losses[0]]):.2f}"]
+        for loss in losses:
+            for what in ("placed", "unexplained"):
+                found = [float(line[what]) for line in of[loss]]
+                cells.append(f"{statistics.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+        lines.append(f"| {dataset} | {removal} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _apart(found: dict[str, float], other: dict[str, float]) -> str:
     """The mean difference over seeds, with its 95 % interval."""
     if found is other:
@@ -267,12 +287,14 @@ FINDINGS: dict[str, Finding] = {
          "reset_to=normal", "published_code=normal-1d"),
         ("NA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL"),
     ),
-    "rehearsed": Finding(
+    **{f"rehearsed {kind}": Finding(
         "rehearsed",
-        tuple(f"{name}{how}" for name in ("orthogonal-ascent", "class-orthogonal-ascent", "reload")
-              for how in ("", " (rehearsed blind)", " (defaults)")),
+        ("retrain again",
+         *(f"{name}{how}" for name in ("orthogonal-ascent", "class-orthogonal-ascent", "reload")
+           for how in ("", " (rehearsed blind)", " (defaults)"))),
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL"),
-    ),
+        scenario=kind,
+    ) for kind in ("random", "in-class")},
     "frontier": Finding(
         "frontier",
         ("original", "retrain", "retrain again", *(f"short retraining, {e} epochs, lr 0.1" for e in (1, 2, 5)),
@@ -296,5 +318,6 @@ MEASURED: dict[str, Callable[[], str]] = {
     "finding-sequence-left": functools.partial(by_scenario, "sequential", "NA"),
     "finding-sequence-removed": functools.partial(by_scenario, "sequential", "FA"),
     "rehearsal-value": rehearsal_table,
+    "removed-classes": classes_table,
     "demo": demo_table,
 }
