@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from expunge.errors import ConfigError, MissingExtra, NotFinite
+from expunge.errors import ConfigError, MissingExtra
 from expunge.metrics.roc import Attack, area, balanced, judge, placements
-from expunge.metrics.stats import Interval
+from expunge.metrics.stats import Interval, require_finite
 from expunge.seeds import derive
 
 FOLDS, DRAWS = 5, 10
@@ -52,9 +52,7 @@ def loss_attack(
     count = min(len(members), len(unseen))
     if count < FOLDS:
         raise ConfigError(f"{len(members)} members and {len(unseen)} unseen records: an attack needs {FOLDS} of each.")
-    for side in (members, unseen):
-        if not np.isfinite(side).all():
-            raise NotFinite(f"{int((~np.isfinite(side)).sum())} of {side.size} losses are NaN or infinite.")
+    require_finite("losses", members, unseen)
     truth = np.repeat([1, 0], count)
     draws = DRAWS if count < _MANY else 1
     right, areas, sides = np.zeros(2), [], (members, unseen)

@@ -7,9 +7,10 @@ is a model of its own: another seed of training and of unlearning, the same remo
 import numpy as np
 from jaxtyping import Float
 
-from expunge.errors import ConfigError, MismatchError, NotFinite
+from expunge.errors import ConfigError, MismatchError
 from expunge.metrics.reference_attacks import log_density
 from expunge.metrics.roc import Attack, judge
+from expunge.metrics.stats import require_finite
 
 Confidences = Float[np.ndarray, "_ _"]  # models, records
 _LEAST = 4  # models of each kind: two to fit a Gaussian and two to judge
@@ -121,6 +122,4 @@ def _populations(unlearned: Confidences, retrained: Confidences) -> None:
         raise ConfigError(
             f"{len(unlearned)} unlearned and {len(retrained)} retrained models: populations need {_LEAST} of each."
         )
-    for side in (unlearned, retrained):
-        if not np.isfinite(side).all():
-            raise NotFinite(f"{int((~np.isfinite(side)).sum())} of {side.size} confidences are NaN or infinite.")
+    require_finite("confidences", unlearned, retrained)

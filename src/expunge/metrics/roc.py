@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from expunge.errors import ConfigError, NotFinite
-from expunge.metrics.stats import Interval, scipy_special, t_interval
+from expunge.errors import ConfigError
+from expunge.metrics.stats import Interval, require_finite, scipy_special, t_interval
 
 LOW_RATES = (0.01, 0.001)  # false-positive rates at which an attack that is right about a few records shows
 _FOLDS = 5
@@ -82,9 +82,7 @@ def judge(
     """
     if min(len(members), len(unseen)) < _FOLDS:
         raise ConfigError(f"{len(members)} members and {len(unseen)} unseen records: an attack needs {_FOLDS} of each.")
-    for side in (members, unseen):
-        if not np.isfinite(side).all():
-            raise NotFinite(f"{int((~np.isfinite(side)).sum())} of {len(side)} scores are NaN or infinite.")
+    require_finite("scores", members, unseen)
     right = _right(members, unseen, threshold, seed)
     repeated = 1 if turns is None else len(np.unique(turns[0]))
     below, above = np.empty(len(members)), np.empty(len(unseen))

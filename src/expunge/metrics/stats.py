@@ -280,11 +280,22 @@ def _checked(values: Values) -> Float[np.ndarray, " values"]:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) < 2:
         raise ConfigError(f"{array.size} values of shape {array.shape}: a spread needs at least 2, one a seed.")
-    if not np.isfinite(array).all():
-        raise NotFinite(
-            f"{int((~np.isfinite(array)).sum())} of {len(array)} values are NaN or infinite; leave them out."
-        )
+    require_finite("values", array)
     return array
+
+
+def require_finite(what: str, *sides: Float[np.ndarray, "*_"]) -> None:
+    """Refuse numbers that nothing can be computed from.
+
+    Raises:
+        NotFinite: Some are NaN or infinite; says how many.
+    """
+    for side in sides:
+        if not np.isfinite(side).all():
+            raise NotFinite(
+                f"{int((~np.isfinite(side)).sum())} of {side.size} {what} are NaN or infinite. Leave these records or "
+                "models out, or find out why."
+            )
 
 
 def _not_negative(distances: Values) -> Float[np.ndarray, " values"]:
