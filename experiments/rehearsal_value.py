@@ -10,8 +10,8 @@ pseudo-forget sets (blind, two for each set), on the true forget set (not blind:
 Score: mean of ΔFE and NSKL, each over the distance of two retrained models from each other (means over all seeds): 1 is
 as close as another retrained model.
 Cost: five CPU minutes on one core; goes on where it was interrupted.
-Expected: after a random removal all ways near 1.9 and not told apart; after that of a class 5.3 for retrained
-references, 4.3 with the true forget set, 5.9 for the defaults.
+Expected: after a random removal all ways near 2 and not told apart; after that of a class 5.1 for retrained
+references, 4.1 with the true forget set, 5.9 for the defaults.
 
     python experiments/rehearsal_value.py [trials]
 """
