@@ -30,7 +30,7 @@ import tyro
 from torch import nn
 
 from expunge.access import Blind
-from expunge.bench import rehearsal
+from expunge.bench import pseudo_sets, rehearsal
 from expunge.bench.closeness import Seen
 from expunge.bench.rehearsal import Problem, Rehearsal
 from expunge.bench.situations import FULL, SITUATIONS, Situation
@@ -76,8 +76,8 @@ def ways(situation: Situation) -> Iterator[tuple[str, Problem, list[Rehearsal]]]
     """How settings are chosen: on what, and judged by what."""
     problem, seed = problem_of(situation), situation.seed
     labels = outputs(situation.original, situation.given.retain).labels
-    like: rehearsal.Like = "class" if situation.removed_class is not None else "random"
-    sets = rehearsal.draw(labels, like, len(situation.parts["forget"]), SETS, seed)
+    like: pseudo_sets.Like = "class" if situation.removed_class is not None else "random"
+    sets = pseudo_sets.draw(labels, like, len(situation.parts["forget"]), SETS, seed)
     if like == "random":
         judging = problem_of(situation, unseen=True)
         yield "unseen records", judging, rehearsal.prepare(judging, sets, seed=seed)

@@ -3,7 +3,7 @@
 SETUP = """
 import torch
 from torch import nn
-from expunge import Examples, Recipe, cross_entropy
+from expunge import Examples, Recipe, cross_entropy, seeded
 
 generator = torch.Generator().manual_seed(0)
 labels = torch.arange(120) % 3
@@ -12,7 +12,8 @@ loss_terms = cross_entropy
 recipe = Recipe(epochs=4, lr=0.1, batch_size=16)
 
 def model(seed):
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with seeded(seed, "model"):
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
 def original():
     return Examples(images[:60], labels[:60])

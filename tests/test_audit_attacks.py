@@ -12,7 +12,7 @@ from expunge import Examples, Recipe, causal_lm, cross_entropy, gradient, seeded
 from expunge.audit.candidates import judged_list, score, singly
 from expunge.audit.finding import Evidence, Finding, Truth, evidence, judged, worst
 from expunge.audit.inversion import _kept, invert
-from expunge.audit.labels import labels
+from expunge.audit.labels import composition, labels
 from expunge.audit.layers import layer_inputs, linear_layers
 from expunge.audit.leakage import CacheAudit, audit_cache
 from expunge.audit.ratio import with_bias, without_bias
@@ -164,6 +164,21 @@ def test_labels_are_counted_exactly_where_records_of_a_class_are_alike():
     assert found.numbers["estimated counts"] == [6.0, 2.0, 1.0]
     assert found.verdict == "partly recoverable"
     assert labels(has, head_of(has), Truth()).verdict == "not shown"  # nobody knows how good
+
+
+def test_classes_at_the_end_of_much_sorted_data_are_counted_too():
+    targets = torch.arange(CLASSES).repeat_interleave(1500)
+    inputs = torch.eye(CLASSES, dtype=torch.float64)[targets]
+    model = nn.Sequential(nn.Linear(CLASSES, CLASSES)).double()
+    removed = torch.cat([torch.arange(2), torch.arange(len(targets) - 5, len(targets))])
+    has, _ = seen(model, Examples(inputs, targets), removed)
+    found = composition(has, head_of(has))
+    assert found.counts.tolist() == pytest.approx([2, *[0] * (CLASSES - 2), 5], abs=0.05)
+    assert found.unexplained < 0.01
+    whole, _ = seen(model, Examples(inputs, targets), torch.arange(len(targets) - 1500, len(targets)))
+    told = labels(whole, head_of(whole), Truth())
+    assert told.numbers["unexplained"] > 0.65
+    assert "Was all of a class removed?" in told.words
 
 
 def test_the_rank_of_a_gradient_is_the_number_of_records_and_its_span_holds_them():

@@ -11,7 +11,8 @@ from expunge import Blind, Examples, Recipe, cross_entropy, gradient
 from expunge.batches import indexed, only_rows, plain
 from expunge.bench import closeness
 from expunge.bench.closeness import Seen
-from expunge.bench.rehearsal import Problem, draw, prepare, removed_of_each_class
+from expunge.bench.pseudo_sets import draw, removed_of_each_class
+from expunge.bench.rehearsal import Problem, prepare
 from expunge.errors import ConfigError, NotInformative, UnsupportedModule
 from expunge.losses import logit_margin
 from expunge.methods.fine_tune import FineTune
@@ -86,10 +87,10 @@ def test_a_class_that_is_too_small_for_all_sets_gives_each_its_share_and_keeps_s
     assert [np.bincount(labels[rows.numpy()]).tolist() for rows in sets] == [[4, 5]] * 3
 
 
-def of_margins(names, model):
-    problem = problem_of(names, model)
-    full = gradient(model, logit_margin, names["retain"]())
-    return replace(problem, given=replace(problem.given, full=full, cached_loss=logit_margin))
+def of_margins(names, left, model):
+    """What is left, with the gradient of margins."""
+    full = gradient(model, logit_margin, left)
+    return Blind(retain=left, loss_terms=cross_entropy, fresh=names["model"], full=full, cached_loss=logit_margin)
 
 
 def test_the_classes_of_what_was_removed_come_from_the_gradients():
@@ -103,22 +104,49 @@ def test_the_classes_of_what_was_removed_come_from_the_gradients():
     cached = gradient(trained, logit_margin, names["original"]())  # a record counts alike whatever its loss
     gone = torch.tensor([1, 4, 7, 10, 13, 16, 0, 3])  # six of class 1, two of class 0
     left = names["original"]().without(gone)
-    found = removed_of_each_class(of_margins(names | {"retain": lambda: left}, trained), cached)
+    found = removed_of_each_class(trained, of_margins(names, left, trained), cached)
     assert found.sum() == pytest.approx(8)
     assert found.tolist() == pytest.approx([2, 6, 0], abs=1)
     whole = names["original"]().without(torch.arange(1, 60, 3))
     with pytest.raises(NotInformative, match=r"(9\d|100)% of the head's gradient is not .*Was a whole class removed\?"):
-        removed_of_each_class(of_margins(names | {"retain": lambda: whole}, trained), cached)
+        removed_of_each_class(trained, of_margins(names, whole, trained), cached)
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (lambda m, b: (m(b[0])[:, :1], b[1]), r"logits of shape \(54, 1\), labels of shape \(54,\), and .* 3 outputs"),
+        (
+            lambda m, b: (m(b[0]), b[1] - 100),
+            r"labels from -100 to -98: there are classes 0 to 2\.",
+        ),
+        (lambda m, b: (m(b[0]), torch.zeros(54, 2)), r"labels of shape \(54, 2\)"),
+    ],
+)
+def test_records_without_a_class_number_each_are_refused(logits, message):
+    names = facts()
+    model = names["model"](0)
+    cached = gradient(model, logit_margin, names["original"]())
+    with pytest.raises(UnsupportedModule, match=f"like='removed': .*{message}.*Choose another --like"):
+        removed_of_each_class(model, of_margins(names, names["retain"](), model), cached, logits)
+
+
+def test_a_cache_from_which_nothing_was_removed_tells_no_classes():
+    names = facts()
+    model = names["model"](0)
+    given = of_margins(names, names["retain"](), model)
+    with pytest.raises(NotInformative, match=r"like='removed': .* nothing was removed. Choose another --like"):
+        removed_of_each_class(model, given, given.full)
 
 
 def test_a_cache_without_the_head_does_not_tell_the_classes():
     names = facts()
     model = names["model"](0)
-    cached = gradient(model, cross_entropy, names["original"](), parameters=["0.weight"])
-    problem = problem_of(names, model)
-    left = gradient(model, cross_entropy, names["retain"](), parameters=["0.weight"])
-    with pytest.raises(UnsupportedModule, match=r"like='removed': the cache ends at 0, before the last linear layer"):
-        removed_of_each_class(replace(problem, given=replace(problem.given, full=left)), cached)
+    cached = gradient(model, logit_margin, names["original"](), parameters=["0.weight"])
+    given = of_margins(names, names["retain"](), model)
+    left = gradient(model, logit_margin, names["retain"](), parameters=["0.weight"])
+    with pytest.raises(UnsupportedModule, match=r"'removed': .*cache ends at 0, before the last .*another --like"):
+        removed_of_each_class(model, replace(given, full=left), cached)
 
 
 def test_sets_that_cannot_be_drawn_are_refused():
@@ -129,9 +157,7 @@ def test_sets_that_cannot_be_drawn_are_refused():
         draw(labels, "in-class", 4, 3, 0)
     with pytest.raises(ConfigError, match=r"like='class': 3 classes .*and 4 pseudo-forget sets"):
         draw(labels, "class", 4, 4, 0)
-    with pytest.raises(
-        ConfigError, match=r"were of classes \[2\], and retain\(\) has too few of these for 4 pseudo-forget"
-    ):
+    with pytest.raises(ConfigError, match=r"4 pseudo-forget sets take more .*\(class 2: 2 of 4 for each set\)"):
         draw(labels, "removed", 2, 4, 0, of_each_class=np.array([0.0, 0.0, 9.0]))
     with pytest.raises(ConfigError, match="records=0: a pseudo-forget set has at least one"):
         draw(labels, "random", 0, 3, 0)
@@ -248,6 +274,7 @@ def test_what_loses_more_than_it_may_is_no_better_than_nothing():
     assert allowed.forgetting == pytest.approx(0, abs=1e-12)
     assert allowed.total == pytest.approx(allowed.usefulness) == pytest.approx(0.03 * 8, rel=1e-3)
     assert allowed.total < nothing.total
+    assert (nothing.lost, allowed.lost) == pytest.approx((0, 3))
     for may_lose, beyond in ((0.02, 1), (0.01, 2)):  # points
         found = closeness.against_unseen([before], [forgot], may_lose)
         assert found.total == pytest.approx(nothing.total + beyond, rel=1e-6)
@@ -283,7 +310,7 @@ def test_the_score_against_retrained_models_counts_noise_floors():
     own = np.mean([both(a, r) for a, rs in zip(after, references, strict=True) for r in rs], axis=0)
     floor = np.mean([both(a, b) for rs in references for a, b in combinations(rs, 2)], axis=0)
     found = closeness.against_retrained(references, after)
-    assert found[1:] == pytest.approx(tuple(own / floor))
+    assert found[1:3] == pytest.approx(tuple(own / floor))
     assert found.total == pytest.approx((own / floor).mean())
 
 

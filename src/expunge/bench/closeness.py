@@ -35,6 +35,7 @@ class Score(NamedTuple):
     total: float
     forgetting: float  # of the pseudo-forget sets: from never having been seen
     usefulness: float  # of the rest: from what it should be
+    lost: float = 0.0  # against unseen records: accuracy on what is left, points
 
 
 def against_unseen(before: Sequence[Seen], after: Sequence[Seen], may_lose: float = MAY_LOSE) -> Score:
@@ -62,7 +63,7 @@ def against_unseen(before: Sequence[Seen], after: Sequence[Seen], may_lose: floa
     usefulness = sum(rises) / len(after)
     lost = fmean(accuracy(each.left) - accuracy(own.left) for each, own in zip(before, after, strict=True))
     total, beyond = forgetting + usefulness, lost - 100 * may_lose
-    return Score(max(total, _apart(before)) + beyond if beyond > 0 else total, forgetting, usefulness)
+    return Score(max(total, _apart(before)) + beyond if beyond > 0 else total, forgetting, usefulness, lost)
 
 
 def _apart(models: Sequence[Seen]) -> float:

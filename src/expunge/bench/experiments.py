@@ -60,11 +60,11 @@ class Experiment:
         for contender in self.contenders:
             standard = contender.entry in STANDARDS
             require(not standard, "entry", contender.entry, "it is in every table anyway: leave the contender out")
-            unfit = [t.scenario.name for t in self.tasks if t.scenario.corrects]
+            unfit = [t.scenario.name for t in self.tasks if t.scenario.kind not in ("random", "in-class")]
             if contender.tuned == "blind" and unfit:
                 raise ConfigError(
-                    f"contender {contender.name!r}, tuned='blind': without a forget set removals can be rehearsed, "
-                    f"and not {unfit[0]!r}. Leave tuned out."
+                    f"contender {contender.name!r}, tuned='blind': without a forget set one removal of records is "
+                    f"rehearsed, and not {unfit[0]!r}. Leave tuned out."
                 )
             whole = [t for t in self.tasks if t.dataset == "digits" or t.train == 0]
             if contender.tuned == "blind" and whole:

@@ -15,7 +15,7 @@ from torch import nn
 from expunge import cache
 from expunge.access import Blind, Sighted
 from expunge.batches import Examples
-from expunge.bench import judging, rehearsal, tasks
+from expunge.bench import judging, pseudo_sets, rehearsal, tasks
 from expunge.bench.entries import Entry, entries
 from expunge.bench.judging import SPENT
 from expunge.bench.stages import (
@@ -142,8 +142,8 @@ def _on_what_is_left(stage: Stage, store: Store, entry: Entry) -> tuple[Objectiv
     unseen = tasks.spare(stage.task, stage.seed, store.data).to(stage.task.device)
     problem = rehearsal.Problem(model=situation.original, given=blind, unseen=unseen)
     labels = situation.records.retain.tensors[1].cpu().numpy()
-    removed = rehearsal.removed_of_each_class(problem, given.cached())
-    drawn = rehearsal.draw(
+    removed = pseudo_sets.removed_of_each_class(situation.original, blind, given.cached())
+    drawn = pseudo_sets.draw(
         labels, "removed", len(situation.records.forget), PSEUDO_SETS, stage.seed, of_each_class=removed
     )
     sets = rehearsal.prepare(problem, drawn, seed=stage.seed)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from expunge import cache as cache_file
 from expunge import provenance
 from expunge.access import Blind
-from expunge.bench import chosen, closeness, inputs, rehearsal, tuning
+from expunge.bench import chosen, closeness, inputs, pseudo_sets, rehearsal, tuning
 from expunge.bench.closeness import MAY_LOSE, Score, Seen
-from expunge.bench.rehearsal import Like, Problem, Rehearsal
+from expunge.bench.pseudo_sets import Like
+from expunge.bench.rehearsal import Problem, Rehearsal
 from expunge.bench.tuning import Trial
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, Maybe, SetupFile
@@ -42,7 +43,8 @@ class _Stage:
     problem: Problem
     tuned: list[Rehearsal]
     held: list[Rehearsal]  # the one that settings are confirmed on
-    may_lose: float  # against unseen records: accuracy on what is left
+    may_lose: float  # against unseen records: share of what is left
+    removed: dict[int, int]  # with --like removed: of each class, as the cache tells
     about: dict[str, Any]  # what the scores depend on
 
     def score(self, sets: Sequence[Rehearsal], after: Sequence[Seen]) -> Score:
@@ -90,7 +92,7 @@ def rehearse(
         sets: Pseudo-forget sets to tune on, at least 2; one more is drawn to confirm.
         retrain: Models to retrain for each set as references, at least 2; 0 judges against test() instead.
         may_lose: Share of what is left that a model may tell wrongly after an unlearning and did not before: settings
-            that cost more are no better than none. With --retrain the score itself sees to that.
+            that cost more are no better than none. Not used with --retrain.
         trials: Settings to try, those given among them.
         minutes: No trial begins later than this.
         journal: Where finished trials are kept; by default beside OUT.
@@ -121,6 +123,9 @@ def rehearse(
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
     stage = _stage(load_setup(setup), weights, cache, like, records, sets, retrain, may_lose, seed, device)
     inputs.require_unchanged(hashes)
+    if stage.removed and not json:  # before the search: it can be interrupted if this is wrong
+        most = list(stage.removed.items())[:_SHOWN]
+        print("removed, as the cache tells:", ", ".join(f"class {label}: {count}" for label, count in most))
     _warn_of_chance(stage)
     about = stage.about | {"method": row.name, "settings": settings_of(method), "code": provenance.sources()}
     about |= {"files": {role: hashes[path] for role, path in read.items()}}
@@ -154,7 +159,17 @@ def rehearse(
     command += ["--settings", str(out), "--out", "unlearned.safetensors", row.name]
     if json:
         tried = [tuning.plain(trial) for trial in found]
-        result = about | after | {"tried": tried, "chosen": found[0].settings, "file": str(out), "command": command}
+        result = (
+            about
+            | after
+            | {
+                "removed": stage.removed,
+                "tried": tried,
+                "chosen": found[0].settings,
+                "file": str(out),
+                "command": command,
+            }
+        )
         print(printing.as_json(result))
         return
     _show(stage, found, scores, kept)
@@ -172,7 +187,9 @@ def _warn_of_chance(stage: _Stage) -> None:
         return
     size, gain, error = len(before[0].forget.labels), closeness.to_forget(before), closeness.chance(before)
     left = len(before[0].left.labels) + size
-    if needed == 0:
+    if stage.about["like"] == "removed":
+        cure = "Rehearse against retrained models (--retrain 3), or more records at random (--like random --records)."
+    elif needed == 0:
         cure = "The model knows what is left no better than test(): rehearse against retrained models (--retrain 3)."
     elif needed * (len(before) + 1) >= left:
         cure = (
@@ -218,7 +235,7 @@ def _stage(
     )
     count = records or 0
     if records is None and cached is not None and like != "class":
-        count = rehearsal.removed_count(cached, left)
+        count = pseudo_sets.removed_count(cached, left)
     problem = Problem(
         model=model,
         given=Blind(
@@ -233,17 +250,19 @@ def _stage(
     )
     labels = outputs(model, retain, loaded.logits).labels
     persons = loaded.persons(len(labels)) if like == "person" else None
-    removed = rehearsal.removed_of_each_class(problem, cached) if like == "removed" and cached else None
-    drawn = rehearsal.draw(labels, like, count, sets + 1, seed, persons, removed)
+    removed = None
+    if like == "removed" and cached:
+        removed = pseudo_sets.removed_of_each_class(model, problem.given, cached, loaded.logits)
+    drawn = pseudo_sets.draw(labels, like, count, sets + 1, seed, persons, removed)
     recipe = loaded.recipe if retrain and loaded.has("recipe") else None
     prepared = rehearsal.prepare(problem, drawn, seed=seed, recipe=recipe, retrain=retrain)
     about: dict[str, Any] = {"like": like, "records": count or None, "sets": sets, "retrain": retrain, "seed": seed}
-    if removed is not None:
-        about["removed"] = {str(label): round(float(each), 1) for label, each in enumerate(removed) if each >= 0.05}
     if not retrain:
         about["may_lose"] = may_lose
     about |= {"left": {"terms": left.count, "loss": f"{left.loss:.6g}"}}  # data that changed is another search
-    return _Stage(problem, prepared[:sets], prepared[sets:], may_lose, about)
+    told = {label: round(each) for label, each in enumerate(removed.tolist() if removed is not None else [])}
+    told = {label: each for label, each in sorted(told.items(), key=lambda pair: -pair[1]) if each}
+    return _Stage(problem, prepared[:sets], prepared[sets:], may_lose, told, about)
 
 
 def _confirm(stage: _Stage, configs: Mapping[str, object]) -> _Confirmed:
@@ -294,17 +313,19 @@ def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Pa
     for who, each in scores.items():
         compared.add_row(who, *(f"{value:.3g}" for value in (*each["tuned on"], each["held out"].total)))
     printing.show(tried, compared)
-    if "removed" in stage.about:
-        most = sorted(stage.about["removed"].items(), key=lambda pair: -pair[1])[:_SHOWN]
-        print(f"removed, as the cache tells: {', '.join(f'class {label}: {count:.0f}' for label, count in most)}")
     sizes = [len(each.before.forget.labels) for each in (*stage.tuned, *stage.held)]
     size = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-    told = f"{len(stage.tuned)} pseudo-forget sets of {size} records"
+    asked = stage.about["records"]
+    cut = f", of {asked} asked for" if stage.removed and max(sizes) < asked else ""
+    told = f"{len(stage.tuned)} pseudo-forget sets of {size} records{cut}"
     if stage.held[0].references:
         print(f"{told}, against {len(stage.held[0].references)} retrained models each.")
     else:
         own, held = (closeness.chance([each.before for each in sets]) for sets in (stage.tuned, stage.held))
         print(f"{told}, against test(). By chance alone forgetting misses 0 by about {own:.2g} (held out: {held:.2g}).")
+    lost = scores[CHOSEN]["tuned on"].lost
+    if not stage.held[0].references and lost > 100 * stage.may_lose:
+        print(f"All settings lose too much of what is left, these {lost:.1f} points. --may-lose is {stage.may_lose:g}.")
     cures = {
         "holds up": "Rehearse with more --sets, or keep those.",
         "better than nothing": "Give more epochs or trials, another optimizer, or retrain from what is left.",
