@@ -66,6 +66,11 @@ def chosen(labels: Tensor, removal: Mapping[int, int] | int, seed: int) -> Tenso
     return torch.cat([order[labels[order] == label][:count] for label, count in removal.items()])
 
 
+def by_shares(left: Examples, count: int, classes: int) -> np.ndarray:
+    """So many records in the shares of the classes of what is left."""
+    return count * np.bincount(left.tensors[1].numpy(), minlength=classes) / len(left)
+
+
 def measured(model: nn.Module, data: Examples, loss: str, removal: Mapping[int, int] | int, seed: int) -> list[float]:
     """Removed, placed, by chance, unexplained."""
     labels = data.tensors[1]
@@ -75,7 +80,7 @@ def measured(model: nn.Module, data: Examples, loss: str, removal: Mapping[int, 
     evidence = Evidence(model=model, loss_terms=terms, retain=left, removed=removed)
     found = composition(evidence, linear_layers(evidence)[-1])
     true = np.bincount(data.only(gone).tensors[1].numpy(), minlength=len(found.counts))
-    prior = len(gone) * found.kept / found.kept.sum()
+    prior = by_shares(left, len(gone), len(found.counts))
     placed, by_chance = (float(np.minimum(each, true).sum() / len(gone)) for each in (found.counts, prior))
     return [len(gone), placed, by_chance, found.unexplained]
 

@@ -175,6 +175,7 @@ def test_classes_at_the_end_of_much_sorted_data_are_counted_too():
     found = composition(has, head_of(has))
     assert found.counts.tolist() == pytest.approx([2, *[0] * (CLASSES - 2), 5], abs=0.05)
     assert found.unexplained < 0.01
+    assert found.kept.tolist() == [1498, *[1500] * (CLASSES - 2), 1495]
     whole, _ = seen(model, Examples(inputs, targets), torch.arange(len(targets) - 1500, len(targets)))
     told = labels(whole, head_of(whole), Truth())
     assert told.numbers["unexplained"] > 0.65

@@ -81,7 +81,7 @@ class Composition(NamedTuple):
     """How many records of each class were removed, as far as the head's gradient tells."""
 
     counts: Float[np.ndarray, " classes"]  # together as many as were removed; 0 if nothing fits
-    kept: Float[np.ndarray, " classes"]  # records that say what one of each class contributes
+    kept: Float[np.ndarray, " classes"]  # records of each class that are left
     unexplained: float  # share of the gradient's norm that no records of these classes account for
 
 
@@ -146,7 +146,7 @@ def _contribution_of_a_class(evidence: Evidence, head: Layer, classes: int) -> t
     """The head's gradient of an average kept record of each class (entries, classes), and how many were kept."""
     model = params.plain(evidence.model)
     module = dict(model.named_modules())[head.name]
-    columns, kept, groups = [], torch.zeros(classes), _by_class(evidence, classes)
+    columns, (groups, kept) = [], _by_class(evidence, classes)
     owned = {id(p): name for name, p in params.named_parameters(model, lambda _, __: True).items()}
     weight = owned[id(module.weight)]
     bias = owned[id(module.bias)] if head.bias is not None and isinstance(module.bias, Tensor) else None
@@ -157,13 +157,13 @@ def _contribution_of_a_class(evidence: Evidence, head: Layer, classes: int) -> t
         names = [weight] if bias is None else [weight, bias]
         mean = gradient(model, evidence.loss_terms, groups[number], parameters=names)
         columns.append(_flat(mean.total[weight].cpu(), None if bias is None else mean.total[bias].cpu()) / mean.count)
-        kept[number] = mean.count
     return torch.stack(columns, 1), kept
 
 
-def _by_class(evidence: Evidence, classes: int) -> list[list[object]]:
-    """Kept records as a list of batches for each class: as many of each, wherever they are in the data."""
+def _by_class(evidence: Evidence, classes: int) -> tuple[list[list[object]], Tensor]:
+    """Kept records as a list of batches for each class, as many of each, and how many of each there are."""
     groups: list[list[object]] = [[] for _ in range(classes)]
+    seen = torch.zeros(classes)
     counts, most = [0] * classes, max(4 * LIMIT // classes, LEAST)
     device = next(evidence.model.parameters()).device
     with params.restoring_modes(evidence.model), keeping_random_state(), torch.no_grad():
@@ -173,13 +173,13 @@ def _by_class(evidence: Evidence, classes: int) -> list[list[object]]:
             logits, own = evidence.logits(evidence.model, batch)
             _require_class_numbers(logits, own, classes)
             for number in own.unique().tolist():
-                rows = (own == number).nonzero().flatten()[: most - counts[number]]
+                found = (own == number).nonzero().flatten()
+                seen[number] += len(found)
+                rows = found[: most - counts[number]]
                 counts[number] += len(rows)
                 if len(rows):
                     groups[number].append(map_tensors(batch, lambda tensor, rows=rows: tensor[rows]))  # type: ignore[misc]
-            if min(counts) >= most:
-                break
-    return groups
+    return groups, seen
 
 
 def _require_class_numbers(logits: Tensor, own: Tensor, classes: int) -> None:
