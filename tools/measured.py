@@ -287,7 +287,7 @@ FINDINGS: dict[str, Finding] = {
          "reset_to=normal", "published_code=normal-1d"),
         ("NA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL"),
     ),
-    **{f"rehearsed {kind}": Finding(
+    **{f"rehearsed-{kind}": Finding(
         "rehearsed",
         ("retrain again",
          *(f"{name}{how}" for name in ("orthogonal-ascent", "class-orthogonal-ascent", "reload")
