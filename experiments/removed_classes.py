@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
 from expunge import Examples, gradient, stream
-from expunge.audit.finding import Evidence
-from expunge.audit.labels import composition
+from expunge.audit.finding import Evidence, Truth
+from expunge.audit.labels import labels
 from expunge.audit.layers import linear_layers
 from expunge.bench import steps, tasks
 from expunge.bench.profiles import task
@@ -66,23 +65,17 @@ def chosen(labels: Tensor, removal: Mapping[int, int] | int, seed: int) -> Tenso
     return torch.cat([order[labels[order] == label][:count] for label, count in removal.items()])
 
 
-def by_shares(left: Examples, count: int, classes: int) -> np.ndarray:
-    """So many records in the shares of the classes of what is left."""
-    return count * np.bincount(left.tensors[1].numpy(), minlength=classes) / len(left)
-
-
-def measured(model: nn.Module, data: Examples, loss: str, removal: Mapping[int, int] | int, seed: int) -> list[float]:
-    """Removed, placed, by chance, unexplained."""
-    labels = data.tensors[1]
-    gone = data.positions[chosen(labels, removal, seed)]
+def measured(
+    model: nn.Module, data: Examples, loss: str, removal: Mapping[int, int] | int, seed: int
+) -> tuple[int, list[float]]:
+    """How many were removed; placed, by chance and unexplained, as the audit says."""
+    gone = data.positions[chosen(data.tensors[1], removal, seed)]
     left, terms = data.without(gone), LOSSES[loss]
     removed = gradient(model, terms, data) - gradient(model, terms, left)
     evidence = Evidence(model=model, loss_terms=terms, retain=left, removed=removed)
-    found = composition(evidence, linear_layers(evidence)[-1])
-    true = np.bincount(data.only(gone).tensors[1].numpy(), minlength=len(found.counts))
-    prior = by_shares(left, len(gone), len(found.counts))
-    placed, by_chance = (float(np.minimum(each, true).sum() / len(gone)) for each in (found.counts, prior))
-    return [len(gone), placed, by_chance, found.unexplained]
+    found = labels(evidence, linear_layers(evidence)[-1], Truth(forget=data.only(gone)))
+    said = ("labels placed", "placed by the kept data's shares", "unexplained")
+    return len(gone), [round(found.numbers[each], 4) for each in said]
 
 
 def main(data: Path, out: Path = Path("runs/bench")) -> None:
@@ -104,8 +97,8 @@ def main(data: Path, out: Path = Path("runs/bench")) -> None:
             load_weights(model, store.result(stage) / steps.WEIGHTS)
             for loss in LOSSES:
                 for name, removal in REMOVALS.items():
-                    count, *shares = measured(model, records.before, loss, removal, seed)
-                    lines.append(Line(dataset, seed, loss, name, int(count), *(round(each, 4) for each in shares)))
+                    count, shares = measured(model, records.before, loss, removal, seed)
+                    lines.append(Line(dataset, seed, loss, name, count, *shares))
                     print(lines[-1])
     write_csv(Path("results/removed_classes.csv"), [each.name for each in fields(Line)], map(astuple, lines))
 

@@ -141,7 +141,7 @@ def test_a_blind_tuning_sees_what_is_left_of_its_own_seed_and_nothing_else(tmp_p
 
 def test_a_correction_cannot_be_rehearsed_blind(pictures):
     blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
-    with pytest.raises(ConfigError, match=r"without a forget set one removal of records is rehearsed, and not"):
+    with pytest.raises(ConfigError, match=r"only one removal of records can be rehearsed, random or in-class, and not"):
         replace(tiny(), tasks=(replace(pictures, scenario=CROSS),), contenders=(blind,), shown=("TA",))
     with pytest.raises(ConfigError, match=r"'random 40 %' leaves too little for 2 pseudo-forget sets of its size"):
         tiny(replace(pictures, scenario=Scenario(kind="random", amount=0.4)), contenders=(blind,))

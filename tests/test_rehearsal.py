@@ -104,12 +104,14 @@ def test_the_classes_of_what_was_removed_come_from_the_gradients():
     cached = gradient(trained, logit_margin, names["original"]())  # a record counts alike whatever its loss
     gone = torch.tensor([1, 4, 7, 10, 13, 16, 0, 3])  # six of class 1, two of class 0
     left = names["original"]().without(gone)
-    found = removed_of_each_class(trained, of_margins(names, left, trained), cached)
+    given = of_margins(names, left, trained)
+    found = removed_of_each_class(trained, given, cached - given.full)
     assert found.sum() == pytest.approx(8)
     assert found.tolist() == pytest.approx([2, 6, 0], abs=1)
     whole = names["original"]().without(torch.arange(1, 60, 3))
+    given = of_margins(names, whole, trained)
     with pytest.raises(NotInformative, match=r"(9\d|100)% of the head's gradient is not .*Was a whole class removed\?"):
-        removed_of_each_class(trained, of_margins(names, whole, trained), cached)
+        removed_of_each_class(trained, given, cached - given.full)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +129,9 @@ def test_records_without_a_class_number_each_are_refused(logits, message):
     names = facts()
     model = names["model"](0)
     cached = gradient(model, logit_margin, names["original"]())
+    given = of_margins(names, names["retain"](), model)
     with pytest.raises(UnsupportedModule, match=f"like='removed': .*{message}.*Choose another --like"):
-        removed_of_each_class(model, of_margins(names, names["retain"](), model), cached, logits)
+        removed_of_each_class(model, given, cached - given.full, logits)
 
 
 def test_a_cache_from_which_nothing_was_removed_tells_no_classes():
@@ -136,7 +139,7 @@ def test_a_cache_from_which_nothing_was_removed_tells_no_classes():
     model = names["model"](0)
     given = of_margins(names, names["retain"](), model)
     with pytest.raises(NotInformative, match=r"like='removed': .* nothing was removed. Choose another --like"):
-        removed_of_each_class(model, given, given.full)
+        removed_of_each_class(model, given, given.full - given.full)
 
 
 def test_a_cache_without_the_head_does_not_tell_the_classes():
@@ -146,7 +149,7 @@ def test_a_cache_without_the_head_does_not_tell_the_classes():
     given = of_margins(names, names["retain"](), model)
     left = gradient(model, logit_margin, names["retain"](), parameters=["0.weight"])
     with pytest.raises(UnsupportedModule, match=r"'removed': .*cache ends at 0, before the last .*another --like"):
-        removed_of_each_class(model, replace(given, full=left), cached)
+        removed_of_each_class(model, given, cached - left)
 
 
 def test_sets_that_cannot_be_drawn_are_refused():

@@ -119,7 +119,7 @@ def _several(evidence: Evidence, head: Layer, count: int, known: Tensor | None) 
         return Finding(attack=attack, place=head.name, verdict="not shown", words=str(error))
     numbers: dict[str, object] = {
         "estimated counts": [round(float(each), 2) for each in estimate],
-        "unexplained": round(unexplained, 3),
+        "unexplained": unexplained,
     }
     prior = count * kept / kept.sum()
     if known is None:

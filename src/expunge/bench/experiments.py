@@ -63,8 +63,8 @@ class Experiment:
             unfit = [t.scenario.name for t in self.tasks if t.scenario.kind not in ("random", "in-class")]
             if contender.tuned == "blind" and unfit:
                 raise ConfigError(
-                    f"contender {contender.name!r}, tuned='blind': without a forget set one removal of records is "
-                    f"rehearsed, and not {unfit[0]!r}. Leave tuned out."
+                    f"contender {contender.name!r}, tuned='blind': without a forget set only one removal of records "
+                    f"can be rehearsed, random or in-class, and not {unfit[0]!r}. Leave tuned out."
                 )
             whole = [t for t in self.tasks if t.dataset == "digits" or t.train == 0]
             if contender.tuned == "blind" and whole:

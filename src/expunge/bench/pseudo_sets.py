@@ -125,22 +125,20 @@ def _of_classes(labels: Rows, order: Rows, wanted: Counts, sets: int) -> list[Ro
 
 
 def removed_of_each_class(
-    model: nn.Module, given: Blind, cached: Gradient, logits: Logits = images_and_labels
+    model: nn.Module, given: Blind, removed: Gradient, logits: Logits = images_and_labels
 ) -> Counts:
     """How many records of each class a real deletion took, estimated from the gradients of the head.
 
     Args:
         model: The trained model.
-        given: What is left, with its gradient as `full`.
-        cached: The gradient of all data, of the same loss.
+        given: What is left.
+        removed: The cached gradient less that of what is left.
         logits: Where logits and labels are in a batch.
 
     Raises:
-        MismatchError: A cache of other weights or data.
         UnsupportedModule: No linear head with a gradient in the cache, or no class number for each record.
         NotInformative: Nothing was removed, or nothing of classes that are left.
     """
-    removed = cached - given.cached()
     if not removed.count:
         raise NotInformative(
             "like='removed': the cache and retain() have the same number of records: nothing was removed. Choose "
@@ -168,17 +166,18 @@ def removed_of_each_class(
     return found.counts
 
 
-def removed_count(cached: Gradient, left: Gradient) -> int:
+def removed_count(removed: Gradient) -> int:
     """How many loss terms a real deletion took, the size of a pseudo-forget set.
 
+    Args:
+        removed: The cached gradient less that of what is left.
+
     Raises:
-        MismatchError: A cache of other weights or data.
         ConfigError: Nothing was removed.
     """
-    removed = (cached - left).count
-    if not removed:
+    if not removed.count:
         raise ConfigError(
             "the cache and retain() have the same number of records: nothing was removed. Say how many records a "
             "pseudo-forget set has (--records)."
         )
-    return removed
+    return removed.count

@@ -283,6 +283,7 @@ def _matters(stage: Stage) -> dict[str, Any]:
     assert stage.effort is not None
     code = {"method": _source(stage.contender.entry)}
     if stage.step == "tune":
+        # What pseudo-forget sets are like is a part of the key: they were random before, or of any class.
         how = {"tuned": "blind", "like": "removed"} if stage.contender.tuned == "blind" else {}
         return {**found, **code, **how, "entry": stage.contender.entry, "effort": _chosen(stage.effort)}
     choice = {name: value for name, value in _chosen(stage.contender).items() if name != "name"}

@@ -142,7 +142,7 @@ def _on_what_is_left(stage: Stage, store: Store, entry: Entry) -> tuple[Objectiv
     unseen = tasks.spare(stage.task, stage.seed, store.data).to(stage.task.device)
     problem = rehearsal.Problem(model=situation.original, given=blind, unseen=unseen)
     labels = situation.records.retain.tensors[1].cpu().numpy()
-    removed = pseudo_sets.removed_of_each_class(situation.original, blind, given.cached())
+    removed = pseudo_sets.removed_of_each_class(situation.original, blind, given.cached() - left)
     drawn = pseudo_sets.draw(
         labels, "removed", len(situation.records.forget), PSEUDO_SETS, stage.seed, of_each_class=removed
     )

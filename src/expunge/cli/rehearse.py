@@ -3,6 +3,7 @@
 import math
 import shlex
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class _Stage:
     tuned: list[Rehearsal]
     held: list[Rehearsal]  # the one that settings are confirmed on
     may_lose: float  # against unseen records: share of what is left
-    removed: dict[int, int]  # with --like removed: of each class, as the cache tells
+    removed: Counter[int]  # with --like removed: of each class, as the cache tells
     about: dict[str, Any]  # what the scores depend on
 
     def score(self, sets: Sequence[Rehearsal], after: Sequence[Seen]) -> Score:
@@ -124,7 +125,7 @@ def rehearse(
     stage = _stage(load_setup(setup), weights, cache, like, records, sets, retrain, may_lose, seed, device)
     inputs.require_unchanged(hashes)
     if stage.removed and not json:  # before the search: it can be interrupted if this is wrong
-        most = list(stage.removed.items())[:_SHOWN]
+        most = stage.removed.most_common(_SHOWN)
         print("removed, as the cache tells:", ", ".join(f"class {label}: {count}" for label, count in most))
     _warn_of_chance(stage)
     about = stage.about | {"method": row.name, "settings": settings_of(method), "code": provenance.sources()}
@@ -159,17 +160,8 @@ def rehearse(
     command += ["--settings", str(out), "--out", "unlearned.safetensors", row.name]
     if json:
         tried = [tuning.plain(trial) for trial in found]
-        result = (
-            about
-            | after
-            | {
-                "removed": stage.removed,
-                "tried": tried,
-                "chosen": found[0].settings,
-                "file": str(out),
-                "command": command,
-            }
-        )
+        result = {"tried": tried, "chosen": found[0].settings, "file": str(out), "command": command}
+        result = about | after | {"removed": dict(stage.removed.most_common())} | result
         print(printing.as_json(result))
         return
     _show(stage, found, scores, kept)
@@ -233,9 +225,9 @@ def _stage(
         micro_batch=cached.micro_batches.size if cached and cached.micro_batches else MICRO_BATCH,
         checkpoint=cached.recomputed if cached else False,
     )
-    count = records or 0
-    if records is None and cached is not None and like != "class":
-        count = pseudo_sets.removed_count(cached, left)
+    counted = records is None and like != "class"
+    removed = cached - left if cached is not None and (counted or like == "removed") else None
+    count = pseudo_sets.removed_count(removed) if counted and removed else records or 0
     problem = Problem(
         model=model,
         given=Blind(
@@ -250,19 +242,19 @@ def _stage(
     )
     labels = outputs(model, retain, loaded.logits).labels
     persons = loaded.persons(len(labels)) if like == "person" else None
-    removed = None
-    if like == "removed" and cached:
-        removed = pseudo_sets.removed_of_each_class(model, problem.given, cached, loaded.logits)
-    drawn = pseudo_sets.draw(labels, like, count, sets + 1, seed, persons, removed)
+    classes = None
+    if like == "removed":
+        assert removed is not None
+        classes = pseudo_sets.removed_of_each_class(model, problem.given, removed, loaded.logits)
+    drawn = pseudo_sets.draw(labels, like, count, sets + 1, seed, persons, classes)
     recipe = loaded.recipe if retrain and loaded.has("recipe") else None
     prepared = rehearsal.prepare(problem, drawn, seed=seed, recipe=recipe, retrain=retrain)
     about: dict[str, Any] = {"like": like, "records": count or None, "sets": sets, "retrain": retrain, "seed": seed}
     if not retrain:
         about["may_lose"] = may_lose
     about |= {"left": {"terms": left.count, "loss": f"{left.loss:.6g}"}}  # data that changed is another search
-    told = {label: round(each) for label, each in enumerate(removed.tolist() if removed is not None else [])}
-    told = {label: each for label, each in sorted(told.items(), key=lambda pair: -pair[1]) if each}
-    return _Stage(problem, prepared[:sets], prepared[sets:], may_lose, told, about)
+    told = Counter({label: round(each) for label, each in enumerate([] if classes is None else classes.tolist())})
+    return _Stage(problem, prepared[:sets], prepared[sets:], may_lose, +told, about)
 
 
 def _confirm(stage: _Stage, configs: Mapping[str, object]) -> _Confirmed:
@@ -324,7 +316,7 @@ def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Pa
         own, held = (closeness.chance([each.before for each in sets]) for sets in (stage.tuned, stage.held))
         print(f"{told}, against test(). By chance alone forgetting misses 0 by about {own:.2g} (held out: {held:.2g}).")
     lost = scores[CHOSEN]["tuned on"].lost
-    if not stage.held[0].references and lost > 100 * stage.may_lose:
+    if lost > 100 * stage.may_lose:
         print(f"All settings lose too much of what is left, these {lost:.1f} points. --may-lose is {stage.may_lose:g}.")
     cures = {
         "holds up": "Rehearse with more --sets, or keep those.",
