@@ -1,4 +1,3 @@
-import importlib
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from expunge.bench import chosen, closeness, rehearsal, tuning
 from expunge.bench.closeness import Score
 from expunge.bench.tuning import Trial
 from expunge.cli import main
+from expunge.cli.rehearsed import verdicts
 from expunge.errors import ConfigError, CorruptData, NotFinite
 from expunge.methods import METHODS
 from expunge.provenance import file_hash
@@ -191,7 +191,7 @@ def test_holding_up_is_judged_on_the_held_out_set(score, holds, better):
             ("no unlearning", 0.1, 0.7),
         )
     }
-    found = importlib.import_module("expunge.cli.rehearse").verdicts(scores)
+    found = verdicts(scores)
     assert found == {"holds up": holds, "better than nothing": better}
 
 

@@ -2,9 +2,7 @@
 
 import math
 import shlex
-import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from expunge import cache as cache_file
 from expunge import provenance
 from expunge.access import Blind
-from expunge.bench import chosen, closeness, inputs, pseudo_sets, rehearsal, tuning
-from expunge.bench.closeness import MAY_LOSE, Score, Seen
+from expunge.bench import chosen, inputs, pseudo_sets, rehearsal, tuning
+from expunge.bench.closeness import MAY_LOSE
 from expunge.bench.pseudo_sets import Like
-from expunge.bench.rehearsal import Problem, Rehearsal
-from expunge.bench.tuning import Trial
-from expunge.cli import printing
+from expunge.bench.rehearsal import Problem
+from expunge.cli import printing, rehearsed
 from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.cli.own_model import method_argument, require_new, trained_model
-from expunge.errors import ConfigError, NotFinite
+from expunge.cli.rehearsed import Stage
+from expunge.errors import ConfigError
 from expunge.gradient import MICRO_BATCH, gradient
 from expunge.methods import all_methods, method_of
 from expunge.metrics.outputs import outputs
@@ -32,25 +30,44 @@ if TYPE_CHECKING:
 else:
     Rehearsable = method_argument(each for each in all_methods().values() if each.blind and each.space)
 
-NOTHING, GIVEN, CHOSEN = "no unlearning", "settings as given", "settings chosen"
-_SHOWN = 10  # trials in the table
-_Confirmed = dict[str, dict[str, Score]]  # by settings: on the tuned sets, on the one that was held out
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The sets that are rehearsed on, and what settings are judged by."""
 
-@dataclass(frozen=True)
-class _Stage:
-    """All that a rehearsal works with."""
+    cache: Path | None
+    like: Like
+    records: int | None
+    sets: int
+    retrain: int
+    may_lose: float
+    seed: int
 
-    problem: Problem
-    tuned: list[Rehearsal]
-    held: list[Rehearsal]  # the one that settings are confirmed on
-    may_lose: float  # against unseen records: share of what is left
-    removed: Counter[int]  # with --like removed: of each class, as the cache tells
-    about: dict[str, Any]  # what the scores depend on
-
-    def score(self, sets: Sequence[Rehearsal], after: Sequence[Seen]) -> Score:
-        """Of models after some of the rehearsals."""
-        return rehearsal.score(sets, after, self.may_lose)
+    def __post_init__(self) -> None:
+        if self.sets < 2:
+            raise ConfigError(
+                f"sets={self.sets}: settings that suit a single set may suit nothing else. Take 2 or more."
+            )
+        if self.like == "class" and not self.retrain:
+            raise ConfigError(
+                "like='class': unseen records of a class that was trained on are known as well as the removed ones, "
+                "and show nothing of a model that never saw the class. Retrain models to compare with: --retrain 2."
+            )
+        if self.like == "class" and self.records is not None:
+            raise ConfigError(
+                f"records={self.records}, like='class': a whole class has the size it has. Leave one of them out."
+            )
+        if self.like == "removed" and self.cache is None:
+            raise ConfigError(
+                "like='removed': it is the cache that tells the classes of what was removed. Give --cache."
+            )
+        if not 0 <= self.may_lose < 1:
+            raise ConfigError(f"may_lose={self.may_lose}: give a share of what is left, from 0 to below 1.")
+        if self.cache is None and self.records is None and self.like != "class":
+            raise ConfigError(
+                "without a cache nobody knows how many records were removed. Give --cache, or --records with their "
+                "number."
+            )
 
 
 def rehearse(
@@ -105,29 +122,17 @@ def rehearse(
     require_new(out, setup, weights, *([cache] if cache else []))
     if out.exists() and not replace:
         raise ConfigError(f"{out} exists: give another name, or --replace.")
-    if sets < 2:
-        raise ConfigError(f"sets={sets}: settings that suit a single set may suit nothing else. Take 2 or more.")
-    if like == "class" and not retrain:
-        raise ConfigError(
-            "like='class': unseen records of a class that was trained on are known as well as the removed ones, and "
-            "show nothing of a model that never saw the class. Retrain models to compare with: --retrain 2."
-        )
-    if like == "class" and records is not None:
-        raise ConfigError(f"records={records}, like='class': a whole class has the size it has. Leave one of them out.")
-    if like == "removed" and cache is None:
-        raise ConfigError("like='removed': it is the cache that tells the classes of what was removed. Give --cache.")
-    if not 0 <= may_lose < 1:
-        raise ConfigError(f"may_lose={may_lose}: give a share of what is left, from 0 to below 1.")
+    asked = _Asked(cache=cache, like=like, records=records, sets=sets, retrain=retrain, may_lose=may_lose, seed=seed)
     row = method_of(method)
     tuning.require_optuna()
     read = {"setup": setup, "weights": weights} | ({"cache": cache_file.file_of(cache)} if cache else {})
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
-    stage = _stage(load_setup(setup), weights, cache, like, records, sets, retrain, may_lose, seed, device)
+    stage = _stage(load_setup(setup), weights, device, asked)
     inputs.require_unchanged(hashes)
     if stage.removed and not json:  # before the search: it can be interrupted if this is wrong
-        most = stage.removed.most_common(_SHOWN)
+        most = stage.removed.most_common(rehearsed.SHOWN)
         print("removed, as the cache tells:", ", ".join(f"class {label}: {count}" for label, count in most))
-    _warn_of_chance(stage)
+    rehearsed.warn_of_chance(stage)
     about = stage.about | {"method": row.name, "settings": settings_of(method), "code": provenance.sources()}
     about |= {"files": {role: hashes[path] for role, path in read.items()}}
 
@@ -153,8 +158,8 @@ def rehearse(
             "Give more time or trials, or other settings where this method does not tune."
         )
     best = with_settings(method, found[0].settings)
-    scores = _confirm(stage, {GIVEN: method, CHOSEN: best})
-    after = {"trials": len(found), "scores": _plain(scores), **verdicts(scores)}
+    scores = rehearsed.confirm(stage, {rehearsed.GIVEN: method, rehearsed.CHOSEN: best})
+    after = {"trials": len(found), "scores": rehearsed.plain(scores), **rehearsed.verdicts(scores)}
     chosen.write_settings(out, best, about | after)
     command = ["expunge", "unlearn", str(setup), "--weights", str(weights), *(["--cache", str(cache)] if cache else [])]
     command += ["--settings", str(out), "--out", "unlearned.safetensors", row.name]
@@ -164,59 +169,18 @@ def rehearse(
         result = about | after | {"removed": dict(stage.removed.most_common())} | result
         print(printing.as_json(result))
         return
-    _show(stage, found, scores, kept)
+    rehearsed.show(stage, found, scores, kept)
     print(f"settings: {out}")
-    if not all(verdicts(scores).values()):
+    if not all(rehearsed.verdicts(scores).values()):
         print("This unlearns with them all the same, and warns:")
     print(shlex.join(command))
 
 
-def _warn_of_chance(stage: _Stage) -> None:
-    """Before the search: whether what it looks for can be told from chance at all."""
-    before = [each.before for each in stage.tuned]
-    needed = None if stage.held[0].references else closeness.records_needed(before)
-    if needed is None:
-        return
-    size, gain, error = len(before[0].forget.labels), closeness.to_forget(before), closeness.chance(before)
-    left = len(before[0].left.labels) + size
-    if stage.about["like"] == "removed":
-        cure = "Rehearse against retrained models (--retrain 3), or more records at random (--like random --records)."
-    elif needed == 0:
-        cure = "The model knows what is left no better than test(): rehearse against retrained models (--retrain 3)."
-    elif needed * (len(before) + 1) >= left:
-        cure = (
-            f"It would take --records {needed}, more than retain() has: rehearse against retrained models "
-            "(--retrain 3), or keep the settings as they are."
-        )
-    else:
-        cure = f"Use --records {needed}."
-    warnings.warn(
-        f"{size} records are too few to rehearse: there are {gain:.2g} nats to forget, and by chance alone the "
-        f"forgetting of {len(before)} sets misses 0 by about {error:.2g}. {cure}",
-        stacklevel=2,
-    )
-
-
-def _stage(
-    loaded: Setup,
-    weights: Path,
-    cache: Path | None,
-    like: Like,
-    records: int | None,
-    sets: int,
-    retrain: int,
-    may_lose: float,
-    seed: int,
-    device: str,
-) -> _Stage:
-    if cache is None and records is None and like != "class":
-        raise ConfigError(
-            "without a cache nobody knows how many records were removed. Give --cache, or --records with their number."
-        )
+def _stage(loaded: Setup, weights: Path, device: str, asked: _Asked) -> Stage:
     model = trained_model(loaded, weights, device)
     retain, cached = loaded.data("retain"), None
-    if cache is not None:
-        cached = cache_file.load(cache, model, loaded.cached_terms)
+    if asked.cache is not None:
+        cached = cache_file.load(asked.cache, model, loaded.cached_terms)
     left = gradient(
         model,
         loaded.cached_terms,
@@ -225,9 +189,9 @@ def _stage(
         micro_batch=cached.micro_batches.size if cached and cached.micro_batches else MICRO_BATCH,
         checkpoint=cached.recomputed if cached else False,
     )
-    counted = records is None and like != "class"
-    removed = cached - left if cached is not None and (counted or like == "removed") else None
-    count = pseudo_sets.removed_count(removed) if counted and removed else records or 0
+    counted = asked.records is None and asked.like != "class"
+    removed = cached - left if cached is not None and (counted or asked.like == "removed") else None
+    count = pseudo_sets.removed_count(removed) if counted and removed else asked.records or 0
     problem = Problem(
         model=model,
         given=Blind(
@@ -237,93 +201,27 @@ def _stage(
             full=left,
             cached_loss=loaded.cached_terms,
         ),
-        unseen=loaded.data("test") if loaded.has("test") and not retrain else None,
+        unseen=loaded.data("test") if loaded.has("test") and not asked.retrain else None,
         logits=loaded.logits,
     )
     labels = outputs(model, retain, loaded.logits).labels
-    persons = loaded.persons(len(labels)) if like == "person" else None
+    persons = loaded.persons(len(labels)) if asked.like == "person" else None
     classes = None
-    if like == "removed":
+    if asked.like == "removed":
         assert removed is not None
         classes = pseudo_sets.removed_of_each_class(model, problem.given, removed, loaded.logits)
-    drawn = pseudo_sets.draw(labels, like, count, sets + 1, seed, persons, classes)
-    recipe = loaded.recipe if retrain and loaded.has("recipe") else None
-    prepared = rehearsal.prepare(problem, drawn, seed=seed, recipe=recipe, retrain=retrain)
-    about: dict[str, Any] = {"like": like, "records": count or None, "sets": sets, "retrain": retrain, "seed": seed}
-    if not retrain:
-        about["may_lose"] = may_lose
+    drawn = pseudo_sets.draw(labels, asked.like, count, asked.sets + 1, asked.seed, persons, classes)
+    recipe = loaded.recipe if asked.retrain and loaded.has("recipe") else None
+    prepared = rehearsal.prepare(problem, drawn, seed=asked.seed, recipe=recipe, retrain=asked.retrain)
+    about: dict[str, Any] = {
+        "like": asked.like,
+        "records": count or None,
+        "sets": asked.sets,
+        "retrain": asked.retrain,
+        "seed": asked.seed,
+    }
+    if not asked.retrain:
+        about["may_lose"] = asked.may_lose
     about |= {"left": {"terms": left.count, "loss": f"{left.loss:.6g}"}}  # data that changed is another search
     told = Counter({label: round(each) for label, each in enumerate([] if classes is None else classes.tolist())})
-    return _Stage(problem, prepared[:sets], prepared[sets:], may_lose, +told, about)
-
-
-def _confirm(stage: _Stage, configs: Mapping[str, object]) -> _Confirmed:
-    """Scores on the sets that were tuned on, and on the one that was not."""
-    both = {"tuned on": stage.tuned, "held out": stage.held}
-    found = {NOTHING: {name: stage.score(sets, [each.before for each in sets]) for name, sets in both.items()}}
-    for who, config in configs.items():
-        found[who] = {name: _score(stage, sets, config) for name, sets in both.items()}
-    return found
-
-
-def _score(stage: _Stage, sets: Sequence[Rehearsal], config: object) -> Score:
-    try:
-        return stage.score(sets, rehearsal.rehearse(stage.problem, sets, config))
-    except NotFinite:
-        return Score(math.inf, math.inf, math.inf)
-
-
-def _plain(scores: _Confirmed) -> dict[str, dict[str, dict[str, float | None]]]:
-    """As JSON holds them, which knows no infinity."""
-    return {
-        who: {
-            sets: {k: v if math.isfinite(v) else None for k, v in found._asdict().items()}
-            for sets, found in each.items()
-        }
-        for who, each in scores.items()
-    }
-
-
-def verdicts(scores: _Confirmed) -> dict[str, bool]:
-    """By key of `chosen.AGAINST`: whether the chosen settings are what they should be on the set not tuned on."""
-    nothing, given, best = (scores[who]["held out"].total for who in (NOTHING, GIVEN, CHOSEN))
-    return {"holds up": best <= given, "better than nothing": best < nothing}
-
-
-def _show(stage: _Stage, found: Sequence[Trial], scores: _Confirmed, journal: Path) -> None:
-    from rich.table import Table
-
-    names = list(found[0].settings)
-    tried = Table("trial", "score", *names, "s", title=f"The best of {len(found)} trials ({journal} has all)")
-    for trial in found[:_SHOWN]:
-        values = [f"{value:g}" if isinstance(value, float) else str(value) for value in trial.settings.values()]
-        tried.add_row(str(trial.number), f"{trial.score:.3g}", *values, f"{trial.seconds:.1f}")
-    unit = "nats; 0 is perfect"
-    if stage.held[0].references:
-        unit = "noise floors; 1 is as close as another retrained model"
-    compared = Table("", "tuned on", "forgetting", "usefulness", "held out", title=f"Scores, {unit}")
-    for who, each in scores.items():
-        compared.add_row(who, *(f"{value:.3g}" for value in (*each["tuned on"], each["held out"].total)))
-    printing.show(tried, compared)
-    sizes = [len(each.before.forget.labels) for each in (*stage.tuned, *stage.held)]
-    size = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-    asked = stage.about["records"]
-    cut = f", of {asked} asked for" if stage.removed and max(sizes) < asked else ""
-    told = f"{len(stage.tuned)} pseudo-forget sets of {size} records{cut}"
-    if stage.held[0].references:
-        print(f"{told}, against {len(stage.held[0].references)} retrained models each.")
-    else:
-        own, held = (closeness.chance([each.before for each in sets]) for sets in (stage.tuned, stage.held))
-        print(f"{told}, against test(). By chance alone forgetting misses 0 by about {own:.2g} (held out: {held:.2g}).")
-    lost = scores[CHOSEN]["tuned on"].lost
-    if lost > 100 * stage.may_lose:
-        print(f"All settings lose too much of what is left, these {lost:.1f} points. --may-lose is {stage.may_lose:g}.")
-    cures = {
-        "holds up": "Rehearse with more --sets, or keep those.",
-        "better than nothing": "Give more epochs or trials, another optimizer, or retrain from what is left.",
-    }
-    if not stage.held[0].references and closeness.records_needed([each.before for each in stage.tuned]) is not None:
-        cures = dict.fromkeys(cures, "That may be chance: see the warning above.")
-    for name, fine in verdicts(scores).items():
-        if not fine:
-            print(f"The chosen settings do NOT hold up: {chosen.AGAINST[name]}. {cures[name]}")
+    return Stage(problem, prepared[: asked.sets], prepared[asked.sets :], asked.may_lose, +told, about)

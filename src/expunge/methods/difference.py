@@ -37,9 +37,15 @@ def difference(model: nn.Module, given: Blind, trace: Trace) -> tuple[Gradient, 
     if full.groups is not None:
         trace.facts |= {"groups_computed": groups, "groups": len(full.groups.totals)}
     if share == 0:
+        cure = (
+            "Too little was removed to be seen at this precision: delete more records at once, cache in float64, keep "
+            "positions with the data."
+            if removed.count
+            else "Either nothing was removed or corrected since the cache was made, or too little. A cache is made "
+            "before the deletion, of all data; one made after it shows nothing of what was removed: retrain then."
+        )
         raise NotInformative(
             f"the gradient difference of {removed.count} removed terms is below its rounding floor in every entry "
-            f"(norm {params.norm(removed.total):.3g}). Either nothing was removed or corrected, or too little to be "
-            "seen at this precision: delete more records at once, cache in float64, keep positions with the data."
+            f"(norm {params.norm(removed.total):.3g}). {cure}"
         )
     return removed, retain
