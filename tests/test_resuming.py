@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch.utils.data import TensorDataset
 
 from expunge import Blind, Examples, Recipe, Retrain, cross_entropy, logit_margin, resuming, train, unlearn
 from expunge.batches import Batches
-from expunge.errors import ConfigError, MismatchError, UnsupportedModule
+from expunge.errors import ConfigError, MismatchError
 from expunge.trace import Trace
 from tests.contract import architecture, examples, same, state
-from tests.processes import RECIPE, all_well, network, records, sharded, weights, whole
+from tests.processes import RECIPE, all_well, in_processes, network, records, sharded, weights, whole
 
 EPOCHS, BATCHES = 5, 4
 RECIPES = {
@@ -239,14 +240,41 @@ def together(folder: Path, alone: dict[str, Tensor]) -> None:
     own = path if dist.get_rank() == 0 else folder / "elsewhere.safetensors"
     with pytest.raises(MismatchError, match="of 2 processes some see another file, or none"):
         train(network(), records(), cross_entropy, RECIPE, seed=0, resume=own)
-    with pytest.raises(UnsupportedModule, match="a model that FSDP2 has sharded is not kept yet"):
-        train(sharded(network()), records(), cross_entropy, RECIPE, seed=0, resume=path)
+
+
+MEMORY = {"sgd": "momentum_buffer", "adamw": "exp_avg"}
+
+
+def ends_in_the_second_epoch(folder: Path, recipe: Recipe) -> None:
+    import torch.distributed as dist
+
+    loss = Interrupting(9 if dist.get_rank() else 100)  # seven steps an epoch
+    train(sharded(network()), records(), loss, recipe, seed=0, resume=folder / "state.safetensors")
+
+
+def goes_on(folder: Path, recipe: Recipe) -> None:
+    path, unbroken, again = folder / "state.safetensors", sharded(network()), sharded(network())
+    tensors = resuming_file(path)[1]
+    assert (
+        tensors["model/0.weight"].shape == tensors["optimizer/0/" + MEMORY[recipe.optimizer]].shape == (7, 5)
+    )  # whole
+    train(unbroken, records(), cross_entropy, recipe, seed=0)
+    trace = train(again, records(), cross_entropy, recipe, seed=0, resume=path)
+    assert trace.facts["resumed"]["epochs"] == 1
+    assert same(weights(again), weights(unbroken))
 
 
 def test_two_processes_go_on_together(tmp_path):
     model = network()
     train(model, records(), cross_entropy, RECIPE, seed=0)
     all_well(2, together, tmp_path, tmp_path, whole(dict(model.named_parameters())))
+
+
+@pytest.mark.parametrize(("count", "recipe"), [(4, RECIPE), (2, replace(RECIPE, lr=0.01, optimizer="adamw"))])
+def test_a_job_goes_on_with_a_model_in_pieces(count, recipe, tmp_path):
+    ended = in_processes(count, ends_in_the_second_epoch, tmp_path, tmp_path, recipe)
+    assert "ok" not in ended
+    all_well(count, goes_on, tmp_path, tmp_path, recipe)
 
 
 def test_a_killed_process_leaves_the_last_whole_state(tmp_path):

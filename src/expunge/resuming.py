@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from expunge import distributed, params, sharding
 from expunge.batches import Batches, Examples, LossTerms, indexed
-from expunge.errors import ConfigError, MismatchError, UnsupportedModule
+from expunge.errors import ConfigError, MismatchError
 from expunge.files import require_writable, save_tensors
 from expunge.gradient import Origin
 from expunge.trace import Trace
@@ -38,15 +38,7 @@ def identity(model: nn.Module, data: Batches, loss_terms: LossTerms, **settings:
         data: All of it.
         loss_terms: The loss.
         **settings: Whatever else matters, as JSON holds it.
-
-    Raises:
-        UnsupportedModule: A model that FSDP2 has sharded.
     """
-    if sharding.is_sharded(model):
-        raise UnsupportedModule(
-            "resume: a model that FSDP2 has sharded is not kept yet. Leave resume out, or train the whole model on "
-            "every process."
-        )
     known = indexed(data)
     read = {} if known is None else {"positions": known.positions}
     if isinstance(data, Examples):
@@ -112,12 +104,15 @@ class Resumable:
             return 0
         with torch.no_grad():
             for name, tensor in self._tensors().items():
-                tensor.copy_(tensors[_WEIGHTS + name])
+                tensor.copy_(sharding.placed_like(tensors[_WEIGHTS + name], tensor))
         state: dict[int, dict[str, Tensor]] = {}
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         for name, tensor in tensors.items():
             if name.startswith(_OPTIMIZER):
                 number, key = name.removeprefix(_OPTIMIZER).split("/")
-                state.setdefault(int(number), {})[key] = tensor
+                p = trained[int(number)]
+                own = sharding.placed_like(tensor, p) if tensor.shape == p.shape else tensor  # others count steps
+                state.setdefault(int(number), {})[key] = own
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.trace.losses += tensors[_LOSSES].tolist()
         self.trace.epoch_ends += [self._steps + end for end in header["epoch_ends"]]
@@ -136,15 +131,19 @@ class Resumable:
         Raises:
             OSError: The disk is full.
         """
-        distributed.by_the_first(lambda: self._write(epochs))
-
-    def _write(self, epochs: int) -> None:
-        if time.perf_counter() - self._written < _EVERY:
+        now = time.perf_counter()
+        _, clocks = distributed.agreed(lambda: None, lambda _: (now - self._written,))
+        if (clocks[0][0] if clocks else now - self._written) < _EVERY:
             return
         tensors = {_WEIGHTS + name: tensor for name, tensor in self._tensors().items()}
         for number, memory in self.optimizer.state_dict()["state"].items():
             kept = {key: value for key, value in memory.items() if value is not None}
             tensors |= {f"{_OPTIMIZER}{number}/{key}": torch.as_tensor(value) for key, value in kept.items()}
+        gathered = sharding.gathered(tensors)
+        distributed.by_the_first(lambda: self._write(epochs, gathered))
+        self._written = time.perf_counter()
+
+    def _write(self, epochs: int, tensors: dict[str, Tensor]) -> None:
         tensors[_LOSSES] = torch.tensor(self.trace.losses[self._steps :], dtype=torch.float64)
         ends = [end - self._steps for end in self.trace.epoch_ends if end > self._steps]
         facts = {name: fact for name, fact in self.trace.facts.items() if name == "precision"}  # that was measured
@@ -158,7 +157,6 @@ class Resumable:
             "processor_seconds": time.process_time() - self._processor,
         }
         save_tensors(self.path, tensors, {_FORMAT: json.dumps(header)})
-        self._written = time.perf_counter()
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not self.path.exists():

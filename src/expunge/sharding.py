@@ -5,6 +5,7 @@ brings numbers together has to say so (`whole`): torch gives the part of a sum t
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,6 +86,20 @@ def is_piece(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together on every process, which all must call; any other as it is."""
     return tensor.full_tensor() if is_piece(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors put together one by one, in the memory of the first process; all must call.
+
+    Returns:
+        What was sharded on the CPU, others as they are; nothing on other processes.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)  # on every process, hence one at a time
+        if rank() == 0:
+            found[name] = full.cpu() if is_piece(tensor) else full
+    return found
 
 
 def here(tensor: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def train(
         ConfigError: Nothing trainable; steps without milestones; a file of another training; resume beside stop or
             after_step.
         NotFinite: A loss became NaN or infinite; names the epoch and the step.
-        UnsupportedModule: resume with a model that FSDP2 has sharded; sparse gradients.
+        UnsupportedModule: Sparse gradients.
     """
     trace = trace or Trace("train", seed)
     sharding.settle(model)

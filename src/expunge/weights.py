@@ -21,7 +21,7 @@ def save_weights(path: Path | str, model: nn.Module, header: dict[str, str] | No
         OSError: The disk is full, or the folder cannot be written.
     """
     sharding.settle(model)
-    tensors = {name: sharding.whole(tensor) for name, tensor in params.plain(model).state_dict().items()}
+    tensors = sharding.gathered(params.plain(model).state_dict())
     distributed.by_the_first(lambda: save_tensors(path, tensors, header))
 
 
