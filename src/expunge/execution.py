@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from expunge import distributed, params
+from expunge import distributed, params, sharding
 from expunge.batches import Batch, map_tensors, tensors_of, to_device
 from expunge.seeds import keeping_random_state
 from expunge.trace import Trace
@@ -122,8 +122,11 @@ class Compiled:
         self.model, self.size, self.trace = model, size, trace
         self.plain: Callable[..., Any] = model.forward
         self.compiled: Callable[..., Any] | None = None
-        self.ended = params.plain(model) is not model  # it came compiled
+        in_pieces = sharding.is_sharded(model)
+        self.ended = in_pieces or params.plain(model) is not model  # it came compiled
         trace.facts["compiled_steps"] = 0
+        if in_pieces:
+            trace.warn("compile=True: a model that FSDP2 has sharded is trained as it is. Leave compile out.")
 
     @contextmanager
     def active(self) -> Iterator[None]:
