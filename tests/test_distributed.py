@@ -15,8 +15,10 @@ from expunge import (
     Blind,
     FineTune,
     Gradient,
+    OrthogonalAscent,
     Recipe,
     Reload,
+    Retrain,
     SalUn,
     Sighted,
     cache,
@@ -151,7 +153,7 @@ def reloads(alone: dict[str, list[dict[str, Tensor]]], path: Path) -> None:
     for model, file in ((network(), "whole"), (sharded(network()), "sharded")):
         cache.save(path.with_name(file), gradient(model, cross_entropy, records(), micro_batch=8))
     sighted, model = Sighted(**vars(given(None)), forget=records().only(REMOVED)), sharded(network())
-    with pytest.raises(UnsupportedModule, match="salun does not work on a model that FSDP2 has sharded; reload, fine"):
+    with pytest.raises(UnsupportedModule, match="salun does not work on a model that FSDP2 has sharded; reload, ortho"):
         unlearn(model, sighted, SalUn(), seed=0)
     full = cache.load(path, model, cross_entropy)
     with pytest.raises(UnsupportedModule, match="selector='obs' takes a model apart into examples"):
@@ -174,7 +176,7 @@ def test_reload_resets_what_one_process_resets_and_caches_go_both_ways(
         require_same(one, cache.load(tmp_path / file, network(), cross_entropy))
 
 
-def fine_tunes(alone: dict[str, tuple[list[float], dict[str, Tensor]]], tuned: dict[str, Tensor]) -> None:
+def fine_tunes(alone: dict[str, tuple[list[float], dict[str, Tensor]]]) -> None:
     for name, (losses, after) in alone.items():
         for model in (network(), sharded(network())):
             trace = train(model, FORMS[name], cross_entropy, OPTIMISERS[name], seed=0)
@@ -182,10 +184,6 @@ def fine_tunes(alone: dict[str, tuple[list[float], dict[str, Tensor]]], tuned: d
                 torch.testing.assert_close(tensor, after[n], rtol=0, atol=1e-9 if "adamw" in name else 1e-12)
             assert trace.losses == pytest.approx(losses, abs=1e-9)
             assert mean_loss(model, records(), cross_entropy) < 1.2
-    for model in (network(), sharded(network())):
-        result = unlearn(model, given(None), FineTune(recipe=RECIPE), seed=0)
-        for n, tensor in weights(result.model).items():
-            torch.testing.assert_close(tensor, tuned[n], rtol=0, atol=1e-12)
 
 
 BATCHES = [zoo.tensors(count, seed=count) for count in (20, 7, 3, 1)]  # uneven on purpose
@@ -206,8 +204,31 @@ def test_training_ends_where_one_process_ends(processes: int, forms: list[str], 
         model = network()
         trace = train(model, data, cross_entropy, OPTIMISERS[name], seed=0)
         alone[name] = (trace.losses, weights(model))
-    tuned = weights(unlearn(network(), given(None), FineTune(recipe=RECIPE), seed=0).model)
-    all_well(processes, fine_tunes, tmp_path, alone, tuned)
+    all_well(processes, fine_tunes, tmp_path, alone)
+
+
+SIMPLER = {
+    "fine-tune": FineTune(recipe=RECIPE),
+    "retrain": Retrain(recipe=RECIPE),
+    "orthogonal-ascent": OrthogonalAscent(fine_tune=RECIPE),
+    "ascent at random": OrthogonalAscent(direction="random", fine_tune=RECIPE),
+}
+
+
+def simpler(alone: dict[str, dict[str, Tensor]], full: Gradient) -> None:
+    for name, config in SIMPLER.items():
+        for model in (network(), sharded(network())):
+            result = unlearn(model, given(full), config, seed=0)
+            assert sharding.is_sharded(result.model) == sharding.is_sharded(model)
+            for n, tensor in weights(result.model).items():
+                torch.testing.assert_close(tensor, alone[name][n], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_methods_that_need_no_more_come_to_what_one_process_comes_to(processes: int, tmp_path: Path) -> None:
+    full = gradient(network(), cross_entropy, records())
+    alone = {name: weights(unlearn(network(), given(full), config, seed=0).model) for name, config in SIMPLER.items()}
+    all_well(processes, simpler, tmp_path, alone, full)
 
 
 def normalised_and_bfloat16(one: Gradient) -> None:

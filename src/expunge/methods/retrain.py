@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from expunge import params
+from expunge import params, sharding
 from expunge.access import Blind
 from expunge.errors import MismatchError
 from expunge.methods.guard import note_if_nothing_was_learned
@@ -39,7 +39,7 @@ def freeze_alike_(untrained: nn.Module, model: nn.Module) -> None:
     fresh = params.named_parameters(untrained, lambda _, __: True)
     for name, p in params.named_parameters(model, lambda _, __: True).items():
         if not p.requires_grad and fresh[name].requires_grad:
-            if not torch.equal(p.detach(), fresh[name].detach().to(p)):
+            if not torch.equal(trained := sharding.whole(p.detach()), fresh[name].detach().to(trained)):
                 raise MismatchError(
                     f"{name!r} is frozen in the trained model, and fresh() builds it trainable with other values. Let "
                     "fresh() load what was frozen during training; unfreeze what was frozen only afterwards."
@@ -65,6 +65,14 @@ def note_statistics_of_frozen(untrained: nn.Module, model: nn.Module, trace: Tra
             return
 
 
+@torch.no_grad()
+def take_over_(model: nn.Module, untrained: nn.Module) -> None:
+    """Put the values of a whole model into one that FSDP2 has sharded."""
+    values = dict(untrained.named_parameters()) | dict(untrained.named_buffers())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.copy_(sharding.placed_like(values[name].detach(), tensor))
+
+
 def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace: Trace) -> nn.Module:
     """Fresh weights for every module, then training.
 
@@ -76,7 +84,10 @@ def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace
     untrained = given.fresh_model(seed, model)
     freeze_alike_(untrained, model)
     note_statistics_of_frozen(untrained, model, trace)
-    model = untrained.to(next(model.parameters()).device).train(model.training)
+    if sharding.is_sharded(model):
+        take_over_(model, untrained)
+    else:
+        model = untrained.to(next(model.parameters()).device).train(model.training)
     with trace.stage("train", model):
         train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, resume=config.resume)
         note_if_nothing_was_learned(trace)
