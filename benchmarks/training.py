@@ -5,6 +5,7 @@ python benchmarks/training.py       accuracy on digits, twenty seeds, six minute
 python benchmarks/training.py 16    where the time of a step goes, in a ResNet-18 of this width
 """
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -247,9 +248,14 @@ def accuracy() -> None:
             found.append((name, seed, f"{outputs(model, test).correct.mean():.4f}"))
             print(*found[-1], flush=True)
     write_csv(Path(__file__).parents[1] / "results" / "training_accuracy.csv", ["loop", "seed", "accuracy"], found)
-    for name in LOOPS:
-        values = [100 * float(value) for loop, _, value in found if loop == name]
+    by_loop = {name: [100 * float(value) for loop, _, value in found if loop == name] for name in LOOPS}
+    for name, values in by_loop.items():
         print(f"{name}: {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %, n = {len(values)}")
+    for one, other in itertools.combinations(LOOPS, 2):  # in pairs: a seed is a split and initial weights
+        apart = [a - b for a, b in zip(by_loop[one], by_loop[other], strict=True)]
+        error = statistics.stdev(apart) / len(apart) ** 0.5
+        print(f"{one} above {other}: {statistics.mean(apart):.2f} ± {statistics.stdev(apart):.2f}, "
+              f"t = {statistics.mean(apart) / error:.1f}")  # fmt: skip
 
 
 def where_the_time_goes(width: int) -> None:
