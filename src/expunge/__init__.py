@@ -21,6 +21,7 @@ from expunge.methods.gar import GAR
 from expunge.methods.gradient_ascent import GradientAscent
 from expunge.methods.grda import GRDA
 from expunge.methods.l1_sparse import L1Sparse
+from expunge.methods.natural_ascent import NaturalAscent
 from expunge.methods.orthogonal_ascent import OrthogonalAscent
 from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
@@ -57,6 +58,7 @@ __all__ = [
     "Importance",
     "L1Sparse",
     "LossTerms",
+    "NaturalAscent",
     "OrthogonalAscent",
     "Params",
     "Recipe",

@@ -16,7 +16,7 @@ from torch import nn
 
 from expunge import Examples, Recipe, cross_entropy, gradient, squared_error, train, unlearn
 from expunge.errors import ConfigError, NotFinite, UnsupportedModule
-from expunge.methods import METHODS, per_example
+from expunge.methods import METHODS, kronecker, per_example
 from expunge.methods.guard import note_if_nothing_was_learned
 from expunge.trace import Trace
 from expunge.training import mean_loss
@@ -77,6 +77,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
         (importlib.import_module("expunge.gradient"), "probe"),
         (per_example, "probe"),
         (per_example, "_try_layers"),
+        (kronecker, "probe"),
+        (kronecker, "_usable_layers"),
         (importlib.import_module("expunge.unlearn"), "note_what_was_lost"),
     ):
         monkeypatch.setattr(module, check, not_counting()(getattr(module, check)))

@@ -1,0 +1,123 @@
+"""Ascend along the difference of gradients in the geometry of what is left, then fine-tune: blind, from RELOAD's cache.
+
+Source: this library, docs/findings.md. The difference of gradients is that of RELOAD, "Blind Unlearning: Unlearning
+Without a Forget Set"; a gradient times an inverse Fisher matrix is the natural one (Amari, "Natural Gradient Works
+Efficiently in Learning", 1998), here in an eigenbasis of Kronecker factors (EK-FAC, George et al., 2018), as Grosse et
+al., "Studying Large Language Model Generalization with Influence Functions" (2023), solve for influence. Deviations
+from RELOAD: nothing is re-initialised, and the ascent is another.
+  * Where training has ended, weight decay and the gradients of all records are in balance: what a record has put into
+    the weights is along its own gradient there, of the loss of training. So that is the loss to cache, and the error
+    that a record still has says how much it weighs.
+  * A step along g_D - g_new itself moves what all records share, and fine-tuning undoes it. Divided by the curvature of
+    what is left, it is along what few other records depend on.
+  * The length is a share of the norm of the weights, and biases and the scales of normalisation stay, as in orthogonal
+    ascent.
+
+Needs: any loss that comes in terms of single examples; a cached gradient of the loss of training.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from expunge import params
+from expunge.access import Blind
+from expunge.batches import Batches, indexed, only_rows
+from expunge.errors import ConfigError, NotInformative
+from expunge.methods.difference import difference
+from expunge.methods.kronecker import kronecker_fisher
+from expunge.methods.turns import in_turns, moved_weights, require_turns
+from expunge.params import Params
+from expunge.seeds import stream
+from expunge.space import Range, Space
+from expunge.trace import Trace
+from expunge.training import Recipe
+
+LEAST = 256  # records that a curvature is measured on, if there are so many
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaturalAscent:
+    """Blind unlearning: ascend along the natural gradient of what was removed, and fine-tune, in turns.
+
+    Raises:
+        ConfigError: A value that cannot work.
+    """
+
+    step: float = 0.2  # length of each ascent, as a share of the norm of the weights that it moves
+    rounds: int = 2  # ascents, each followed by its share of the epochs
+    damping: float = 0.3  # of the curvature, as a share of its mean eigenvalue
+    sample: float = 0.1  # of what is left, on which the curvature is measured; 256 records at least
+    fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together: your own recipe
+
+    def __post_init__(self) -> None:
+        require_turns(self)
+        if not 0 < self.damping < math.inf:
+            raise ConfigError(f"damping={self.damping}: must be a positive number.")
+        if not 0 < self.sample <= 1:
+            raise ConfigError(f"sample={self.sample}: must be a share of what is left, above 0 and at most 1.")
+
+
+SPACE: Space = {
+    "step": Range(0.05, 0.5, log=True),
+    "rounds": Range(1, 3),
+    "fine_tune.lr": Range(0.003, 0.3, log=True),
+}
+
+
+def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, seed: int, trace: Trace) -> nn.Module:
+    """Steps W ← W + step ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d = (F + λ)⁻¹ (g_D - g_new).
+
+    W are the parameters of two or more dimensions (all, if there are none). F is the sum of squared gradients over a
+    sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue.
+
+    ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
+    difference), ascent (length of a step).
+
+    Raises:
+        NotInformative: The difference shows nothing of what was removed in W, or the curvature nothing at all.
+        MismatchError: A cache and a retain set that do not belong together.
+        UnsupportedModule: A model that cannot be taken apart into examples.
+        ConfigError: There is no cached gradient.
+    """
+    weights = moved_weights(model, given.cached().total)
+    with trace.stage("difference", model):
+        removed, _ = difference(model, given, trace)
+        assert removed.noise is not None
+        own, noise = ({name: each[name] for name in weights} for each in (removed.total, removed.noise))
+        if params.norm(own) <= params.norm(noise):
+            raise NotInformative(
+                f"the gradient difference has norm {params.norm(own):.3g} in the weights, no more than its rounding "
+                f"floor, {params.norm(noise):.3g}. Delete more records at once, or cache in float64."
+            )
+    with trace.stage("curvature", model):
+        direction = _direction(model, own, given, config, seed, trace)
+    return in_turns(model, direction, given, config, seed=seed, trace=trace)
+
+
+def _direction(
+    model: nn.Module, removed: Params, given: Blind, config: NaturalAscent, seed: int, trace: Trace
+) -> Params:
+    """The unit vector along the natural gradient."""
+    some = _sample(given.retain, config.sample, seed)
+    curvature = kronecker_fisher(model, given.cached_terms, some, removed, trace)
+    solved = curvature.solve(removed, config.damping)
+    length = params.norm(solved)
+    product = params.total({name: solved[name] * each for name, each in removed.items()})
+    trace.facts |= {
+        "kronecker_share": curvature.kronecker_share,
+        "alignment": product / length / params.norm(removed),
+    }
+    return {name: each / length for name, each in solved.items()}
+
+
+def _sample(data: Batches, share: float, seed: int) -> Batches:
+    """Records at random; data without positions is taken whole."""
+    known = indexed(data)
+    if known is None:
+        return data
+    count = min(max(round(share * len(known.positions)), LEAST), len(known.positions))
+    rows = torch.randperm(len(known.positions), generator=stream(seed, "curvature"))[:count]
+    return only_rows(data, rows.sort().values)
