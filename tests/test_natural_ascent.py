@@ -1,0 +1,162 @@
+"""Natural ascent against steps worked by hand in float64, and what it is for."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from expunge import (
+    Blind,
+    Examples,
+    FineTune,
+    NaturalAscent,
+    Recipe,
+    Reload,
+    cross_entropy,
+    gradient,
+    squared_error,
+    train,
+    unlearn,
+)
+from expunge.errors import ConfigError, NotInformative
+from expunge.seeds import derive
+from expunge.training import mean_loss
+from tests.contract import without_type_checks, world
+from tests.test_class_orthogonal_ascent import ascended
+from tests.test_orthogonal_ascent import REMOVED, flat, moved, weights
+from tests.zoo import CLASSES, classification, network
+
+ONCE = Recipe(epochs=1, lr=0.05, batch_size=8)
+
+
+def given(model: nn.Module, data: Examples, gone: Tensor = REMOVED, **changes) -> Blind:
+    loss = changes.pop("loss", cross_entropy)
+    own = {"retain": data.without(gone), "loss_terms": loss, "fresh": lambda seed: network("mlp", seed + 100)}
+    return Blind(**own | {"full": gradient(model, loss, data, micro_batch=8)} | changes)
+
+
+def by_hand(model: nn.Module, data: Examples, damping: float) -> tuple[Tensor, Tensor]:
+    """(F + λ)⁻¹ g and g, the gradient of the removed records: each layer's F whole, turned into its Kronecker basis."""
+    first, last = model[0], model[-1]
+    inputs, labels = data.without(REMOVED).tensors
+    hidden = first(inputs).tanh().detach()
+    wrong = model(inputs).softmax(1).detach() - functional.one_hot(labels, CLASSES)
+    both = {first: (inputs, wrong @ last.weight.detach() * (1 - hidden**2)), last: (hidden, wrong)}
+    bases, eigenvalues = {}, {}
+    for layer, (entered, slopes) in both.items():
+        own = torch.einsum("no,ni->noi", slopes, entered).flatten(1)  # the gradient of each record
+        factors = (torch.linalg.eigh(each.T @ each)[1] for each in (slopes, entered))
+        bases[layer] = torch.kron(*factors)
+        eigenvalues[layer] = (bases[layer].T @ own.T @ own @ bases[layer]).diagonal()
+    floor = damping * torch.cat(list(eigenvalues.values())).mean()
+    loss = cross_entropy(model, data.only(REMOVED).tensors).sum()
+    removed = torch.autograd.grad(loss, [first.weight, last.weight])
+    solved = [
+        bases[layer] @ ((bases[layer].T @ part.flatten()) / (eigenvalues[layer] + floor))
+        for layer, part in zip((first, last), removed, strict=True)
+    ]
+    return flat(solved), flat(removed)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("damping", [0.1, 3.0])
+def test_it_ascends_along_the_difference_over_the_curvature_and_fine_tunes_in_turns(rounds, damping):
+    model, own, data = network("mlp").eval(), network("mlp").eval(), classification(40)
+    recipe = Recipe(epochs=2, lr=0.05, batch_size=8)
+    config = NaturalAscent(step=0.3, rounds=rounds, damping=damping, fine_tune=recipe)
+    result = unlearn(model, given(model, data), config, seed=3)
+
+    direction, removed = by_hand(own, data, damping)
+    step = 0.3 * flat(weights(own)).norm() * direction / direction.norm()
+    for number in range(rounds):
+        moved(own, step)
+        part = Recipe(epochs=2 // rounds, lr=0.05, batch_size=8)
+        train(own, data.without(REMOVED), cross_entropy, part, seed=derive(3, "round", number))
+
+    assert torch.allclose(flat(result.model.parameters()), flat(own.parameters()), rtol=1e-7)
+    facts = result.trace.facts
+    assert facts["ascent"] == pytest.approx(float(step.norm()))
+    assert facts["alignment"] == pytest.approx(float(direction @ removed / (direction.norm() * removed.norm())))
+    assert (facts["removed_count"], facts["kronecker_share"]) == (len(REMOVED), 1.0)
+    assert result.trace.backwarded == 32 + 2 * 32 + 2 * 32
+
+
+def test_without_curvature_it_would_be_the_difference_itself():
+    model, data = network("mlp"), classification(40)
+    step = ascended(model, given(model, data), NaturalAscent(rounds=1, damping=1e9, fine_tune=ONCE))
+    removed = by_hand(model.eval(), data, 1.0)[1]
+    assert float(step @ removed / (step.norm() * removed.norm())) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("sample", "records"), [(0.1, 256), (0.8, 304), (1.0, 380)])
+def test_the_curvature_is_measured_on_a_part_of_what_is_left(sample, records):
+    model, data, gone = network("mlp"), classification(400), torch.arange(0, 400, 20)
+    config = NaturalAscent(rounds=1, sample=sample, fine_tune=ONCE)
+    blind = given(model, data, gone)
+    first, again, other = (unlearn(model, blind, config, seed=seed) for seed in (0, 0, 1))
+    assert first.trace.backwarded == 380 + 2 * records + 380
+    directions = [each.trace.facts["alignment"] for each in (first, again, other)]
+    assert directions[0] == directions[1]
+    assert (directions[0] == directions[2]) == (sample == 1.0)
+
+
+def test_batches_without_positions_are_all_looked_at():
+    model, data, gone = network("mlp"), classification(400), torch.arange(0, 400, 20)
+    batches = [data.without(gone).tensors]
+    trace = unlearn(
+        model, given(model, data, gone, retain=batches), NaturalAscent(fine_tune=Recipe(epochs=2, lr=0.05))
+    ).trace
+    assert trace.backwarded == 380 + 2 * 380 + 2 * 380
+
+
+def test_the_removed_records_are_forgotten_where_fine_tuning_and_reloads_ascent_keep_them():
+    w = world("batch-norm")
+    brief = Recipe(epochs=4, lr=0.03, batch_size=16)
+
+    def losses(config: object) -> tuple[float, float]:
+        model = unlearn(w.model, w.blind(), config).model
+        return mean_loss(model, w.forget, cross_entropy), mean_loss(model, w.retain, cross_entropy)
+
+    forgotten, kept = losses(NaturalAscent(fine_tune=brief))
+    tuned = losses(FineTune(recipe=brief))[0]
+    climbed = losses(Reload(reset_fraction=0.0, fine_tune=brief))[0]
+    assert forgotten > 5 * max(tuned, climbed)
+    assert kept < 0.2
+
+
+def test_regression_will_do():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 5, generator=generator, dtype=torch.float64)
+    data, model = Examples(inputs, inputs[:, :1] ** 2), nn.Linear(5, 1).double()
+    gone = torch.arange(6)
+    fresh = {"fresh": lambda seed: nn.Linear(5, 1).double()}
+    step = ascended(
+        model, given(model, data, gone, loss=squared_error, **fresh), NaturalAscent(rounds=1, fine_tune=ONCE)
+    )
+    removed = torch.autograd.grad(squared_error(model, data.only(gone).tensors).sum(), model.weight)[0].flatten()
+    assert float(step @ removed) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step": 0.0}, "step=0.0: must be a positive share"),
+        ({"rounds": 4, "fine_tune": ONCE}, "fine_tune.epochs=1, rounds=4: an ascent without an epoch"),
+        ({"damping": 0.0}, "damping=0.0: must be a positive number"),
+        ({"damping": float("inf")}, "damping=inf"),
+        ({"sample": 0.0}, "sample=0.0: must be a share of what is left"),
+        ({"sample": 1.5}, "sample=1.5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with without_type_checks(), pytest.raises(ConfigError, match=message):
+        NaturalAscent(**settings)
+
+
+def test_removed_records_that_show_in_no_weight_are_refused():
+    data, model = classification(40), network("mlp")[0]  # a layer by itself: an input of zeros moves its bias alone
+    inputs, labels = data.tensors
+    data = Examples(inputs.clone().index_fill_(0, REMOVED, 0.0), labels)
+    blind = given(model, data, fresh=lambda seed: network("mlp", seed + 100)[0])
+    with pytest.raises(NotInformative, match="in the weights, no more than its rounding floor"):
+        unlearn(model, blind, NaturalAscent(rounds=1, fine_tune=ONCE))
