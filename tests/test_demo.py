@@ -35,7 +35,8 @@ def test_the_demo_deletes_unlearns_blind_compares_and_draws(tmp_path, monkeypatc
     rows = read_rows(folder / "rows.csv")
     removal = [row for row in rows if row.scenario == "removal"]
     assert {row.method for row in removal} == {
-        "original", "retrain", "retrain again", "reload", "class-orthogonal-ascent", "fine-tune", "gradient-ascent",
+        "original", "retrain", "retrain again", "reload", "natural-ascent", "class-orthogonal-ascent",
+        "fine-tune", "gradient-ascent",
     }  # fmt: skip
     assert {row.seed for row in rows} == {0, 1}
     assert {row.metric for row in removal if row.method == "reload"} == {

@@ -62,6 +62,7 @@ def test_settings_are_chosen_and_unlearn_takes_them(folder, capsys):
     assert rehearsed("--trials", "3", "--sets", "2") == 0
     out = capsys.readouterr().out
     assert "2 pseudo-forget sets of 6 records, against test()" in out  # as many as were deleted
+    assert re.search(r"tuned on . forgetting . usefulness . points lost . held out", out)
     stored = json.loads(Path("settings.json").read_text(encoding="utf-8"))
     assert stored["method"] == "reload"
     assert stored["settings"]["fine_tune.epochs"] == 2

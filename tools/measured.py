@@ -41,10 +41,13 @@ def compared(scenario: str) -> str:
 
 PAIRS = {  # that docs/compare.md speaks of
     "removal": (
-        ("class-orthogonal-ascent", "reload"), ("class-orthogonal-ascent", "orthogonal-ascent"), ("reload", "original"),
+        ("class-orthogonal-ascent", "reload"), ("class-orthogonal-ascent", "orthogonal-ascent"),
+        ("natural-ascent", "reload"), ("natural-ascent", "class-orthogonal-ascent"), ("reload", "original"),
         ("reload", "orthogonal-ascent"), ("reload", "control: random reset"), ("reload", "control: without ascent"),
     ),
     "class-removal": (
+        ("natural-ascent", "reload"), ("natural-ascent", "orthogonal-ascent"),
+        ("natural-ascent", "class-orthogonal-ascent"), ("natural-ascent", "eu-k"),
         ("orthogonal-ascent", "reload"), ("class-orthogonal-ascent", "reload"), ("eu-k", "reload"),
         ("control: random reset", "reload"), ("control: without ascent", "reload"),
     ),
@@ -294,6 +297,9 @@ FINDINGS: dict[str, Finding] = {
            for how in ("", " (rehearsed blind)", " (defaults)"))),
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL"),
         scenario=kind,
+    ) for kind in ("random", "in-class")},
+    **{f"natural-{kind}": Finding(
+        "natural", (), ("NA", "TA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "ΔAUC", "FSKL", "NSKL", "Work", "Cost"), scenario=kind,
     ) for kind in ("random", "in-class")},
     "frontier": Finding(
         "frontier",

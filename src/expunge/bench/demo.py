@@ -41,8 +41,8 @@ _ROLES = {
     "reload.trace.json": "trace",
 }
 METHODS = {
-    "removal": ("reload", "class-orthogonal-ascent", "fine-tune", "gradient-ascent"),
-    "label-correction": ("reload", "class-orthogonal-ascent", "fine-tune"),
+    "removal": ("reload", "natural-ascent", "class-orthogonal-ascent", "fine-tune", "gradient-ascent"),
+    "label-correction": ("reload", "natural-ascent", "class-orthogonal-ascent", "fine-tune"),
 }
 
 

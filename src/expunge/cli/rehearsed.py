@@ -107,9 +107,11 @@ def show(stage: Stage, found: Sequence[Trial], scores: Confirmed, journal: Path)
     unit = "nats; 0 is perfect"
     if stage.held[0].references:
         unit = "noise floors; 1 is as close as another retrained model"
-    compared = Table("", "tuned on", "forgetting", "usefulness", "held out", title=f"Scores, {unit}")
+    columns = ["tuned on", "forgetting", "usefulness", "points lost"][: 3 if stage.held[0].references else 4]
+    compared = Table("", *columns, "held out", title=f"Scores, {unit}")
     for who, each in scores.items():
-        compared.add_row(who, *(f"{value:.3g}" for value in (*each["tuned on"], each["held out"].total)))
+        values = (*each["tuned on"][: len(columns)], each["held out"].total)
+        compared.add_row(who, *(f"{value:.3g}" for value in values))
     printing.show(tried, compared)
     sizes = [len(each.before.forget.labels) for each in (*stage.tuned, *stage.held)]
     size = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"

@@ -5,9 +5,9 @@ Without a Forget Set"; a gradient times an inverse Fisher matrix is the natural 
 Efficiently in Learning", 1998), here in an eigenbasis of Kronecker factors (EK-FAC, George et al., 2018), as Grosse et
 al., "Studying Large Language Model Generalization with Influence Functions" (2023), solve for influence. Deviations
 from RELOAD: nothing is re-initialised, and the ascent is another.
-  * Where training has ended, weight decay and the gradients of all records are in balance: what a record has put into
-    the weights is along its own gradient there, of the loss of training. So that is the loss to cache, and the error
-    that a record still has says how much it weighs.
+  * The gradient is best that of the loss of training, in which a record counts with the error that it still has. Where
+    all count alike (margins, as in orthogonal ascent), an ascent makes all of them a little wrong, as no model is that
+    never saw them: found by measuring, docs/findings.md.
   * A step along g_D - g_new itself moves what all records share, and fine-tuning undoes it. Divided by the curvature of
     what is left, it is along what few other records depend on.
   * The length is a share of the norm of the weights, and biases and the scales of normalisation stay, as in orthogonal
