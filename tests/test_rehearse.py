@@ -363,7 +363,7 @@ def test_a_method_that_cannot_be_rehearsed_is_refused(method, folder, capsys):
     assert rehearsed(method=method) == 2
     said = capsys.readouterr()
     wrapped = "".join((said.out + said.err).replace("│", " ").split())
-    assert "Availablesubcommands:reload,orthogonal-ascent,class-orthogonal-ascent,fine-tune" in wrapped
+    assert "Availablesubcommands:reload,orthogonal-ascent,class-orthogonal-ascent,natural-ascent,fine-tune" in wrapped
 
 
 def test_settings_are_not_written_over(folder, capsys):

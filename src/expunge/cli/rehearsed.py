@@ -110,8 +110,8 @@ def show(stage: Stage, found: Sequence[Trial], scores: Confirmed, journal: Path)
     columns = ["tuned on", "forgetting", "usefulness", "points lost"][: 3 if stage.held[0].references else 4]
     compared = Table("", *columns, "held out", title=f"Scores, {unit}")
     for who, each in scores.items():
-        values = (*each["tuned on"][: len(columns)], each["held out"].total)
-        compared.add_row(who, *(f"{value:.3g}" for value in values))
+        shown = (*each["tuned on"][: len(columns)], each["held out"].total)
+        compared.add_row(who, *(f"{value:.3g}" for value in shown))
     printing.show(tried, compared)
     sizes = [len(each.before.forget.labels) for each in (*stage.tuned, *stage.held)]
     size = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
