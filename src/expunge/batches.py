@@ -259,6 +259,14 @@ def micro_batches(
     return len(rows), zip((numbers[at] for at in wanted), known.fetch(rows), strict=True)
 
 
+def in_rows(data: Batches, size: int) -> Iterator[Batch]:
+    """Batches of so many examples in their order, wherever gaps are; of data without positions its own batches."""
+    known = indexed(data)
+    if known is None:
+        return iter(plain(data))
+    return iter(known.fetch([slice(start, start + size) for start in range(0, len(known.positions), size)]))
+
+
 def shuffled(data: Batches, size: int, generator: torch.Generator) -> tuple[int | None, Iterator[Batch]]:
     """Batches for a training epoch: how many (if known), and the batches in a random order.
 

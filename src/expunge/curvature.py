@@ -58,7 +58,7 @@ class Curvature:
         if not floor > 0:
             raise NotInformative(
                 "the Fisher information of what is left is zero: every gradient on it vanishes, so it says nothing "
-                "about which weights are free. Take a selector of first order."
+                "about which weights are free. Take a method or selector without it, as orthogonal-ascent or small-kv."
             )
         solved = {name: (vector[name].to(f) / (f + floor)).to(vector[name]) for name, f in self.diagonal.items()}
         for block in self.blocks:

@@ -125,8 +125,9 @@ class Compiled:
         in_pieces = sharding.is_sharded(model)
         self.ended = in_pieces or params.plain(model) is not model  # it came compiled
         trace.facts["compiled_steps"] = 0
-        if in_pieces:
-            trace.warn("compile=True: a model that FSDP2 has sharded is trained as it is. Leave compile out.")
+        warning = "compile=True: a model that FSDP2 has sharded is trained as it is. Leave compile out."
+        if in_pieces and warning not in trace.warnings:
+            trace.warn(warning)
 
     @contextmanager
     def active(self) -> Iterator[None]:

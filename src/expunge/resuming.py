@@ -104,15 +104,12 @@ class Resumable:
             return 0
         with torch.no_grad():
             for name, tensor in self._tensors().items():
-                tensor.copy_(sharding.placed_like(tensors[_WEIGHTS + name], tensor))
+                tensor.copy_(tensors[_WEIGHTS + name])
         state: dict[int, dict[str, Tensor]] = {}
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         for name, tensor in tensors.items():
             if name.startswith(_OPTIMIZER):
                 number, key = name.removeprefix(_OPTIMIZER).split("/")
-                p = trained[int(number)]
-                own = sharding.placed_like(tensor, p) if tensor.shape == p.shape else tensor  # others count steps
-                state.setdefault(int(number), {})[key] = own
+                state.setdefault(int(number), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.trace.losses += tensors[_LOSSES].tolist()
         self.trace.epoch_ends += [self._steps + end for end in header["epoch_ends"]]
@@ -164,7 +161,6 @@ class Resumable:
         try:
             with safe_open(self.path, "pt") as file:
                 header = json.loads(file.metadata()[_FORMAT])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dictionary
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"resume={str(self.path)!r} is not the state of a training, or damaged ({type(error).__name__}). "
@@ -177,7 +173,17 @@ class Resumable:
                 f"resume={str(self.path)!r} keeps a training after {header['epochs']} epochs with another value of: "
                 f"{', '.join(other)}. Delete it to begin anew, or give another name."
             )
-        return header, tensors
+        with safe_open(self.path, "pt") as file:
+            return header, {name: self._here(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+
+    def _here(self, name: str, tensor: Tensor) -> Tensor:
+        """The own piece of a tensor of the file, where the model is in pieces: no process holds more than that."""
+        if name.startswith(_OPTIMIZER):
+            number = int(name.removeprefix(_OPTIMIZER).split("/")[0])
+            like = [p for group in self.optimizer.param_groups for p in group["params"]][number]
+        else:
+            like = self._tensors().get(name.removeprefix(_WEIGHTS), tensor)
+        return sharding.placed_like(tensor, like) if tensor.shape == like.shape else tensor  # others count steps
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())

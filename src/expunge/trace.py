@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge import sharding
+
 Watch = Callable[[str, nn.Module], None]
 
 
@@ -89,6 +91,7 @@ class Trace:
         if self.watch is not None:
             start = time.perf_counter()
             self.watch(moment, model)
+            sharding.settle(model)  # a forward pass without a backward pass leaves FSDP2's root whole
             self._uncounted += time.perf_counter() - start
 
     def as_dict(self) -> dict[str, Any]:

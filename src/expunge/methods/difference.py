@@ -42,7 +42,8 @@ def difference(model: nn.Module, given: Blind, trace: Trace) -> tuple[Gradient, 
             "positions with the data."
             if removed.count
             else "Either nothing was removed or corrected since the cache was made, or too little. A cache is made "
-            "before the deletion, of all data; one made after it shows nothing of what was removed: retrain then."
+            "before the deletion, of all data; one made after it shows nothing of what was removed: retrain then. A "
+            "correction shows in float64, with positions kept."
         )
         raise NotInformative(
             f"the gradient difference of {removed.count} removed terms is below its rounding floor in every entry "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge import params
-from expunge.batches import Batch, Batches, LossTerms, map_tensors, micro_batches, tensors_of, to_device
+from expunge.batches import Batch, Batches, LossTerms, in_rows, map_tensors, tensors_of, to_device
 from expunge.curvature import Block, Curvature, joined
 from expunge.errors import NotFinite, UnsupportedModule
 from expunge.methods.layer_squares import RULES, Call, patches, recorded
@@ -77,7 +77,7 @@ def kronecker_fisher(
     ):
         model.eval()
         probe(model, loss_terms, data, device)
-        first = to_device(next(micro_batches(data, CHUNK)[1])[1], device)
+        first = to_device(next(in_rows(data, CHUNK)), device)
         layers = _usable_layers(model, loss_terms, theta, first)
         blocks = _blocks(model, loss_terms, data, layers, trace) if layers else ()
     inside = {name for block in blocks for name in block.names}
@@ -126,7 +126,7 @@ def _each(
 ) -> Iterator[Factors]:
     """What goes into each layer and the gradient of what comes out, for every batch and every term of an example."""
     device = next(model.parameters()).device
-    for _, each in micro_batches(data, CHUNK)[1]:
+    for each in in_rows(data, CHUNK):
         with recorded([layer.module for layer in layers]) as calls:
             terms = loss_terms(model, to_device(each, device))
         examples = len(calls[layers[0].module][0].entered)
@@ -164,13 +164,16 @@ def _factors(term: Tensor, layers: list[_Layer], calls: dict[nn.Module, list[Cal
 def _usable_layers(
     model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Parameter], batch: Batch
 ) -> list[_Layer]:
-    """The layers that can be a block, found out on a few examples: those whose gradient is Σ g aᵀ there."""
+    """The layers that can be a block, found out on a few examples: those whose gradient is Σ g aᵀ there.
+
+    None on a single example: what runs once for all of them cannot be told there.
+    """
     found = list(_candidates(model, theta))
     with recorded([layer.module for layer in found]) as calls:
         terms = loss_terms(model, batch)
     lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors_of(batch)}
     examples = lengths.pop() if len(lengths) == 1 else 0
-    if not examples or len(terms) % examples or not _in_a_row(model, loss_terms, batch, terms.view(examples, -1)):
+    if examples < 2 or len(terms) % examples or not _in_a_row(model, loss_terms, batch, terms.view(examples, -1)):
         return []
     found = [
         layer

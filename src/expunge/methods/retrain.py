@@ -39,7 +39,8 @@ def freeze_alike_(untrained: nn.Module, model: nn.Module) -> None:
     fresh = params.named_parameters(untrained, lambda _, __: True)
     for name, p in params.named_parameters(model, lambda _, __: True).items():
         if not p.requires_grad and fresh[name].requires_grad:
-            if not torch.equal(trained := sharding.whole(p.detach()), fresh[name].detach().to(trained)):
+            trained = sharding.whole(p.detach())
+            if not torch.equal(trained, fresh[name].detach().to(trained)):
                 raise MismatchError(
                     f"{name!r} is frozen in the trained model, and fresh() builds it trainable with other values. Let "
                     "fresh() load what was frozen during training; unfreeze what was frozen only afterwards."
@@ -66,10 +67,19 @@ def note_statistics_of_frozen(untrained: nn.Module, model: nn.Module, trace: Tra
 
 
 @torch.no_grad()
-def take_over_(model: nn.Module, untrained: nn.Module) -> None:
-    """Put the values of a whole model into one that FSDP2 has sharded."""
-    values = dict(untrained.named_parameters()) | dict(untrained.named_buffers())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+def _take_over_(model: nn.Module, untrained: nn.Module) -> None:
+    """Put the parameters and buffers of a whole model into one that FSDP2 has sharded; its attributes stay.
+
+    Raises:
+        MismatchError: ``fresh`` builds other parameters or buffers, or freezes what the model trains.
+    """
+    values, own = (dict(each.named_parameters()) | dict(each.named_buffers()) for each in (untrained, model))
+    params.require_same_names(values, own, "what fresh() builds", "the model")
+    for name, tensor in own.items():
+        if tensor.requires_grad and not values[name].requires_grad:
+            raise MismatchError(
+                f"{name!r} is frozen in what fresh() builds, and the model trains it. Freeze it in both, or in neither."
+            )
         tensor.copy_(sharding.placed_like(values[name].detach(), tensor))
 
 
@@ -85,7 +95,7 @@ def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace
     freeze_alike_(untrained, model)
     note_statistics_of_frozen(untrained, model, trace)
     if sharding.is_sharded(model):
-        take_over_(model, untrained)
+        _take_over_(model, untrained)
     else:
         model = untrained.to(next(model.parameters()).device).train(model.training)
     with trace.stage("train", model):
