@@ -1,5 +1,6 @@
 """Two and four gloo processes do what one does, and end together."""
 
+import copy
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from expunge import (
     train,
     unlearn,
 )
-from expunge.errors import ConfigError, NotFinite, ProcessFailed, UnsupportedModule
+from expunge.errors import ConfigError, MismatchError, NotFinite, ProcessFailed, UnsupportedModule
 from expunge.params import smallest
 from expunge.training import mean_loss
 from tests import zoo
@@ -207,6 +208,7 @@ def test_training_ends_where_one_process_ends(processes: int, forms: list[str], 
     all_well(processes, fine_tunes, tmp_path, alone)
 
 
+NEVER = Recipe(epochs=0, lr=0.1)
 SIMPLER = {
     "fine-tune": FineTune(recipe=RECIPE),
     "retrain": Retrain(recipe=RECIPE),
@@ -215,13 +217,46 @@ SIMPLER = {
 }
 
 
+def looking(moment: str, model: nn.Module) -> None:
+    with torch.no_grad():
+        model(records().tensors[0])  # leaves FSDP2's root whole
+
+
 def simpler(alone: dict[str, dict[str, Tensor]], full: Gradient) -> None:
     for name, config in SIMPLER.items():
         for model in (network(), sharded(network())):
-            result = unlearn(model, given(full), config, seed=0)
+            result = unlearn(model, given(full), config, seed=0, watch=looking)
             assert sharding.is_sharded(result.model) == sharding.is_sharded(model)
             for n, tensor in weights(result.model).items():
                 torch.testing.assert_close(tensor, alone[name][n], rtol=0, atol=1e-11)
+    unlearn(sharded(network()), given(full), CONFIGS["small-kv"], seed=0, watch=looking)
+
+
+def begins_anew() -> None:
+    """A retraining of no epochs, in pieces."""
+    trained = network(middle=nn.BatchNorm1d)
+    trained[1].running_mean.add_(1)
+
+    def retrained(fresh: nn.Module, model: nn.Module = trained) -> nn.Module:
+        blind = Blind(retain=records(), loss_terms=cross_entropy, fresh=lambda _: fresh)
+        return unlearn(sharded(copy.deepcopy(model)), blind, Retrain(recipe=NEVER), seed=0).model
+
+    fresh = network(seed=8, middle=nn.BatchNorm1d)
+    found = retrained(fresh)
+    assert all(torch.equal(tensor, weights(fresh)[name]) for name, tensor in weights(found).items())
+    assert all(torch.equal(buffer, dict(fresh.named_buffers())[name]) for name, buffer in found.named_buffers())
+    frozen = network(seed=8, middle=nn.BatchNorm1d)
+    frozen[0].weight.requires_grad_(False)
+    with pytest.raises(MismatchError, match=r"'0.weight' is frozen in what fresh\(\) builds, and the model trains it"):
+        retrained(frozen)
+    more = copy.deepcopy(trained)
+    more.register_buffer("mask", torch.ones(2))
+    with pytest.raises(MismatchError, match="mask"):
+        retrained(fresh, more)
+
+
+def test_retraining_in_pieces_begins_with_the_weights_and_buffers_of_fresh(tmp_path: Path) -> None:
+    all_well(2, begins_anew, tmp_path)
 
 
 @pytest.mark.parametrize("processes", [2, 4])

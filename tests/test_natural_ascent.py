@@ -124,17 +124,35 @@ def test_the_removed_records_are_forgotten_where_fine_tuning_and_reloads_ascent_
     assert kept < 0.2
 
 
-def test_regression_will_do():
+def test_a_sample_with_gaps_goes_through_the_model_in_whole_batches():
+    model, data, gone = network("mlp"), classification(4000), torch.arange(0, 4000, 20)
+    sizes: list[int] = []
+    model[0].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    blind = given(model, data, gone)
+    sizes.clear()
+    unlearn(model, blind, NaturalAscent(rounds=1, fine_tune=Recipe(epochs=1, lr=0.05, batch_size=100)))
+    assert sizes.count(32) >= 2 * (380 // 32)  # two passes over 380 records of 3,800
+    assert sizes.count(380 % 32) == 2
+
+
+def test_regression_is_curved_as_its_inputs_and_errors_are():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(60, 5, generator=generator, dtype=torch.float64)
-    data, model = Examples(inputs, inputs[:, :1] ** 2), nn.Linear(5, 1).double()
-    gone = torch.arange(6)
-    fresh = {"fresh": lambda seed: nn.Linear(5, 1).double()}
-    step = ascended(
-        model, given(model, data, gone, loss=squared_error, **fresh), NaturalAscent(rounds=1, fine_tune=ONCE)
-    )
-    removed = torch.autograd.grad(squared_error(model, data.only(gone).tensors).sum(), model.weight)[0].flatten()
-    assert float(step @ removed) > 0
+    data, model, gone = Examples(inputs, inputs[:, :1] ** 2), nn.Linear(5, 1).double(), torch.arange(6)
+    blind = given(model, data, gone, loss=squared_error, fresh=lambda seed: nn.Linear(5, 1).double())
+    step = ascended(model, blind, NaturalAscent(rounds=1, damping=0.5, fine_tune=ONCE))
+
+    def each(rows: slice) -> Tensor:
+        """The gradient of every record."""
+        losses = squared_error(model, (inputs[rows], inputs[rows, :1] ** 2))
+        return torch.stack([torch.autograd.grad(loss, model.weight, retain_graph=True)[0][0] for loss in losses])
+
+    own = each(slice(6, 60))
+    basis = torch.linalg.eigh(inputs[6:].T @ inputs[6:])[1]
+    eigenvalues = (own @ basis).square().sum(0)
+    removed = each(slice(0, 6)).sum(0)
+    expected = basis @ ((basis.T @ removed) / (eigenvalues + 0.5 * eigenvalues.mean()))
+    assert float(step @ expected / (step.norm() * expected.norm())) == pytest.approx(1, abs=1e-9)
 
 
 @pytest.mark.parametrize(

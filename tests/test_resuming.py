@@ -1,13 +1,16 @@
 """A training that was interrupted goes on, and ends with the same bits."""
 
+import itertools
 import json
 import math
 import os
 import signal
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -268,6 +271,22 @@ def test_two_processes_go_on_together(tmp_path):
     model = network()
     train(model, records(), cross_entropy, RECIPE, seed=0)
     all_well(2, together, tmp_path, tmp_path, whole(dict(model.named_parameters())))
+
+
+def keeps_by_the_clock_of_the_first(folder: Path, hurries: int) -> None:
+    import torch.distributed as dist
+
+    resuming._EVERY, path = 60.0, folder / "state.safetensors"
+    now = itertools.count(0, 100 if dist.get_rank() == hurries else 0)
+    resuming.time = SimpleNamespace(perf_counter=lambda: next(now), process_time=time.process_time)
+    train(sharded(network()), records(), cross_entropy, RECIPE, seed=0, resume=path)
+    dist.barrier()
+    assert path.exists() == (hurries == 0)
+
+
+@pytest.mark.parametrize("hurries", [0, 1])
+def test_the_clock_of_the_first_process_decides_for_all(hurries, tmp_path):
+    all_well(2, keeps_by_the_clock_of_the_first, tmp_path, tmp_path, hurries)
 
 
 @pytest.mark.parametrize(("count", "recipe"), [(4, RECIPE), (2, replace(RECIPE, lr=0.01, optimizer="adamw"))])
