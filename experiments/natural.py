@@ -1,8 +1,9 @@
 """Natural ascent on the scenarios of tables 1 to 3, and which of its two parts does what.
 
 Claim: none is made in advance.
-Ways: the loss whose gradient is cached, of cross-entropy or of margins; and the direction of the ascent, along the
-difference divided by the curvature of what is left (natural) or orthogonal to the gradient of every class of it.
+Ways: the loss whose gradient is cached, and whose curvature is measured, cross-entropy or margins; and the direction
+of the ascent, along the difference divided by the curvature of what is left (natural) or orthogonal to the gradient of
+every class of it.
 Natural ascent also with its defaults. RELOAD beside them.
 Fairness: as in table1.py. The defaults of natural ascent were found on the rehearsal's seed, in about thirty single
 unlearnings of the two removals.

@@ -49,7 +49,7 @@ class NaturalAscent:
     step: float = 0.2  # length of each ascent, as a share of the norm of the weights that it moves
     rounds: int = 2  # ascents, each followed by its share of the epochs
     damping: float = 0.3  # of the curvature, as a share of its mean eigenvalue
-    sample: float = 0.1  # of what is left, on which the curvature is measured; 256 records at least
+    sample: float = 0.1  # of what is left, for the curvature: 256 records at least; all, if data has no positions
     fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together: your own recipe
 
     def __post_init__(self) -> None:
@@ -70,8 +70,8 @@ SPACE: Space = {
 def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, seed: int, trace: Trace) -> nn.Module:
     """Steps W ← W + step ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d = (F + λ)⁻¹ (g_D - g_new).
 
-    W are the parameters of two or more dimensions (all, if there are none). F is the sum of squared gradients over a
-    sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue.
+    W are the parameters of two or more dimensions (all, if there are none). F is the sum of squared gradients of the
+    cached loss over a sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue.
 
     ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
     difference), ascent (length of a step).
