@@ -11,7 +11,8 @@ import pytest
 from expunge.bench import difference, experiments, judging, steps, workers
 from expunge.bench.printed import printed
 from expunge.bench.runner import carry_out
-from expunge.bench.store import Store, read_json
+from expunge.bench.stages import Contender, tuning_of
+from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Scenario
 from expunge.bench.workers import RayCluster
 from expunge.cli import main
@@ -43,6 +44,20 @@ def test_an_experiment_on_digits_leaves_rows_settings_and_facts_of_everyone(unbr
     assert 0.05 <= chosen["reload"]["settings"]["reset_fraction"] <= 0.8
     assert "reset_count" in (unbroken / "facts.csv").read_text(encoding="utf-8")
     assert read_json(unbroken / "config.json")["seeds"] == [0, 1]
+
+
+def test_every_search_of_an_entry_has_its_settings(tmp_path):
+    ways = ({}, {"cached_loss": "logit_margin"}, {"tuned": "blind"})
+    contenders = tuple(Contender(name=f"{way}", entry="natural-ascent", **way) for way in ways)
+    several = replace(TINY, tasks=(replace(TINY.tasks[0], dataset="cifar10", train=3000),), contenders=contenders)
+    store = Store(tmp_path)
+    for number, stage in enumerate(several.evaluations([0])[-3:]):
+        folder = store.folder(tuning_of(stage))
+        write_json(folder / "trials.json", {"best": {"step": number}, "trials": [{"score": number}]})
+        (folder / "DONE").touch()
+    (found,) = experiments.settings(several, store)["settings"].values()
+    names = ("natural-ascent", "natural-ascent, logit_margin", "natural-ascent, blind")
+    assert found == {name: {"settings": {"step": n}, "score": n} for n, name in enumerate(names)}
 
 
 def test_the_work_of_reload_counts_both_gradients(unbroken):

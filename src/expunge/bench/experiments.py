@@ -237,7 +237,10 @@ def _gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: st
 
 
 def settings(experiment: Experiment, store: Store) -> dict[str, Any]:
-    """What the rehearsal chose, by scenario and entry, with where it comes from; of the searches that are done."""
+    """What the rehearsal chose, by scenario and search, with where it comes from; of the searches that are done.
+
+    A search is named by its entry and what it has of its own: another loss that is cached, or "blind" (of seed 0).
+    """
     found: dict[str, Any] = {"provenance": asdict(experiment.effort), "settings": {}}
     for stage in experiment.evaluations([0]):
         if stage.effort is None or stage.contender is None or not stage.contender.tuned:
@@ -246,7 +249,9 @@ def settings(experiment: Experiment, store: Store) -> dict[str, Any]:
         if store.done(search):
             tried = read_json(store.folder(search) / TRIALS)
             best = {"settings": tried["best"], "score": tried["trials"][0]["score"]}
-            found["settings"].setdefault(stage.task.scenario.name, {})[stage.contender.entry] = best
+            blind = "blind" if stage.contender.tuned == "blind" else ""
+            own = ", ".join(filter(None, (stage.contender.entry, stage.contender.cached_loss, blind)))
+            found["settings"].setdefault(stage.task.scenario.name, {})[own] = best
     return found
 
 
