@@ -301,6 +301,9 @@ FINDINGS: dict[str, Finding] = {
     **{f"natural-{kind}": Finding(
         "natural", (), ("NA", "TA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "ΔAUC", "FSKL", "NSKL", "Work", "Cost"), scenario=kind,
     ) for kind in ("random", "in-class")},
+    "natural-backdoor": Finding(
+        "natural", (), ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work", "Cost"), scenario="backdoor"
+    ),
     "frontier": Finding(
         "frontier",
         ("original", "retrain", "retrain again", *(f"short retraining, {e} epochs, lr 0.1" for e in (1, 2, 5)),
