@@ -203,7 +203,7 @@ def masks() -> Iterator[Result]:
 def two_processes() -> Iterator[Result]:
     """A gradient pass dealt out to two processes, with one thread each."""
     script = Path(__file__).with_name("two_processes.py")
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     what = "gradient() in two processes of one thread: throughput, ResNet-18 of width 16, 1,024 images of 3 x 32 x 32"
     yield at_least(what, "in one", float(done.stdout), 1.8)
