@@ -1,7 +1,7 @@
 """The speed of training against a plain PyTorch loop, and whether both end at the same accuracy.
 
 python benchmarks/run.py training   throughput, in the table of benchmarks
-python benchmarks/training.py       accuracy on digits, twenty seeds, six minutes; writes results/training_accuracy.csv
+python benchmarks/training.py       accuracy on digits, twenty seeds, five minutes; writes results/training_accuracy.csv
 python benchmarks/training.py 16    where the time of a step goes, in a ResNet-18 of this width
 """
 

@@ -23,3 +23,22 @@ def unbroken(tmp_path_factory):
     from tests.tiny_bench import TINY, run  # after the hook
 
     return run(TINY, tmp_path_factory.mktemp("unbroken"), seeds=(0, 1))
+
+
+@pytest.fixture
+def one_removed():
+    """What an attacker of a difference of one record has, and that record."""
+    return _removed(torch.tensor([7]))
+
+
+@pytest.fixture
+def five_removed():
+    """The same of five."""
+    return _removed(torch.arange(5))
+
+
+def _removed(gone):
+    from tests.attacked import seen  # after the hook
+    from tests.zoo import classification, network
+
+    return seen(network("mlp"), classification(40), gone)

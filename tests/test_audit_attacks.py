@@ -26,16 +26,6 @@ def attacked(attack, has, forget, number=0):
     return attack(layer, kept, own, has.removed.count), attack(layer, kept, None, has.removed.count)
 
 
-@pytest.fixture
-def one():
-    return seen(network("mlp"), classification(40), torch.tensor([7]))
-
-
-@pytest.fixture
-def five():
-    return seen(network("mlp"), classification(40), torch.arange(5))
-
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_input_of_a_linear_layer_is_the_quotient_of_two_gradients_written_out_by_hand(number):
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
@@ -81,16 +71,16 @@ def test_a_unit_that_only_one_of_several_records_reaches_shows_it():
 
 @pytest.mark.parametrize("attack", [with_bias, without_bias])
 @pytest.mark.parametrize("size", [0.9, 1e8])
-def test_nothing_is_found_in_noise_below_the_floor_or_above_it(one, attack, size):
+def test_nothing_is_found_in_noise_below_the_floor_or_above_it(one_removed, attack, size):
     for number in (0, 1):
-        for finding in attacked(attack, with_noise(one[0], size), one[1], number):
+        for finding in attacked(attack, with_noise(one_removed[0], size), one_removed[1], number):
             assert finding.verdict == "not shown"
 
 
 @pytest.mark.parametrize("size", [0.9, 1e8])
-def test_a_whole_audit_of_noise_finds_nothing(five, size):
+def test_a_whole_audit_of_noise_finds_nothing(five_removed, size):
     unseen = classification(30, seed=9)
-    found = audit_cache(with_noise(five[0], size), Truth(forget=five[1], unseen=unseen))
+    found = audit_cache(with_noise(five_removed[0], size), Truth(forget=five_removed[1], unseen=unseen))
     assert found.verdict == "not shown", [f for f in found.findings if f.verdict != "not shown"]
     assert "no proof" in found.summary
 
@@ -206,7 +196,7 @@ def test_layers_that_share_their_weights_are_left_out():
     assert [layer.name for layer in linear_layers(has)] == ["head"]
 
 
-def test_verdicts_follow_the_error_and_the_worst_one_counts(one):
+def test_verdicts_follow_the_error_and_the_worst_one_counts(one_removed):
     assert [judged(error) for error in (0.05, 0.2, 0.5, float("inf"))] == [
         "recoverable",
         "partly recoverable",
@@ -214,12 +204,12 @@ def test_verdicts_follow_the_error_and_the_worst_one_counts(one):
         "not shown",
     ]
     assert worst([]) == "not shown"
-    found = audit_cache(one[0], Truth(forget=one[1]))
+    found = audit_cache(one_removed[0], Truth(forget=one_removed[1]))
     assert worst(found.findings) == found.verdict == "recoverable"
 
 
-def test_an_attack_changes_nothing_of_the_model(one):
-    has, forget = one
+def test_an_attack_changes_nothing_of_the_model(one_removed):
+    has, forget = one_removed
     before = {name: tensor.clone() for name, tensor in has.model.state_dict().items()}
     modes, flags = has.model.training, [p.requires_grad for p in has.model.parameters()]
     state = torch.get_rng_state()

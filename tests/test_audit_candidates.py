@@ -15,18 +15,8 @@ from tests.attacked import seen
 from tests.zoo import classification, network
 
 
-@pytest.fixture
-def one():
-    return seen(network("mlp"), classification(40), torch.tensor([7]))
-
-
-@pytest.fixture
-def five():
-    return seen(network("mlp"), classification(40), torch.arange(5))
-
-
-def test_least_squares_over_candidates_gives_ones_and_zeros(five):
-    has, forget = five
+def test_least_squares_over_candidates_gives_ones_and_zeros(five_removed):
+    has, forget = five_removed
     others = classification(20, seed=5)
     found = score(has, [*singly(forget).values(), *singly(others).values()])
     assert torch.allclose(found.weights, torch.tensor([1.0] * 5 + [0.0] * 20, dtype=torch.float64), atol=1e-3)
@@ -36,8 +26,8 @@ def test_least_squares_over_candidates_gives_ones_and_zeros(five):
     assert judgement.verdict == "partly recoverable"
 
 
-def test_a_list_without_the_truth_names_the_removed(five):
-    has, forget = five
+def test_a_list_without_the_truth_names_the_removed(five_removed):
+    has, forget = five_removed
     others = classification(20, seed=5)
     listed = Examples(*(torch.cat(pair) for pair in zip(others.tensors, forget.tensors, strict=True)))
     found = judged_list(has, Truth(candidates=listed))
@@ -91,9 +81,9 @@ def test_few_candidates_are_told_apart_by_few_equations():
     assert half.numbers["unexplained share"] > 0.3
 
 
-def test_only_the_named_explain_anything(five):
+def test_only_the_named_explain_anything(five_removed):
     """Each of them once, as in a sum of removed records: a free weight lets strangers fit what is missing."""
-    has, forget = five
+    has, forget = five_removed
     listed = [*singly(classification(10, seed=5)).values(), singly(forget)[0]]
     found = score(has, listed)
     left = dict(has.removed.total)
@@ -136,6 +126,6 @@ def test_a_list_that_lacks_some_of_the_removed_accuses_nobody_in_their_place():
             assert found.numbers["found"] == list(range(30))
 
 
-def test_candidates_need_a_row_each(one):
+def test_candidates_need_a_row_each(one_removed):
     with pytest.raises(ConfigError, match="one row an example"):
-        judged_list(one[0], Truth(candidates=[(torch.zeros(2, 5), torch.zeros(3))]))
+        judged_list(one_removed[0], Truth(candidates=[(torch.zeros(2, 5), torch.zeros(3))]))

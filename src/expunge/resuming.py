@@ -173,17 +173,21 @@ class Resumable:
                 f"resume={str(self.path)!r} keeps a training after {header['epochs']} epochs with another value of: "
                 f"{', '.join(other)}. Delete it to begin anew, or give another name."
             )
-        with safe_open(self.path, "pt") as file:
-            return header, {name: self._here(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        return header, self._own_pieces()
 
-    def _here(self, name: str, tensor: Tensor) -> Tensor:
-        """The own piece of a tensor of the file, where the model is in pieces: no process holds more than that."""
-        if name.startswith(_OPTIMIZER):
-            number = int(name.removeprefix(_OPTIMIZER).split("/")[0])
-            like = [p for group in self.optimizer.param_groups for p in group["params"]][number]
-        else:
-            like = self._tensors().get(name.removeprefix(_WEIGHTS), tensor)
-        return sharding.placed_like(tensor, like) if tensor.shape == like.shape else tensor  # others count steps
+    def _own_pieces(self) -> dict[str, Tensor]:
+        """The tensors of the file; of a model in pieces the own ones, so that no process holds more than these."""
+        like = {_WEIGHTS + name: tensor for name, tensor in self._tensors().items()}
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        found: dict[str, Tensor] = {}
+        with safe_open(self.path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 it is no dictionary
+                tensor = file.get_tensor(name)
+                number = name.removeprefix(_OPTIMIZER).split("/")[0] if name.startswith(_OPTIMIZER) else ""
+                placed = trained[int(number)] if number else like.get(name, tensor)
+                same = tensor.shape == placed.shape  # others count steps
+                found[name] = sharding.placed_like(tensor, placed) if same else tensor
+        return found
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
