@@ -1,0 +1,246 @@
+"""Tables of a report: means, intervals and verdicts, and all forms in which they are written."""
+
+import csv
+import io
+import math
+import re
+import statistics
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from scipy import stats as scipy_stats
+
+import expunge.report
+from expunge.errors import ConfigError
+from expunge.metrics import stats
+from expunge.report import comparison, latex_table, markdown, rich_tables, summarise, tables, write_table
+from expunge.report.summaries import number
+from expunge.report.verdicts import verdicts
+from expunge.rows import EVALUATION
+from tests.reported import clear_rows, row, some_rows
+
+
+def test_mean_sample_sd_and_interval_by_hand():
+    found = {(s.method, s.metric): s for s in summarise(some_rows())}
+    gap = found["reload", "ΔFA"]
+    assert gap.values == (1.0, 2.0, 6.0)
+    assert gap.mean == 3.0
+    assert gap.sd == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
+    low, high = scipy_stats.t.interval(0.95, 2, loc=3.0, scale=math.sqrt(7 / 3))
+    assert low < 0
+    assert gap.interval == pytest.approx((0.0, high))  # a distance ends at 0
+    own = found["reload", "FA"]
+    low, high = scipy_stats.t.interval(0.95, 2, loc=94.0, scale=scipy_stats.sem(own.values))
+    assert high > 100
+    assert own.interval == pytest.approx((low, 100.0))  # and a share at 100 %
+    far = replace(own, values=(93.0, 92.0, 101.0))
+    assert far.interval[1] == pytest.approx(scipy_stats.t.interval(0.95, 2, 286 / 3, scipy_stats.sem(far.values))[1])
+
+
+def test_markdown_shows_reference_then_floor_and_delta_last():
+    distance, own = markdown(some_rows(), "removal").split("\n\n**What each model does.**")
+    assert distance.splitlines()[2:] == [
+        "| method                     | blind | ΔFA (points ↓) | Cost (ratio ↓) |",
+        "| -------------------------- | ----- | -------------: | -------------: |",
+        "| original                   | \N{EN DASH}     |    7.00 ± 1.73 |                |",
+        "| RELOAD                     | yes   |    3.00 ± 2.65 |  0.250 ± 0.000 |",
+        "| retrain (reference)        | yes   |                |  1.000 ± 0.000 |",
+        "| noise floor (two retrains) | yes   |    4.00 ± 2.00 |  1.000 ± 0.000 |",
+        "| gradient ascent            | no    | 91.67 ± 2.08 > | <0.001 ± 0.000 |",
+        "| δ                          |       |           8.47 |                |",
+    ]
+    assert "over 3 seeds" in distance
+    assert "Bold: indistinguishable from retraining within δ; >: further from it than δ" in distance
+    assert "FA (% ≈)" in own
+
+
+def test_verdicts_are_those_of_the_statistics_called_directly():
+    found = {(s.method, s.metric): s for s in summarise(clear_rows())}
+    judged = verdicts(found.values())
+    methods, tests = ("original", "reload", "fine-tune"), {}
+    deltas = {
+        "ΔFA": stats.floor_margin(found["retrain again", "ΔFA"].values, shape="gap").delta,
+        "NSKL": stats.floor_margin(found["retrain again", "NSKL"].values, shape="divergence").delta,
+    }
+    for method in methods:
+        signed = [a - b for a, b in zip(found[method, "FA"].values, found["retrain", "FA"].values, strict=True)]
+        tests[method, "ΔFA"] = stats.equivalence(signed, deltas["ΔFA"]).p
+        tests[method, "NSKL"] = stats.non_inferiority(found[method, "NSKL"].values, deltas["NSKL"]).p
+    adjusted = dict(zip(tests, stats.holm(list(tests.values())), strict=True))
+    assert {key: verdict.p for key, verdict in judged.items()} == pytest.approx(adjusted)
+    assert {key: verdict.margin for key, verdict in judged.items()} == {key: deltas[key[1]] for key in tests}
+    assert {key: verdict.state for key, verdict in judged.items()} == {
+        ("original", "ΔFA"): "beyond",
+        ("reload", "ΔFA"): "within",
+        ("fine-tune", "ΔFA"): "beyond",
+        ("original", "NSKL"): "within",
+        ("reload", "NSKL"): "within",
+        ("fine-tune", "NSKL"): "beyond",
+    }
+
+
+def test_beyond_is_the_t_test_of_scipy_turned_round():
+    found = {(s.method, s.metric): s for s in summarise(clear_rows())}
+    nearly = replace(found["fine-tune", "NSKL"], values=tuple(0.062 + 0.01 * (k % 4) for k in range(8)))
+    delta = stats.floor_margin(found["retrain again", "NSKL"].values, shape="divergence").delta
+    p = scipy_stats.ttest_1samp(nearly.values, delta, alternative="greater").pvalue
+    for factor, state in ((1, "beyond"), (math.ceil(0.05 / p) + 1, "open")):  # as many equal tests are corrected for
+        many = [replace(nearly, method=f"m{number}") for number in range(factor)]
+        judged = verdicts([found["retrain again", "NSKL"], *many])
+        assert {verdict.state for verdict in judged.values()} == {state}
+
+
+def test_a_metric_on_which_the_original_is_as_close_is_named():
+    (table, _) = tables(clear_rows(), "removal")
+    assert "On NSKL even the original is within δ" in table.marked
+    marks = {line.method: [cell.mark for cell in line.cells] for line in table.lines if line.method != "retrain"}
+    assert marks["reload"] == ["within", "within"]
+    assert marks["fine-tune"] == ["beyond", "beyond"]
+    assert marks["retrain again"] == ["", ""]
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0, 0.0), (1.0,), (math.nan, 1.0, 2.0)])
+def test_there_is_no_verdict_without_a_spread_of_finite_distances(values):
+    rows = [row("retrain again", seed, "ΔFA", value, "points") for seed, value in enumerate(values)]
+    rows += [row("reload", seed, "ΔFA", 1.0, "points") for seed in range(3)]
+    assert verdicts(summarise(rows)) == {}
+    assert tables(rows, "removal")[0].margins == ()
+
+
+def test_methods_are_compared_by_paired_tests_of_scipy():
+    table = comparison(clear_rows(), "removal", "reload")
+    assert [line.label for line in table.lines] == ["\N{MINUS SIGN} original", "\N{MINUS SIGN} fine-tune"]
+    found = {(s.method, s.metric): s for s in summarise(clear_rows())}
+    ours, theirs = found["reload", "ΔFA"].values, found["fine-tune", "ΔFA"].values
+    expected = scipy_stats.ttest_rel(ours, theirs)
+    cell = table.lines[1].cells[0]
+    assert cell.mean == f"{statistics.fmean(ours) - statistics.fmean(theirs):.2f}"
+    low, high = expected.confidence_interval(0.95)
+    assert cell.interval == f"{low:.2f} to {high:.2f}"
+    assert cell.mark == "differs"
+    assert "Holm" in table.marked
+    assert comparison([row("reload", 0, "ΔFA", 1.0, "points")], "removal", "reload") is None
+
+
+def test_a_figure_of_a_paper_stands_beside_the_measured_one():
+    rows = some_rows()
+    rows.append(row("reload", 0, "ΔFA", 0.3, "points", source="paper, Table 1", dataset="CIFAR-100", model="ResNet-18"))
+    rows.append(row("ssd", 0, "ΔFA", 74.2, "points", source="paper, Table 1", dataset="CIFAR-100"))
+    rows.append(row("reload", 0, "ΔFA", 5.0, "points", scenario="other", source="paper, Table 2"))
+    (distance, _) = tables(rows, "removal")
+    papers = {line.method: line.cells[0].paper for line in distance.lines if line.cells[0]}
+    assert papers == {"original": "", "reload": "0.30", "retrain again": "", "gradient-ascent": ""}
+    assert distance.source == "In italics, as printed: paper, Table 1 (CIFAR-100, ResNet-18)."
+    assert "3.00 ± 2.65 _0.30_" in markdown(rows, "removal")
+    assert r"\emph{0.30}" in latex_table(distance, "t")
+    fraction = row("reload", 0, "ΔFA", 7.39, "%", source="paper, Table 1")
+    assert tables([*some_rows(), fraction], "removal")[0].lines[1].cells[0].paper == "7.39 %"
+
+
+def test_unequal_seeds_one_seed_and_rows_of_a_paper():
+    rows = [row("reload", 0, "FA", 90.0), row("reload", 0, "FA", 1.0, source="paper, Table 3")]
+    (table,) = tables(rows, "removal")
+    assert str(table.lines[0].cells[0]) == "90.00"
+    assert table.note.startswith("Mean over 1 seed;")
+    more = [*rows, row("retrain", 0, "FA", 90.0), row("retrain", 1, "FA", 92.0)]
+    assert "over 1 to 2 seeds" in tables(more, "removal")[0].note
+
+
+def test_two_values_for_a_seed_and_an_unknown_scenario_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"removal: reload has two values of FA for seed 0\. Give the rows of one run"
+    ):
+        summarise([row("reload", 0, "FA", 90.0), row("reload", 0, "FA", 91.0)])
+    with pytest.raises(ConfigError, match="no measured row has scenario='other'"):
+        markdown(some_rows(), "other")
+
+
+def test_numbers_have_the_decimals_of_their_unit():
+    cases = {(12.345, "%"): "12.35", (100.0, "%"): "100.00", (0.12345, "nats"): "0.123", (623.8, "nats"): "624"}
+    cases |= {(0.0001, "ratio"): "<0.001", (0.0, "ratio"): "0.000", (math.nan, "nats"): "nan"}
+    assert {case: number(*case) for case in cases} == cases
+    assert math.isnan(summarise([row("reload", s, "FE", math.inf, "nats") for s in (0, 1)])[0].sd)
+
+
+def test_terminal_tables_mark_what_is_as_close():
+    console = Console(width=120, record=True, file=io.StringIO())
+    for table in rich_tables(clear_rows(), "removal"):
+        console.print(table)
+    text = console.export_text()
+    assert re.search(r"RELOAD +yes +0\.75 ± 0\.\d\d\*|RELOAD +yes +1\.75 ± 0\.60\* ", text), text
+    assert re.search(r"fine-tune +yes +12\.00 ± 3\.\d\d> ", text)
+    assert re.search(r"noise floor \(two retrains\) +yes +3\.50 ± 1\.20 ", text)
+
+
+def latex_is_balanced(text):
+    """Environments nest, braces and maths close, and every row of a tabular has as many cells as it has columns."""
+    plain = re.sub(r"\\\\(?=[\s{])|\\[{}$%&#_]", "", text)  # line ends and escaped characters
+    assert plain.count("{") == plain.count("}")
+    assert plain.count("$") % 2 == 0
+    open_ = []
+    for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
+        if kind == "begin":
+            open_.append(name)
+        else:
+            assert open_.pop() == name
+    assert not open_
+    for columns, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.DOTALL):
+        rows_ = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(rows_) > 2
+        assert {len(re.findall(r"(?<!\\)&", line)) for line in rows_} == {len(columns) - 1}
+
+
+def test_latex_is_balanced_and_escapes_what_it_must():
+    rows = [replace(r, method="50%_off & more{}~^\\#$") if r.method == "reload" else r for r in clear_rows()]
+    text = latex_table(tables(rows, "removal")[0], "distances")
+    latex_is_balanced(text)
+    assert r"50\%\_off \& more\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}\#\$ & yes" in text
+    assert r"$\Delta$FA & NSKL \\" in text
+    assert r"& yes & \textbf{1.75} & \textbf{0.021} \\" in text
+    assert r" &  & {\tiny 1.25 to 2.25} & {\tiny 0.021 to 0.022} \\" in text
+    assert r"12.00~$>$" in text
+    assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+    assert not re.search("[^\\x00-\\x7f]", text)
+
+
+def test_csv_holds_every_digit(tmp_path):
+    rows = [*clear_rows(), row("reload", 0, "NSKL", 0.15, "nats", source="paper, Table 1")]
+    write_table(tmp_path / "t.csv", rows)
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        lines = {(line["method"], line["metric"]): line for line in csv.DictReader(file)}
+    summaries, judged = summarise(rows), verdicts(summarise(rows))
+    assert lines.keys() == {(s.method, s.metric) for s in summaries}
+    for s in summaries:
+        line = lines[s.method, s.metric]
+        assert (float(line["mean"]), float(line["sd"]), int(line["n"])) == (s.mean, s.sd, 8)
+        assert (float(line["low"]), float(line["high"])) == s.interval
+        verdict = judged.get((s.method, s.metric))
+        assert line["verdict"] == (verdict.state if verdict else "")
+        assert line["p"] == (str(verdict.p) if verdict else "")
+    assert (lines["reload", "NSKL"]["paper"], lines["reload", "NSKL"]["source"]) == ("0.15", "paper, Table 1")
+    assert lines["original", "NSKL"]["source"] == ""
+
+
+def test_many_metrics_of_few_models_are_a_line_each_and_fit_a_narrow_terminal():
+    metrics = ("ΔFA", "ΔFE", "ΔFMIA", "ΔAUC", "NSKL", "FSKL", "Under-forgetting", "Over-forgetting")
+    rows = [row(m, seed, metric, 1.0) for metric in metrics for m in ("reload", "retrain again") for seed in (0, 1)]
+    (drawn,) = rich_tables(rows, "removal")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(drawn)
+    text = console.export_text()
+    assert all(metric in text for metric in metrics)
+    assert "…" not in text
+
+
+def test_an_evaluation_has_no_pairs_to_compare():
+    values = {"reload": (1.0, 2.5, 3.0), "fine-tune": (2.0, 3.0, 5.0)}
+    rows = [row(m, seed, "ΔFE", value, "nats") for m, each in values.items() for seed, value in enumerate(each)]
+    assert comparison(rows, "removal", "reload") is not None
+    assert comparison([replace(each, experiment=EVALUATION) for each in rows], "removal", "reload") is None
+
+
+def test_one_that_is_not_blind_decides_then_one_of_which_it_is_not_known():
+    for flags, words in (((True, True), "yes"), ((True, None), "?"), ((None, False), "no")):
+        rows = [replace(row("mine", seed, "ΔFA", 1.0, "points"), blind=blind) for seed, blind in enumerate(flags)]
+        assert [line.blind for line in expunge.report.tables(rows, "removal")[0].lines] == [words]
