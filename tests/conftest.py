@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def unbroken(tmp_path_factory):
     from tests.tiny_bench import TINY, run  # after the hook
 
     return run(TINY, tmp_path_factory.mktemp("unbroken"), seeds=(0, 1))
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The official layouts of CIFAR with few records a file."""
+    from expunge.data import cifar  # after the hook
+    from tests.tiny_images import TEST, TRAIN
+
+    for name in ("CIFAR10", "CIFAR100"):
+        small = tuple(replace(each, train_records=TRAIN, test_records=TEST) for each in getattr(cifar, name))
+        monkeypatch.setattr(cifar, name, small)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from expunge.data import cifar, fetch
 from expunge.data.download import checksum, download
 from expunge.data.sources import SOURCES, File, source
 from expunge.errors import ConfigError, CorruptData, MissingData
-from tests.test_readers import write_cifar10
+from tests.tiny_images import write_cifar10
 
 CONTENT = bytes(range(256)) * 3000
 
