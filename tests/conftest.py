@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from threadpoolctl import threadpool_limits
 
 import tests.typecheck  # noqa: F401 - jaxtyping looks the checker up by this name
 
@@ -24,6 +25,13 @@ def unbroken(tmp_path_factory):
     from tests.tiny_bench import TINY, run  # after the hook
 
     return run(TINY, tmp_path_factory.mktemp("unbroken"), seeds=(0, 1))
+
+
+@pytest.fixture
+def one_thread():
+    """Scikit-learn's threads wait for each other on a busy machine."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture

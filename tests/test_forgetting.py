@@ -1,5 +1,4 @@
 import copy
-from collections.abc import Iterator
 from dataclasses import astuple
 
 import numpy as np
@@ -8,7 +7,6 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import wasserstein_distance
 from sklearn.metrics import brier_score_loss
-from threadpoolctl import threadpool_limits
 from torch import nn
 
 from expunge import Examples, Recipe, cross_entropy, train
@@ -26,10 +24,8 @@ from tests.contract import same, state, world
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quick(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "DRAWS", 1)  # what the loss attack measures is tested elsewhere
-    with threadpool_limits(1):
-        yield
 
 
 def some(seed: int = 0, count: int = 40, classes: int = 5, scale: float = 3.0) -> Outputs:

@@ -1,6 +1,5 @@
 import copy
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, log_loss
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from expunge import Examples
@@ -21,11 +19,7 @@ from expunge.metrics.membership import loss_attack
 from expunge.metrics.outputs import Outputs, outputs
 from tests.contract import same, state, world
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):  # scikit-learn's threads wait for each other on a busy machine
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def some(seed: int = 0, count: int = 40, classes: int = 5, scale: float = 3.0) -> Outputs:
