@@ -1,3 +1,5 @@
+"""`expunge rehearse`: what it searches, keeps and says, and what it refuses."""
+
 import json
 import re
 from pathlib import Path
@@ -5,16 +7,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from expunge import Recipe, Reload, gradient, second_pass
-from expunge.bench import chosen, closeness, rehearsal, tuning
+from expunge import gradient, second_pass
+from expunge.bench import closeness, rehearsal, tuning
 from expunge.bench.closeness import Score
 from expunge.bench.tuning import Trial
 from expunge.cli import main
 from expunge.cli.rehearsed import verdicts
-from expunge.errors import ConfigError, CorruptData, NotFinite
+from expunge.errors import NotFinite
 from expunge.methods import METHODS
 from expunge.provenance import file_hash
-from expunge.space import settings_of, with_settings
 from tests.rehearsing import SETUP, facts
 
 RELOAD = ("reload", "--fine-tune.epochs", "2", "--fine-tune.batch-size", "16")
@@ -196,13 +197,6 @@ def test_holding_up_is_judged_on_the_held_out_set(score, holds, better):
     assert found == {"holds up": holds, "better than nothing": better}
 
 
-def test_settings_that_held_up_are_read_without_a_warning(tmp_path, recwarn):
-    for about in ({"holds up": True, "better than nothing": True}, {}):
-        chosen.write_settings(tmp_path / "s.json", Reload(), about)
-        assert chosen.read_settings(tmp_path / "s.json", Reload()) == Reload()
-    assert not recwarn.list
-
-
 def test_the_settings_as_given_are_the_first_trial_and_the_chosen_are_no_worse(folder, capsys):
     method = (*RELOAD, "--fine-tune.schedule", "constant", "--priming-lr", "0.3")  # outside the space
     assert rehearsed("--trials", "3", "--sets", "2", "--json", method=method) == 0
@@ -379,36 +373,3 @@ def test_settings_are_not_written_over(folder, capsys):
 def test_any_blind_method_can_be_rehearsed(folder):
     assert rehearsed("--trials", "1", "--sets", "2", method=("fine-tune", "--recipe.epochs", "1")) == 0
     assert json.loads(Path("settings.json").read_text(encoding="utf-8"))["method"] == "fine-tune"
-
-
-# The file of settings
-
-
-def test_settings_survive_their_file(tmp_path):
-    config = Reload(
-        priming_lr=None,
-        published_code=("normal-1d",),
-        fine_tune=Recipe(epochs=3, lr=0.2, schedule="step", milestones=(1, 2)),
-    )
-    chosen.write_settings(tmp_path / "s.json", config, {"why": "test"})
-    assert chosen.read_settings(tmp_path / "s.json", Reload()) == config
-    assert with_settings(Reload(), settings_of(config)) == config
-
-
-def test_settings_that_do_not_fit_are_refused(tmp_path):
-    path = tmp_path / "s.json"
-    chosen.write_settings(path, Reload(), {})
-    with pytest.raises(ConfigError, match="settings of reload were given beside"):
-        chosen.read_settings(path, Reload(reset_fraction=0.3))
-    text = path.read_text(encoding="utf-8")
-    for old, new, error, message in (
-        ('"reload"', '"ssd"', ConfigError, "holds settings of 'ssd', and this is 'reload'"),
-        ('"reset_fraction": 0.1', '"reset_fraction": "much"', ConfigError, "reload cannot use its settings"),
-        ('"reset_fraction": 0.1', '"reset_fraction": 3', ConfigError, r"reset_fraction=3: must be in \[0, 1\)"),
-        ('"reset_fraction"', '"fraction"', ConfigError, "'fraction': Reload has no such setting"),
-        ('"method"', '"methods"', CorruptData, "no file of settings, or damaged"),
-        (text, "not json", CorruptData, "no file of settings, or damaged"),
-    ):
-        path.write_text(text.replace(old, new), encoding="utf-8")
-        with pytest.raises(error, match=message):
-            chosen.read_settings(path, Reload())
