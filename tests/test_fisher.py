@@ -12,6 +12,7 @@ from expunge.methods.per_example import examples_in, squared_gradients
 from expunge.models.convnet import ConvNet
 from expunge.trace import Trace
 from tests.contract import without_type_checks, world
+from tests.test_reload_curvature import each_gradient
 from tests.zoo import CLASSES, FEATURES, FORMS, NETWORKS, classification, in_form, network, tensors
 
 
@@ -109,16 +110,7 @@ def case(kind: str) -> tuple[nn.Module, Examples]:
 
 def one_by_one(model: nn.Module, loss_terms, data: Examples) -> dict[str, Tensor]:
     """The definition: a backward pass a term."""
-    model.eval()
-    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in theta.items()}
-    for row in range(len(data)):
-        for term in loss_terms(model, tuple(tensor[row : row + 1] for tensor in data.tensors)):
-            for own, slope in zip(
-                total.values(), torch.autograd.grad(term, list(theta.values()), retain_graph=True), strict=True
-            ):
-                own.add_(slope.square())
-    return total
+    return {name: rows.square().sum(0) for name, rows in each_gradient(model, data, loss_terms).items()}
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ def measured(measure: Any, model: nn.Module, data: Any, loss: Any = cross_entrop
 def each_gradient(model: nn.Module, data: Examples, loss: Any = cross_entropy) -> dict[str, Tensor]:
     """The gradient of every loss term on its own, one call of autograd each: (terms, entries of the parameter)."""
     model = copy.deepcopy(model).eval()
-    theta = dict(model.named_parameters())
+    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = []
     for row in range(len(data)):
         terms = loss(model, tuple(t[row : row + 1] for t in data.tensors))
