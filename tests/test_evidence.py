@@ -15,8 +15,8 @@ from expunge.provenance import file_hash, position_hashes, record_hashes, source
 from expunge.report.evidence import digest, verify, write_evidence
 from expunge.report.stored import read_run
 from expunge.rows import read_rows, write_rows
+from tests.cli import RELOAD, SETUP
 from tests.reported import Page
-from tests.test_cli import RELOAD, SETUP
 
 SECRET = 0.31415926  # in every removed record
 SALT = "5a" * 32

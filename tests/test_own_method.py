@@ -29,8 +29,8 @@ from expunge.setup import load_setup
 from expunge.training import mean_loss
 from expunge.unlearn import unlearn
 from expunge.weights import save_weights
+from tests.cli import SETUP
 from tests.contract import world
-from tests.test_cli import SETUP
 
 EXAMPLE = Path("examples/own_method").resolve()
 EXPERIMENT = """from expunge.bench.stages import Contender

@@ -1,13 +1,14 @@
+"""The commands for a model of one's own do what Python does, and say what they wrote."""
+
 import json
 import re
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from expunge import Blind, Reload, cache, cross_entropy, unlearn
 from expunge.cli import main, own_model
@@ -15,63 +16,7 @@ from expunge.methods import METHODS
 from expunge.provenance import file_hash
 from expunge.setup import load_setup
 from expunge.weights import load_weights
-
-SETUP = """
-import torch
-from torch import nn
-from expunge import Examples, Recipe, cross_entropy
-
-recipe = Recipe(epochs=3, lr=0.05)
-generator = torch.Generator().manual_seed(0)
-images, labels = torch.randn(60, 6, generator=generator), torch.randint(3, (60,), generator=generator)
-loss_terms = cross_entropy
-data = Examples(images, labels)
-
-def model(seed):
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-
-def original():
-    return data
-
-def retain():
-    return data.without(torch.arange(6))
-
-def test():
-    return Examples(images.flip(0), labels)
-"""
-RELOAD = ("reload", "--reset-fraction", "0.2", "--fine-tune.epochs", "2", "--fine-tune.lr", "0.05")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder with a setup file and trained weights; also the current one."""
-    monkeypatch.chdir(tmp_path)
-    Path("setup.py").write_text(SETUP, encoding="utf-8")
-    assert main(["unlearn", *weights_of_nobody(tmp_path), "--out", "w.safetensors", "retrain"]) == 0
-    return tmp_path
-
-
-def weights_of_nobody(folder):
-    names: dict = {}
-    exec(SETUP, names)
-    save_file(names["model"](0).state_dict(), folder / "start.safetensors")
-    return ["setup.py", "--weights", "start.safetensors"]
-
-
-def cached(*more):
-    return main(["cache", "setup.py", "--weights", "w.safetensors", "--out", "c.safetensors", *more])
-
-
-def unlearned(*more, cache="c.safetensors", weights="w.safetensors", out="u.safetensors"):
-    options = ["--cache", cache] if cache else []
-    return main(["unlearn", "setup.py", "--weights", weights, *options, "--out", out, *more])
-
-
-def test_a_loss_that_is_no_function_is_refused(folder, capsys):
-    Path("setup.py").write_text(SETUP + "cached_loss = 'logit_margin'\n", encoding="utf-8")
-    assert cached() == 2
-    said = capsys.readouterr().err
-    assert "setup.py: cached_loss is 'logit_margin', no function. Write def cached_loss(model, batch)" in said
+from tests.cli import RELOAD, SETUP, cached, unlearned, weights_of_nobody
 
 
 def test_a_setup_file_may_cache_another_loss_than_it_trains_with(folder, capsys):
@@ -122,20 +67,6 @@ def test_the_trace_is_where_the_output_says_it_is(folder, capsys):
     named = re.search(r"^trace:\s+(\S+)$", capsys.readouterr().out, re.M)
     assert named
     assert json.loads(Path(named[1]).read_text(encoding="utf-8"))["method"] == "retrain"
-
-
-def test_weights_replaced_while_they_are_loaded_are_named_and_nothing_is_written(folder, monkeypatch, capsys):
-    load = own_model.trained_model
-
-    def replaced(setup, weights, device):
-        model = load(setup, weights, device)
-        weights.write_bytes(Path("start.safetensors").read_bytes())
-        return model
-
-    monkeypatch.setattr(own_model, "trained_model", replaced)
-    assert unlearned("retrain", cache=None) == 2
-    assert re.search(r"w\.safetensors was changed while", capsys.readouterr().err)
-    assert not Path("u.safetensors").exists()
 
 
 def test_retraining_takes_the_recipe_of_the_setup_file_and_goes_on_where_it_was(folder, capsys):
@@ -242,13 +173,6 @@ def test_a_foreign_checkpoint_of_tensors_is_read(folder):
     assert unlearned(*RELOAD, weights="w.pt") == 0
 
 
-def test_a_checkpoint_that_could_run_code_is_refused(folder, capsys):
-    torch.save({"model": Path("x")}, "w.pt")
-    cached()
-    assert unlearned(*RELOAD, weights="w.pt") == 2
-    assert "files that could run code are not opened" in capsys.readouterr().err
-
-
 def test_methods_lists_every_method(capsys):
     assert main(["methods"]) == 0
     table = capsys.readouterr().out
@@ -290,57 +214,6 @@ def test_scrub_rewinds_to_the_validation_records_of_the_setup_file(folder, capsy
     assert 0 <= trace["facts"]["rewind_reference"] <= 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["cache", "nowhere.py", "--weights", "w.safetensors", "--out", "o"], "no such setup file"),
-        (["cache", "setup.py", "--weights", "nowhere", "--out", "o"], "no such weights"),
-        (["cache", "setup.py", "--weights", "setup.py", "--out", "o"], "cannot be read as weights"),
-        (["cache", "setup.py", "--weights", "w.safetensors", "--out", "o", "--dtype", "int7"], "int7"),
-        (["cache", "setup.py", "--weights", "w.safetensors", "--out", "o", "--device", "tpu9"], "device='tpu9'"),
-        (["show", "w.safetensors"], "not a gradient cache"),
-        (["show", "nowhere"], "no such cache"),
-        (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload"], "--cache"),
-        (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "gradient-ascent"], "defines no forget()"),
-        (
-            ["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload", "--reset-fraction", "1"],
-            "reset_fraction=1.0",
-        ),
-        (
-            ["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload", "--fine-tune.lr", "0"],
-            "lr=0.0",
-        ),
-        (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload", "--forget", "f"], "--forget"),
-    ],
-)
-def test_a_mistake_of_the_user_is_said_ends_with_2_and_writes_nothing(folder, capsys, arguments, said):
-    before = sorted(folder.iterdir())
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert said in " ".join((captured.err + captured.out).replace("│", " ").split())
-    assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("def model(seed):", "def modell(seed):", "does not define model"),
-        ("loss_terms =", "loss =", "does not define loss_terms"),
-        ("def original():", "def originals():", "does not define original"),
-        ("return data\n", "return 1 / 0\n", "original() failed with ZeroDivisionError"),
-        ("import torch\n", "import torhc\n", "failed when it was run, with ModuleNotFoundError"),
-        ("nn.Linear(8, 3)", "nn.Linear(8, 4)", "has shape"),
-        ("return nn.Sequential(", "return list(", "model(0)"),
-    ],
-)
-def test_a_mistake_in_a_setup_file_is_said(folder, capsys, old, new, said):
-    text = Path("setup.py").read_text(encoding="utf-8")
-    assert old in text
-    Path("setup.py").write_text(text.replace(old, new, 1), encoding="utf-8")
-    assert cached() == 2
-    assert said in capsys.readouterr().err
-
-
 def test_what_lies_beside_a_setup_file_can_be_imported(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (folder / "own_network_of_a_test.py").write_text("LAYERS = 2\n", encoding="utf-8")
@@ -362,58 +235,6 @@ def test_setup_files_of_two_folders_have_modules_of_their_own(tmp_path, monkeypa
     assert names == ["one", "two", "one"]
 
 
-def test_batches_of_three_need_a_function_that_says_what_to_measure(folder, capsys):
-    text = Path("setup.py").read_text(encoding="utf-8")
-    three = text + "\n\ndef retain():\n    return Examples(data.tensors[0], data.tensors[0], data.tensors[1])\n"
-    Path("setup.py").write_text(three.replace("import torch\n", "import torch\nfrom expunge import Examples\n", 1))
-    assert main(["evaluate", "setup.py", "--weights", "w.safetensors"]) == 2
-    said = capsys.readouterr().err
-    assert "a batch is a tuple of 3, and not (inputs, labels)" in said
-    assert "logits(model, batch)" in said
-
-
-def test_a_cache_of_other_weights_is_refused_and_nothing_is_written(folder, capsys):
-    cached()
-    assert unlearned(*RELOAD, weights="start.safetensors") == 2
-    assert "taken at weights" in capsys.readouterr().err
-    assert not Path("u.safetensors").exists()
-
-
-def test_ctrl_c_writes_nothing_and_ends_with_130(folder, capsys, monkeypatch):
-    cached()
-    shutil.copy("w.safetensors", "u.safetensors")
-    before = Path("u.safetensors").read_bytes()
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("expunge.cli.own_model.unlearn_model", interrupted)
-    assert unlearned("--replace", *RELOAD) == 130
-    assert "interrupted" in capsys.readouterr().err
-    assert Path("u.safetensors").read_bytes() == before
-
-
-def test_weights_that_exist_are_not_written_over_unless_told_so(folder, capsys):
-    cached()
-    assert unlearned(*RELOAD) == 0
-    before = Path("u.safetensors").read_bytes(), Path("u.trace.json").read_bytes()
-    assert unlearned("--seed", "5", *RELOAD) == 2
-    assert "u.safetensors exists, and evidence of it may too" in capsys.readouterr().err
-    assert (Path("u.safetensors").read_bytes(), Path("u.trace.json").read_bytes()) == before
-    assert unlearned("--seed", "5", "--replace", *RELOAD) == 0
-    assert Path("u.safetensors").read_bytes() != before[0]
-
-
-def test_a_mistake_of_ours_ends_with_1_and_a_traceback(folder, capsys, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("ouch")
-
-    monkeypatch.setattr("expunge.cli.own_model.unlearn_model", broken)
-    cached()
-    assert unlearned(*RELOAD) == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
 def test_a_warning_is_printed_as_a_line(folder, capsys):
     with Path("setup.py").open("a", encoding="utf-8") as file:
         file.write("\nimages[:, 1:] = 0\n")
@@ -422,71 +243,10 @@ def test_a_warning_is_printed_as_a_line(folder, capsys):
     assert "expunge: warning: only" in capsys.readouterr().err
 
 
-def test_a_cache_that_exists_is_not_written_over_unless_told_so(folder, capsys):
-    cached()
-    before = Path("c.safetensors").read_bytes()
-    assert cached() == 2
-    assert "the old one cannot be made again" in capsys.readouterr().err
-    assert Path("c.safetensors").read_bytes() == before
-    assert cached("--replace") == 0
-
-
-@pytest.mark.parametrize("out", ["w.safetensors", "c.safetensors", "setup.py", "new.pt", "."])
-def test_no_command_writes_over_what_it_reads_or_what_cannot_be_read_back(folder, capsys, out):
-    cached()
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert unlearned(*RELOAD, out=out) == 2
-    assert "--out" in (said := capsys.readouterr().err) or "name the file" in said or ".safetensors" in said
-    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-
-
-def test_labels_that_do_not_fit_are_a_mistake_of_the_user(folder, capsys):
-    with Path("setup.py").open("a", encoding="utf-8") as file:
-        file.write("\nlabels[50] = 7\n")
-    assert cached() == 2
-    said = capsys.readouterr().err
-    assert "labels int64 (60,) do not fit logits float32 (60, 3)" in said
-    assert "Traceback" not in said
-
-
-def test_a_mistake_in_a_setup_file_shows_its_own_lines_and_no_others(folder, capsys):
-    cached()
-    with Path("setup.py").open("a", encoding="utf-8") as file:
-        file.write("\ndef loss_terms(model, batch):\n    return model(batch[0]).no_such_method()\n")
-    capsys.readouterr()
-    assert cached("--replace") == 2
-    said = capsys.readouterr().err
-    assert "AttributeError in your own code or data" in said
-    assert said.count("File ") == 1
-    assert "no_such_method" in said
-
-
 def test_how_much_was_removed_is_said(folder, capsys):
     cached()
     unlearned(*RELOAD)
     assert "removed or corrected: 6 of 60 cached loss terms" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--groups", "2", "--dtype", "float32"], "a cache with 2 groups is stored in torch.float64"),
-        (["--groups", "0"], "groups=0: the number of groups is at least 1"),
-        (["--groups", "500"], "groups=500: there are 1 micro-batches of 128 positions"),
-        (["--max-shard", "0"], "--max-shard 0: gigabytes a file, more than 0. The default is 5"),
-        (["--max-shard", "-2.5"], "--max-shard -2.5: gigabytes a file, more than 0"),
-        (["--max-shard", "nan"], "--max-shard nan: gigabytes a file, more than 0"),
-        (["--out", "setup.py/c.safetensors"], "cannot be written: "),
-        (["--out", "c.index.json"], "c.index.json is the name of an index"),
-    ],
-)
-def test_options_of_a_cache_that_cannot_be_are_refused_before_the_first_loss(folder, capsys, more, said):
-    with Path("setup.py").open("a", encoding="utf-8") as file:
-        file.write("\ndef loss_terms(model, batch):\n    raise AssertionError('computed')\n")
-    before = sorted(folder.iterdir())
-    assert cached(*more) == 2
-    assert said in capsys.readouterr().err
-    assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
 
 
 def test_many_files_of_a_cache_are_listed_as_a_pattern(folder, capsys):
@@ -495,21 +255,6 @@ def test_many_files_of_a_cache_are_listed_as_a_pattern(folder, capsys):
     assert listed[0] == "c.safetensors.index.json"
     assert len(listed) == 2
     assert len(list(folder.glob(listed[1]))) == 12
-
-
-@pytest.mark.parametrize("more", [["--out", "setup.py/u.safetensors"], ["--snapshots", "setup.py/steps"]])
-def test_folders_that_cannot_be_written_are_refused_before_unlearning(folder, capsys, monkeypatch, more):
-    cached()
-    monkeypatch.delattr(own_model, "unlearn_model")
-    assert unlearned(*more, *RELOAD) == 2
-    assert "setup.py takes no new file (Not a directory). Give another folder" in capsys.readouterr().err
-
-
-def test_settings_that_are_not_there_are_named_with_their_cure(folder, capsys):
-    assert unlearned("--settings", "nope.json", *RELOAD, cache=None) == 2
-    assert capsys.readouterr().err == (
-        "expunge: nope.json: no such file of settings. `expunge rehearse` writes one; or leave --settings out.\n"
-    )
 
 
 @pytest.mark.parametrize("command", ["cache", "unlearn", "rehearse", "evaluate"])
