@@ -37,6 +37,8 @@ from expunge.training import Recipe
 
 LEAST = 256  # records that a curvature is measured on, if there are so many
 
+AT_A_TENTH = 0.2  # the step, where a tenth of the records was removed
+
 
 @dataclass(frozen=True, kw_only=True)
 class NaturalAscent:
@@ -46,7 +48,7 @@ class NaturalAscent:
         ConfigError: A value that cannot work.
     """
 
-    step: float = 0.2  # length of each ascent, as a share of the norm of the weights that it moves
+    step: float | None = None  # of an ascent, in norms of the weights; None: 0.2 for a tenth removed, less for less
     rounds: int = 2  # ascents, each followed by its share of the epochs
     damping: float = 0.3  # of the curvature, as a share of its mean eigenvalue
     sample: float = 0.1  # of what is left, for the curvature: 256 records at least; all, if data has no positions
@@ -74,7 +76,7 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
     cached loss over a sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue.
 
     ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
-    difference), ascent (length of a step).
+    difference), step, ascent (its length).
 
     Raises:
         NotInformative: The difference shows nothing of what was removed in W, or the curvature nothing at all.
@@ -94,7 +96,7 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
             )
     with trace.stage("curvature", model):
         direction = _direction(model, own, given, config, seed, trace)
-    return in_turns(model, direction, given, config, seed=seed, trace=trace)
+    return in_turns(model, direction, given, config, at_a_tenth=AT_A_TENTH, seed=seed, trace=trace)
 
 
 def _direction(

@@ -32,6 +32,8 @@ from expunge.training import Recipe
 
 Direction = Literal["orthogonal", "difference", "reversed", "random"]
 
+AT_A_TENTH = 0.2  # the step, where a tenth of the records was removed
+
 
 @dataclass(frozen=True, kw_only=True)
 class OrthogonalAscent:
@@ -41,7 +43,7 @@ class OrthogonalAscent:
         ConfigError: A value that cannot work.
     """
 
-    step: float = 0.2  # length of each ascent, as a share of the norm of the weights that it moves
+    step: float | None = None  # of an ascent, in norms of the weights; None: 0.2 for a tenth removed, less for less
     rounds: int = 2  # ascents, each followed by its share of the epochs
     direction: Direction = "orthogonal"  # or a control: "difference" as it is, "reversed", "random"
     fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together: your own recipe
@@ -67,7 +69,7 @@ def orthogonal_ascent(
     W are the parameters of two or more dimensions (all, if there are none), and d is of the gradients in these.
     The controls step equally far along g_D - g_new, against d, or anywhere.
 
-    ``trace.facts``: those of `difference`, alignment (cosine of the difference and g_new), ascent (length of a step).
+    ``trace.facts``: those of `difference`, alignment (cosine of the difference and g_new), step, ascent (its length).
 
     Raises:
         NotInformative: The difference shows nothing of what was removed, or nothing that g_new does not.
@@ -83,7 +85,7 @@ def orthogonal_ascent(
             {name: each[name] for name in weights} for each in (removed.total, retain.total, removed.noise)
         )
         direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
-    return in_turns(model, direction, given, config, seed=seed, trace=trace)
+    return in_turns(model, direction, given, config, at_a_tenth=AT_A_TENTH, seed=seed, trace=trace)
 
 
 def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:
