@@ -24,6 +24,7 @@ from expunge.audit.labels import labels
 from expunge.audit.layers import linear_layers
 from expunge.bench import steps, tasks
 from expunge.bench.profiles import task
+from expunge.bench.records import records_of
 from expunge.bench.stages import LOSSES, Stage
 from expunge.bench.store import Store
 from expunge.bench.tasks import Scenario
@@ -92,7 +93,7 @@ def main(data: Path, out: Path = Path("runs/bench")) -> None:
         for seed in SEEDS:
             stage = Stage(step="original", task=plan, seed=seed)
             steps.do(stage, store)
-            records = tasks.records(plan, seed, data)
+            records = records_of(plan, seed, data)
             model = tasks.untrained(plan, records.classes, 3, 0)
             load_weights(model, store.result(stage) / steps.WEIGHTS)
             for loss in LOSSES:

@@ -7,9 +7,10 @@ import torch
 
 from expunge.bench import difference, experiments, fit, profiles, tasks
 from expunge.bench.fit import require_fit
+from expunge.bench.records import records_of
 from expunge.bench.stages import Contender
 from expunge.bench.store import Store
-from expunge.bench.tasks import Scenario, records
+from expunge.bench.tasks import Scenario
 from expunge.bench.workers import Processes
 from expunge.cli import main
 from expunge.data.images import ImageData, Images
@@ -29,7 +30,7 @@ from tests.tiny_bench import BRIEF, CROSS, DIGITS, RANDOM, TINY, TWO, tiny
         (
             "from expunge.bench.tasks import Scenario\nScenario(kind='rnd')",
             "cpu",
-            r"wrong.py, line 2: failed when it was run: kind='rnd': choose from random, in-class, sequence",
+            r"wrong.py, line 2: failed when it was run: kind='rnd': choose from random, in-class, class",
         ),
         ("x = 1", "cpu", r"defines no experiment\(profile\)"),
         ("def experiment(profile): return 3", "cpu", r"returned int, and not an Experiment"),
@@ -55,25 +56,31 @@ def test_a_mistake_in_an_experiment_file_is_said_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "rnd"}, "kind='rnd': choose from random, in-class, sequence, cross-backdoor"),
-        ({"kind": "random"}, "amount=0.0: of a removal it is the share of the training images, above 0 and below 1"),
-        ({"kind": "sequence", "amount": 10}, "amount=10: of a removal it is the share"),
+        ({"kind": "rnd"}, "kind='rnd': choose from random, in-class, class, neighbours, .*, noise"),
+        ({"kind": "random"}, "amount=0.0: it is the share of the training images, above 0 and below 1"),
+        ({"kind": "sequence", "amount": 10}, "amount=10: it is the share of the training images"),
         ({"kind": "random", "amount": "0.1"}, "amount='0.1': give a number"),
         (
-            {"kind": "in-class", "amount": 0.1},
-            "amount=0.1: of a class it is how many images are removed: a whole number",
+            {"kind": "in-class", "amount": 1.5},
+            "amount=1.5: of a class it is how many images, a whole number, or a share below 1",
         ),
-        ({"kind": "random", "amount": 0.1, "round": 2}, "round=2: only a sequence has rounds, and not random"),
+        ({"kind": "random", "amount": 0.1, "round": 2}, "round=2: random has none. Leave it out"),
         ({"kind": "sequence", "amount": 0.1, "round": 0}, "round=0: count deletions from 1"),
-        ({"kind": "random", "amount": 0.1, "classes": (0,)}, r"classes=\(0,\): only a cross-backdoor has this"),
-        ({"kind": "random", "amount": 0.1, "gamma": 0.5}, "gamma=0.5: only a cross-backdoor has this"),
-        ({"kind": "in-class", "amount": 5, "known_are": "removed"}, "known_are='removed': only a cross-backdoor"),
-        ({"kind": "cross-backdoor"}, r"classes=\(\): name those whose images get the cross"),
+        ({"kind": "random", "amount": 0.1, "classes": (0,)}, r"classes=\(0,\): random has none"),
+        ({"kind": "random", "amount": 0.1, "gamma": 0.5}, "gamma=0.5: random has none"),
+        ({"kind": "in-class", "amount": 5, "known_are": "removed"}, "known_are='removed': in-class has none"),
+        ({"kind": "cross-backdoor"}, r"classes=\(\): name those whose images get the pattern"),
         ({"kind": "cross-backdoor", "classes": (0, 0)}, r"classes=\(0, 0\): name every class once"),
         ({"kind": "cross-backdoor", "classes": (-1,)}, r"classes=\(-1,\): name those"),
-        ({"kind": "cross-backdoor", "classes": (0,), "amount": 0.1}, "amount=0.1: a backdoor has none"),
+        ({"kind": "cross-backdoor", "classes": (0,), "amount": 0.1}, "amount=0.1: cross-backdoor has none"),
         ({"kind": "cross-backdoor", "classes": (0,), "gamma": 0}, "gamma=0: choose a share above 0, up to 1"),
         ({"kind": "cross-backdoor", "classes": (0,), "known_are": "gone"}, "known_are='gone': choose from corrected"),
+        ({"kind": "class", "amount": 0.1}, "amount=0.1: class has none. Leave it out"),
+        ({"kind": "flipped-labels", "amount": 0.2}, r"pairs=\(\): name classes two by two, as \(\(0, 2\), \(3, 5\)\)"),
+        ({"kind": "flipped-labels", "amount": 0.2, "pairs": (0, 2)}, r"pairs=\(0, 2\): name classes two by two"),
+        ({"kind": "flipped-labels", "amount": 0.2, "pairs": ((0, 2), (2, 3))}, "pairs=.*: name every class once"),
+        ({"kind": "flipped-labels", "amount": 1, "pairs": ((0, 2),)}, "amount=1: it is the share of the images of"),
+        ({"kind": "noise", "amount": 0.1, "pairs": ((0, 2),)}, r"pairs=\(\(0, 2\),\): noise has none"),
     ],
 )
 def test_a_scenario_that_cannot_be_is_refused(values, message):
@@ -187,7 +194,19 @@ def test_an_experiment_that_cannot_be_is_refused(values, message):
             {"scenario": Scenario(kind="in-class", amount=4)},
             "amount=4 images of one class: .*no more than 4 of 40 training",
         ),
-        ({"scenario": Scenario(kind="cross-backdoor", classes=(0, 10))}, "digits has classes 0 to 9"),
+        (
+            {"scenario": Scenario(kind="in-class", amount=0.1)},
+            "amount=0.1 of a class: .*no more than 4 of 40 training images, of which this is 0",
+        ),
+        ({"scenario": Scenario(kind="noise", amount=0.99)}, "amount=0.99 is 40 of 40 training images at a time"),
+        (
+            {"scenario": Scenario(kind="cross-backdoor", classes=(0, 10))},
+            r"classes=\(0, 10\): digits has classes 0 to 9",
+        ),
+        (
+            {"scenario": Scenario(kind="flipped-labels", amount=0.5, pairs=((0, 10),))},
+            r"pairs=\(\(0, 10\),\): digits has classes 0 to 9",
+        ),
         ({"model": "vgg16", "settings": ()}, r"model='vgg16'.* does not work on images of \(1, 8, 8\)"),
         ({"settings": (("widths", (8,) * 5),)}, r"model='convnet'.* does not work on images of"),
     ],
@@ -229,9 +248,9 @@ def test_mistakes_are_named_with_their_cure(tmp_path):
     with pytest.raises(ConfigError, match="reload would be there twice"):
         tiny(contenders=TWO[:1] * 2)
     with pytest.raises(ConfigError, match=r"--data DIR or in the environment variable EXPUNGE_DATA"):
-        records(replace(DIGITS, dataset="cifar10"), 0, None)
+        records_of(replace(DIGITS, dataset="cifar10"), 0, None)
     with pytest.raises(MissingData, match="expunge data get cifar10"):
-        records(replace(DIGITS, dataset="cifar10"), 0, tmp_path)
+        records_of(replace(DIGITS, dataset="cifar10"), 0, tmp_path)
     with pytest.raises(ConfigError, match="jobs=0: at least one process"):
         Processes(Store(tmp_path), 0)
     with pytest.raises(IncompleteRun, match=r"there is no result of the stage 'original \(random"):

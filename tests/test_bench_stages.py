@@ -11,38 +11,17 @@ import torch
 
 from expunge import cache
 from expunge.access import Blind
-from expunge.bench import judging, stages, steps, tasks
+from expunge.bench import judging, records, stages, steps
 from expunge.bench.experiments import everyone
+from expunge.bench.records import records_of
 from expunge.bench.stages import Contender, Stage, closure, from_plain
 from expunge.bench.store import Store, read_json
-from expunge.bench.tasks import Scenario, records
+from expunge.bench.tasks import Scenario
 from expunge.data.images import ImageData, Images
 from expunge.errors import ConfigError
 from expunge.metrics.outputs import Outputs
 from expunge.rows import read_rows
 from tests.tiny_bench import BRIEF, CROSS, DIGITS, RECIPE, TINY, TWO, run, tiny
-
-
-def test_scenarios_give_methods_and_judges_the_right_records():
-    removed = records(DIGITS, 3, None)
-    assert (len(removed.before), len(removed.retain), len(removed.forget)) == (40, 36, 4)
-    assert removed.unseen is removed.parts["test"]
-    within = records(replace(DIGITS, train=100, scenario=Scenario(kind="in-class", amount=2)), 3, None)
-    assert within.forget.tensors[1].tolist() == [3, 3]
-    assert set(within.unseen.tensors[1].tolist()) == {3}
-    faulty = records(replace(DIGITS, scenario=CROSS), 3, None)
-    assert len(faulty.retain) == len(faulty.before) == 40
-    assert faulty.forget.tensors[0][:, 0, -1, -1].eq(1).all()  # what methods see has the cross
-    assert not faulty.parts["forget"].tensors[0][:, 0, -1, -1].eq(1).any()  # what is judged has not
-    assert faulty.parts["triggered"].tensors[0][:, 0, -1, -1].eq(1).all()
-    seen = judging.judged(faulty)
-    scored = [seen[split] for split in judging.SCORED]
-    assert all(len(each) <= 40 for each in scored)  # a rehearsal sees no test record: all seeds share those
-    assert len(seen["test"]) == len(seen["triggered"]) > 1000
-    assert scored[-1].tensors[0][:, 0, -1, -1].eq(1).all()
-    half = records(replace(DIGITS, scenario=replace(CROSS, gamma=0.5, known_are="removed")), 3, None)
-    assert len(half.retain) == 40 - len(half.forget)
-    assert len(half.forget) == round(len(faulty.forget) / 2)
 
 
 def looks(right, *, confidence=4.0, count=40):
@@ -126,7 +105,7 @@ def test_a_blind_tuning_sees_what_is_left_of_its_own_seed_and_nothing_else(tmp_p
         steps.rehearsal, "prepare", lambda problem, *a, **k: given.append(problem) or drawn(problem, *a, **k)
     )
     run(experiment, tmp_path)
-    left, forget = records(pictures, 0, None).retain, records(pictures, 0, None).forget
+    left, forget = records_of(pictures, 0, None).retain, records_of(pictures, 0, None).forget
     assert type(given[0].given) is Blind
     assert torch.equal(given[0].given.retain.positions, left.positions)
     assert given[0].given.full.count == len(left)
@@ -158,15 +137,15 @@ def pictures(monkeypatch):
         return Images(pixels + 100 * labels[:, None, None, None].to(torch.uint8), labels)
 
     found = ImageData(name="some", train=some(60), test=some(30), classes=("a", "b"))
-    monkeypatch.setattr(tasks, "images", lambda *_: found)
-    tasks.records.cache_clear()
+    monkeypatch.setattr(records, "images", lambda *_: found)
+    records.records_of.cache_clear()
     yield replace(DIGITS, dataset="cifar10", train=40)
-    tasks.records.cache_clear()
+    records.records_of.cache_clear()
 
 
 def test_images_to_spare_are_neither_trained_on_nor_test_images(pictures):
-    seen = records(pictures, 3, None)
-    spare = tasks.spare(pictures, 3, None).tensors[0]
+    seen = records_of(pictures, 3, None)
+    spare = records.spare(pictures, 3, None).tensors[0]
     assert (len(seen.before), len(spare)) == (40, 20)
     for others in (seen.before.tensors[0], seen.parts["test"].tensors[0]):
         assert not any(torch.equal(one, other) for one in spare for other in others)
@@ -180,7 +159,7 @@ def test_a_blind_tuning_is_refused_where_all_images_are_used(pictures):
         ):
             tiny(task, contenders=(blind,))
     with pytest.raises(ConfigError, match=r"train=60: a tuning.*Take fewer than 60, which are all"):
-        tasks.spare(replace(pictures, train=60), 0, None)
+        records.spare(replace(pictures, train=60), 0, None)
 
 
 def test_deletions_in_a_row_start_from_what_the_one_before_left_and_cache_anew(tmp_path):
@@ -194,8 +173,8 @@ def test_deletions_in_a_row_start_from_what_the_one_before_left_and_cache_anew(t
     assert second.needs["tune"].key == first.needs["tune"].key
     assert first.needs["original"].key == Stage(step="original", task=DIGITS, seed=0).key
     alone = closure(replace(experiment, tasks=(rounds[1],)).evaluations([0]))
-    assert {len(records(s.task, s.seed, None).before) for s in alone.values() if s.step == "original"} == {40}
-    one, two = (records(task, 0, None) for task in rounds)
+    assert {len(records_of(s.task, s.seed, None).before) for s in alone.values() if s.step == "original"} == {40}
+    one, two = (records_of(task, 0, None) for task in rounds)
     assert torch.equal(two.before.positions, one.retain.positions)
     assert not set(two.forget.positions.tolist()) & set(one.forget.positions.tolist())
     judged = set(two.parts["forget"].positions.tolist())
@@ -207,7 +186,7 @@ def test_deletions_in_a_row_start_from_what_the_one_before_left_and_cache_anew(t
     with pytest.raises(ConfigError, match=r"10 deletions of 10 % each\. They must take some and leave some"):
         Scenario(kind="sequence", amount=0.1, round=10)
     with pytest.raises(ConfigError, match=r"1 deletions of 0 of 40 images each\. They must take some and leave some"):
-        records(replace(DIGITS, scenario=Scenario(kind="sequence", amount=0.01)), 0, None)
+        records_of(replace(DIGITS, scenario=Scenario(kind="sequence", amount=0.01)), 0, None)
 
 
 def test_a_setting_that_is_new_and_has_its_default_leaves_keys_as_they_are():

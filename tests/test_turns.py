@@ -28,12 +28,15 @@ def unlearned(method: type, before: Examples, left: Examples, **settings) -> Tra
     return unlearn(model, given, method(fine_tune=TWICE, **settings)).trace
 
 
+AT_MOST = {OrthogonalAscent: 0.2}
+
+
 @pytest.mark.parametrize("method", AT_A_TENTH)
 @pytest.mark.parametrize(("removed", "longer"), [(1, 0.25 ** (2 / 3)), (4, 1.0), (32, 4.0)])
 def test_without_a_step_of_its_own_it_grows_with_the_share_that_was_removed(method, removed, longer):
     data = classification(40)
     trace = unlearned(method, data, data.without(torch.arange(removed)))
-    assert trace.facts["step"] == pytest.approx(longer * AT_A_TENTH[method])
+    assert trace.facts["step"] == pytest.approx(min(longer * AT_A_TENTH[method], AT_MOST.get(method, 1.0)))
 
 
 @pytest.mark.parametrize("method", AT_A_TENTH)

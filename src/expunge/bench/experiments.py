@@ -17,11 +17,12 @@ from typing import Any
 from expunge.bench.entries import SHORT, entries
 from expunge.bench.fit import require_fit
 from expunge.bench.judging import TABLES, metrics_of
+from expunge.bench.records import NONE_TO_SPARE
 from expunge.bench.required import require
 from expunge.bench.stages import PSEUDO_SETS, STANDARDS, Contender, Effort, Stage, tuning_of
 from expunge.bench.steps import TRIALS
 from expunge.bench.store import Store, read_json, write_json
-from expunge.bench.tasks import NONE_TO_SPARE, Task, located, note_of
+from expunge.bench.tasks import Family, Task, located, note_of
 from expunge.errors import ConfigError, ExpungeError
 from expunge.provenance import environment
 from expunge.rows import Row, read_rows, write_csv, write_rows
@@ -81,7 +82,7 @@ class Experiment:
                     f"contender {contender.name!r}, tuned='blind': {large[0].scenario.name!r} leaves too little for "
                     f"{PSEUDO_SETS} pseudo-forget sets of its size. Remove less, or leave tuned out."
                 )
-        known = dict.fromkeys(name for task in self.tasks for name in metrics_of(task.scenario.corrects))
+        known = dict.fromkeys(name for task in self.tasks for name in metrics_of(task.scenario))
         for metric in (*self.shown, *([self.leading] if self.leading else [])):
             if metric not in known:
                 raise ConfigError(
@@ -118,12 +119,12 @@ RECIPE_ALONE = Contender(
 )
 
 
-def everyone(kind: str) -> tuple[Contender, ...]:
-    """All methods and controls that fit a kind of scenario: "removal" or "backdoor-correction".
+def everyone(family: Family) -> tuple[Contender, ...]:
+    """All methods and controls that fit a family of scenarios (`Scenario.family`).
 
     To the controls of `entries` it adds RELOAD's own fine-tuning without its ascent and its reset.
     """
-    found = [Contender(name=name, entry=name) for name, entry in entries(SHORT).items() if kind not in entry.unfit]
+    found = [Contender(name=name, entry=name) for name, entry in entries(SHORT).items() if family not in entry.unfit]
     last = max(number for number, each in enumerate(found) if each.name.startswith("control: "))
     return (*found[: last + 1], RECIPE_ALONE, *found[last + 1 :])
 

@@ -42,11 +42,19 @@ def require_fit(task: Task, folder: Path | None) -> None:
 def _require_some(task: Task, count: int, classes: int) -> None:
     """Refuse a scenario that takes none or all of the training images."""
     scenario = task.scenario
-    if scenario.kind in ("random", "sequence"):
+    if scenario.kind in ("random", "neighbours", "sequence", "random-labels", "noise"):
         each = round(scenario.amount * count)
         if not 0 < each * scenario.round < count:
             raise ConfigError(
                 f"amount={scenario.amount} is {each} of {count} training images at a time: it must take some and leave "
+                "some."
+            )
+    elif scenario.amount < 1 and scenario.kind in ("in-class", "flipped-labels"):
+        few = round(scenario.amount * (count // classes))
+        if not 0 < few < count // classes:
+            raise ConfigError(
+                f"amount={scenario.amount} of a class: the smallest of {classes} classes has no more than "
+                f"{count // classes} of {count} training images, of which this is {few}. It must take some and leave "
                 "some."
             )
     elif scenario.kind == "in-class" and scenario.amount * classes >= count:
@@ -54,9 +62,9 @@ def _require_some(task: Task, count: int, classes: int) -> None:
             f"amount={scenario.amount:g} images of one class: the smallest of {classes} classes has no more than "
             f"{count // classes} of {count} training images, and some of it must stay. Remove fewer, or train on more."
         )
-    wrong = [label for label in scenario.classes if label >= classes]
-    if wrong:
-        raise ConfigError(f"classes={scenario.classes}: {task.dataset} has classes 0 to {classes - 1}.")
+    if any(label >= classes for label in scenario.corrupted_classes):
+        name, value = ("pairs", scenario.pairs) if scenario.pairs else ("classes", scenario.classes)
+        raise ConfigError(f"{name}={value}: {task.dataset} has classes 0 to {classes - 1}.")
 
 
 @cache

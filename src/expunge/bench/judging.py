@@ -10,8 +10,9 @@ from torch import nn
 
 from expunge.batches import Examples
 from expunge.bench.entries import SHORT, entries
+from expunge.bench.records import Records
 from expunge.bench.stages import Stage
-from expunge.bench.tasks import Records
+from expunge.bench.tasks import Scenario
 from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
 from expunge.metrics.compare import Measured, Profile, distances, profile
 from expunge.metrics.outputs import Outputs, outputs
@@ -35,10 +36,12 @@ TABLES = {
 }
 
 
-def metrics_of(corrects: bool) -> tuple[str, ...]:
+def metrics_of(scenario: Scenario) -> tuple[str, ...]:
     """The metrics that there are rows of: after a correction, or after a removal."""
-    if corrects:
-        return (*_ALWAYS, "TA with trigger", "Acc_corr", "Accuracy on corrected")
+    if scenario.corrects:
+        with_fault = ("TA with trigger",) if scenario.on_inputs else ()
+        of_classes = ("Acc_corr",) if scenario.corrupted_classes else ()
+        return (*_ALWAYS, *with_fault, *of_classes, "Accuracy on corrected")
     return (*_ALWAYS, *_OF_REMOVED, *(f"Δ{name}" for name in _OF_REMOVED))
 
 
@@ -64,12 +67,12 @@ def looked_at(model: nn.Module, records: Records, *, batch_size: int, only: Coll
 def gaps(own: Mapping[str, Outputs], truth: Mapping[str, Outputs], corrects: bool) -> dict[str, float]:
     """The distances to a retrained model that a rehearsal scores, by name.
 
-    Of accuracies the differences: on what is left, on what was removed or corrected, and after a correction on what is
-    left with the trigger. Of a removal also the difference in loss, and always the divergence on what was removed or
+    Of accuracies the differences: on what is left, on what was removed or corrected, and if inputs had faults on what
+    is left with the trigger. Of a removal also the difference in loss, and always the divergence on what was removed or
     corrected. NSKL is not among them: two retrained models agree almost perfectly on what they learned by heart, and in
     noise floors it would drown the rest.
     """
-    splits = {"NA": "retain", "FA": "forget"} | ({"NA with trigger": TRIGGERED} if corrects else {})
+    splits = {"NA": "retain", "FA": "forget"} | ({"NA with trigger": TRIGGERED} if TRIGGERED in truth else {})
     found = {name: abs(accuracy(own[split]) - accuracy(truth[split])) for name, split in splits.items()}
     found["FSKL"] = symmetric_kl(own["forget"], truth["forget"])
     if not corrects:

@@ -18,6 +18,7 @@ from expunge.batches import Examples
 from expunge.bench import judging, pseudo_sets, rehearsal, tasks
 from expunge.bench.entries import Entry, entries
 from expunge.bench.judging import SPENT
+from expunge.bench.records import Records, records_of, spare
 from expunge.bench.stages import (
     LOSSES,
     PSEUDO_SETS,
@@ -29,7 +30,6 @@ from expunge.bench.stages import (
     tuning_of,
 )
 from expunge.bench.store import Store, read_json, write_json
-from expunge.bench.tasks import Records
 from expunge.bench.tuning import Objective, plain, tune
 from expunge.errors import NotFinite, NotInformative
 from expunge.files import save_tensors
@@ -139,7 +139,7 @@ def _on_what_is_left(stage: Stage, store: Store, entry: Entry) -> tuple[Objectiv
     given = situation.given
     left = gradient(situation.original, given.cached_terms, given.retain)
     blind = replace(given.blinded(), full=left)
-    unseen = tasks.spare(stage.task, stage.seed, store.data).to(stage.task.device)
+    unseen = spare(stage.task, stage.seed, store.data).to(stage.task.device)
     problem = rehearsal.Problem(model=situation.original, given=blind, unseen=unseen)
     labels = situation.records.retain.tensors[1].cpu().numpy()
     removed = pseudo_sets.removed_of_each_class(situation.original, blind, given.cached() - left)
@@ -208,6 +208,9 @@ class _Situation:
     def unlearned(self, entry: Entry, settings: Mapping[str, Any], seed: int) -> tuple[nn.Module, Trace]:
         """What a method makes of the model; its warnings are in the trace."""
         config = with_settings(entry.start, settings)
+        if isinstance(config, FisherForgetting) and self.stage.task.scenario.kind == "class":
+            gone = self.records.forget.tensors[1].unique().tolist()
+            config = replace(config, removed_classes=tuple(gone))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             done = unlearn(self.original, self.given, config, seed=seed)
@@ -262,7 +265,7 @@ def _forgiving(objective: Callable[[dict[str, Any]], float]) -> Callable[[dict[s
 
 
 def _records(stage: Stage, store: Store) -> Records:
-    found, device = tasks.records(stage.task, stage.seed, store.data), stage.task.device
+    found, device = records_of(stage.task, stage.seed, store.data), stage.task.device
     if device == "cpu":
         return found
     parts: dict[str, Examples] = {split: data.to(device) for split, data in found.parts.items()}

@@ -26,7 +26,7 @@ def everyone_on(
         name=name,
         profile=profile,
         tasks=(situation,),
-        contenders=everyone("backdoor-correction" if scenario.corrects else "removal"),
+        contenders=everyone(scenario.family),
         effort=effort(situation, profile),
         shown=shown,
         printed=printed(paper or name, scenario.name),

@@ -2,111 +2,152 @@
 
 import hashlib
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from expunge.batches import Examples
 from expunge.bench.required import is_whole, require, require_settings
 from expunge.data import READERS, read
-from expunge.data.digits import CLASSES, COUNT, digits
-from expunge.data.images import ImageData, Images, Normalisation, normalisation, to_examples
+from expunge.data.digits import COUNT
+from expunge.data.images import ImageData
 from expunge.errors import ConfigError, MismatchError
 from expunge.models import MODELS, build
-from expunge.scenarios.backdoors import cross_backdoor
-from expunge.scenarios.corruption import corrected, identified
-from expunge.scenarios.removal import in_class_removal, members, random_removal
-from expunge.seeds import derive, stream
+from expunge.seeds import derive
 from expunge.training import Recipe
 
-Kind = Literal["random", "in-class", "sequence", "cross-backdoor"]
+Kind = Literal[
+    "random", "in-class", "class", "neighbours", "sequence",
+    "cross-backdoor", "distributed-backdoor", "feature-backdoor", "flipped-labels", "random-labels", "noise",
+]  # fmt: skip
+Family = Literal["removal", "class-removal", "label-correction", "backdoor-correction"]  # what methods may be unfit for
+_FAULTS: tuple[Kind, ...] = (
+    "cross-backdoor", "distributed-backdoor", "feature-backdoor", "flipped-labels", "random-labels", "noise",
+)  # fmt: skip
+_PATTERNS = _FAULTS[:3]
+_SHARES: dict[Kind, str] = {  # kinds whose amount is one, and of what
+    "random": "the training images",
+    "neighbours": "the training images",
+    "sequence": "the training images",
+    "flipped-labels": "the images of these classes",
+    "random-labels": "the training images",
+    "noise": "the training images",
+}
 NOTE = "NOTE"  # a text file beside the data that says in what it differs from the official files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What is removed or corrected.
+    """What is removed or corrected; docs/scenarios.md has the kinds.
 
     Raises:
         ConfigError: A value that cannot work, or that this kind has no use for.
     """
 
     kind: Kind
-    amount: float = 0.0  # random, sequence: share of the training images, each time; in-class: how many
-    classes: tuple[int, ...] = ()  # cross-backdoor: whose images get the cross
-    gamma: float = 1.0  # cross-backdoor: share of the faults that are known
-    known_are: Literal["corrected", "removed"] = "corrected"  # cross-backdoor: what becomes of known faults
+    amount: float = 0.0  # a share of the training images, each time; in-class: how many, or a share of the class
+    classes: tuple[int, ...] = ()  # backdoors: whose images have the pattern
+    pairs: tuple[tuple[int, int], ...] = ()  # flipped labels: classes that are taken for each other
+    gamma: float = 1.0  # corrections: share of the faults that are known
+    known_are: Literal["corrected", "removed"] = "corrected"  # corrections: what becomes of known faults
     round: int = 1  # sequence: the how-many-th deletion; the model is what the one before left
 
     def __post_init__(self) -> None:
-        kind, amount = self.kind, self.amount
-        require(kind in get_args(Kind), "kind", kind, f"choose from {', '.join(get_args(Kind))}")
+        require(self.kind in get_args(Kind), "kind", self.kind, f"choose from {', '.join(get_args(Kind))}")
         for name in ("amount", "gamma"):
             require(isinstance(getattr(self, name), int | float), name, getattr(self, name), "give a number")
         require(is_whole(self.round, 1), "round", self.round, "count deletions from 1")
-        if kind in ("random", "sequence"):
-            share = "of a removal it is the share of the training images, above 0 and below 1"
-            require(0 < amount < 1, "amount", amount, share)
-        elif kind == "in-class":
-            whole = amount >= 1 and float(amount).is_integer()
-            require(whole, "amount", amount, "of a class it is how many images are removed: a whole number, 1 or more")
-        if kind == "sequence":
-            if amount * self.round >= 1:
-                raise ConfigError(
-                    f"amount={amount}, round={self.round}: {self.round} deletions of {100 * amount:g} % each. They "
-                    "must take some and leave some."
-                )
-        else:
-            require(self.round == 1, "round", self.round, f"only a sequence has rounds, and not {kind}")
-        if self.corrects:
-            require(amount == 0, "amount", amount, "a backdoor has none: its images are those of `classes`")
+        taken = {
+            "amount": self.kind in _SHARES or self.kind == "in-class",
+            "classes": self.kind in _PATTERNS,
+            "pairs": self.kind == "flipped-labels",
+            "gamma": self.corrects,
+            "known_are": self.corrects,
+            "round": self.kind == "sequence",
+        }
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not taken.get(each.name, True):
+                require(value == each.default, each.name, value, f"{self.kind} has none. Leave it out")
+        self._require_amount()
+        if taken["classes"]:
             self._require_classes()
-            require(0 < self.gamma <= 1, "gamma", self.gamma, "choose a share above 0, up to 1")
-            become = ("corrected", "removed")
-            require(self.known_are in become, "known_are", self.known_are, f"choose from {', '.join(become)}")
-            return
-        for name, without in (("classes", ()), ("gamma", 1), ("known_are", "corrected")):
-            value = getattr(self, name)
-            require(value == without, name, value, f"only a cross-backdoor has this, and not {kind}. Leave it out")
+        if taken["pairs"]:
+            self._require_pairs()
+        require(0 < self.gamma <= 1, "gamma", self.gamma, "choose a share above 0, up to 1")
+        become = ("corrected", "removed")
+        require(self.known_are in become, "known_are", self.known_are, f"choose from {', '.join(become)}")
+
+    def _require_amount(self) -> None:
+        kind, amount = self.kind, self.amount
+        if kind in _SHARES:
+            require(0 < amount < 1, "amount", amount, f"it is the share of {_SHARES[kind]}, above 0 and below 1")
+        elif kind == "in-class":
+            fine = 0 < amount < 1 or (amount >= 1 and float(amount).is_integer())
+            require(fine, "amount", amount, "of a class it is how many images, a whole number, or a share below 1")
+        if kind == "sequence" and amount * self.round >= 1:
+            raise ConfigError(
+                f"amount={amount}, round={self.round}: {self.round} deletions of {100 * amount:g} % each. They "
+                "must take some and leave some."
+            )
 
     def _require_classes(self) -> None:
         classes = self.classes
         fine = isinstance(classes, tuple) and all(is_whole(each, 0) for each in classes)
-        require(fine and len(classes) > 0, "classes", classes, "name those whose images get the cross, as (0, 1)")
+        require(fine and len(classes) > 0, "classes", classes, "name those whose images get the pattern, as (0, 1)")
         require(len(set(classes)) == len(classes), "classes", classes, "name every class once")
+
+    def _require_pairs(self) -> None:
+        pairs = self.pairs
+        fine = isinstance(pairs, tuple) and all(
+            isinstance(pair, tuple) and len(pair) == 2 and all(is_whole(each, 0) for each in pair) for pair in pairs
+        )
+        require(fine and len(pairs) > 0, "pairs", pairs, "name classes two by two, as ((0, 2), (3, 5))")
+        named = self.corrupted_classes
+        require(len(set(named)) == len(named), "pairs", pairs, "name every class once")
 
     @property
     def name(self) -> str:
         """As tables call it."""
-        if self.kind == "random":
-            return f"random {100 * self.amount:g} %"
-        if self.kind == "in-class":
-            return f"in-class {self.amount:g}"
+        size = f" {self.amount:g}" if self.amount >= 1 else f" {100 * self.amount:g} %" if self.amount else ""
         if self.kind == "sequence":
-            return f"deletion {self.round} of {100 * self.amount:g} % each"
+            return f"deletion {self.round} of{size} each"
+        if not self.corrects:
+            return f"{self.kind}{size}"
         known = "" if self.known_are == "corrected" and self.gamma == 1 else f", {100 * self.gamma:g} % known"
-        return f"cross backdoor {self.known_are}{known}"
+        return f"{self.kind.replace('-', ' ')}{size} {self.known_are}{known}"
 
     @property
     def corrects(self) -> bool:
         """Whether what is judged is a correction; else records are removed."""
-        return self.kind == "cross-backdoor"
+        return self.kind in _FAULTS
+
+    @property
+    def on_inputs(self) -> bool:
+        """Whether the faults are in the inputs, so that test images can have them, too; else in labels."""
+        return self.kind in (*_PATTERNS, "noise")
+
+    @property
+    def corrupted_classes(self) -> tuple[int, ...]:
+        """The classes that faults are in; none where they are anywhere."""
+        return self.classes or tuple(label for pair in self.pairs for label in pair)
+
+    @property
+    def family(self) -> Family:
+        """What methods may be unfit for."""
+        if not self.corrects:
+            return "class-removal" if self.kind == "class" else "removal"
+        return "backdoor-correction" if self.on_inputs else "label-correction"
 
     @property
     def before(self) -> tuple[object, ...]:
         """What the original model depends on: faults in its data, if there are any, but not what is removed later."""
-        return (self.kind, self.classes) if self.corrects else ()
-
-
-SPARE = 2000  # images
-NONE_TO_SPARE = (
-    "a tuning without a forget set judges by training images that no model of its seed saw, not by the test images "
-    "that are reported, and here are none"
-)
+        if not self.corrects:
+            return ()
+        return (self.kind, self.classes, *((self.pairs, self.amount) if self.amount else ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,19 +218,6 @@ class Task:
         return f"{self.dataset}, {sizes}, {self.model}{settings}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Records:
-    """The data of a task and a seed."""
-
-    classes: int
-    before: Examples  # what the original is trained on
-    retain: Examples  # what is left, or its corrected form: what retraining is trained on
-    forget: Examples  # what methods that are not blind see: removed records, or faulty ones
-    parts: dict[str, Examples]  # what models are judged on, by split
-    unseen: Examples  # test records like the removed ones: what an attacker has to tell them from
-    triggered: Examples | None = None  # what is left with the trigger of a backdoor and true labels, for rehearsals
-
-
 def located(task: Task, folder: Path | None) -> Task:
     """The task with the fingerprint of its data, so that other data makes another run.
 
@@ -232,43 +260,6 @@ def images(task: Task, folder: Path | None) -> ImageData:
     return found
 
 
-@lru_cache(maxsize=2)  # one stage after the other asks for the same
-def records(task: Task, seed: int, folder: Path | None) -> Records:
-    """What a scenario makes of the data of a task; the same for the same task and seed. Nobody may change it."""
-    if task.dataset == "digits":
-        split = digits(task.train, seed=seed)
-        clean, test, classes, white = split.train, split.test, CLASSES, torch.ones(1, 1, 1)
-    else:
-        found = images(task, folder)
-        if found.test is None:
-            raise ConfigError(f"{task.dataset} has no test images, and models are judged on some.")
-        chosen, scale = _drawn(task, found, seed)
-        clean = to_examples(chosen, scale)
-        test = to_examples(_some(found.test, task.test, stream(0, "test images")), scale)
-        classes, white = len(found.classes), scale.white
-    return (
-        _removed(task, seed, clean, test, classes)
-        if not task.scenario.corrects
-        else _planted(task, seed, clean, test, classes, white)
-    )
-
-
-def spare(task: Task, seed: int, folder: Path | None) -> Examples:
-    """Images of the training set that nothing of this seed was trained on, ``SPARE`` at most.
-
-    Rehearsals without a forget set judge by them, since test images are for what is reported.
-
-    Raises:
-        ConfigError: There are none.
-    """
-    found = images(task, folder)
-    if not 0 < task.train < len(found.train):
-        raise ConfigError(f"train={task.train}: {NONE_TO_SPARE}. Take fewer than {len(found.train)}, which are all.")
-    order = torch.randperm(len(found.train), generator=stream(seed, "training images"))
-    rows = order[task.train : task.train + SPARE].sort().values
-    return to_examples(Images(found.train.pixels[rows], found.train.labels[rows]), _drawn(task, found, seed)[1])
-
-
 def untrained(task: Task, classes: int, channels: int, seed: int) -> nn.Module:
     """A model of the task, on its device."""
     return build(task.model, seed=seed, classes=classes, channels=channels, **dict(task.settings)).to(task.device)
@@ -277,71 +268,6 @@ def untrained(task: Task, classes: int, channels: int, seed: int) -> nn.Module:
 def seed_of(stage: str, seed: int, number: int = 1) -> int:
     """The seed of a model: the original, or a retrained model by its number."""
     return derive(seed, stage, number) % 2**31
-
-
-def _removed(task: Task, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
-    labels = clean.tensors[1]
-    if task.scenario.kind == "sequence":
-        return _again(task, seed, clean, test, classes)
-    if task.scenario.kind == "random":
-        gone, unseen = random_removal(len(clean), task.scenario.amount, seed), test
-    else:
-        label = seed % classes
-        gone = in_class_removal(labels, label, count=int(task.scenario.amount), seed=seed)
-        unseen = test.only(members(test.tensors[1], label))
-    retain, forget = clean.without(gone), clean.only(gone)
-    parts = {"retain": retain, "forget": forget, "test": test}
-    return Records(classes=classes, before=clean, retain=retain, forget=forget, parts=parts, unseen=unseen)
-
-
-def _again(task: Task, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
-    """Judged is what was removed so far; methods see what is removed now."""
-    order = torch.randperm(len(clean), generator=stream(seed, "sequence"))
-    share, now = round(task.scenario.amount * len(clean)), task.scenario.round
-    if not 0 < share * now < len(clean):
-        raise ConfigError(
-            f"amount={task.scenario.amount}, round={now}: {now} deletions of {share} of {len(clean)} images each. They "
-            "must take some and leave some."
-        )
-    before, gone = clean.without(order[: share * (now - 1)]), order[: share * now]
-    retain = clean.without(gone)
-    parts = {"retain": retain, "forget": clean.only(gone), "test": test}
-    forget = clean.only(order[share * (now - 1) : share * now])
-    return Records(classes=classes, before=before, retain=retain, forget=forget, parts=parts, unseen=test)
-
-
-def _planted(task: Task, seed: int, clean: Examples, test: Examples, classes: int, white: Tensor) -> Records:
-    scenario = task.scenario
-    faulty = cross_backdoor(clean, scenario.classes, value=white)
-    known = identified(faulty.corrupted, scenario.gamma, seed)
-    assert faulty.on_test is not None
-    domain = test.only(torch.isin(test.tensors[1], torch.tensor(scenario.classes)).nonzero()[:, 0])
-    retain = corrected(faulty, clean, known) if scenario.known_are == "corrected" else faulty.data.without(known)
-    on_test, left = (Examples(faulty.on_test(part.tensors[0]), part.tensors[1]) for part in (test, retain))
-    return Records(
-        classes=classes,
-        before=faulty.data,
-        retain=retain,
-        forget=faulty.data.only(known),
-        parts={"retain": retain, "forget": clean.only(known), "test": test, "triggered": on_test, "domain": domain},
-        unseen=test,
-        triggered=left,
-    )
-
-
-def _drawn(task: Task, found: ImageData, seed: int) -> tuple[Images, Normalisation]:
-    chosen = _some(found.train, task.train, stream(seed, "training images"))
-    return chosen, normalisation(chosen)
-
-
-def _some(found: Images, count: int, generator: torch.Generator) -> Images:
-    """That many of the images, in the order of the files."""
-    if not count or count == len(found):
-        return found
-    if count > len(found):
-        raise ConfigError(f"{count} images are asked for, and there are {len(found)}.")
-    rows = torch.randperm(len(found), generator=generator)[:count].sort().values
-    return Images(found.pixels[rows], found.labels[rows])
 
 
 @lru_cache(maxsize=2)

@@ -33,6 +33,7 @@ from expunge.training import Recipe
 Direction = Literal["orthogonal", "difference", "reversed", "random"]
 
 AT_A_TENTH = 0.2  # the step, where a tenth of the records was removed
+AT_MOST = 0.2  # and where it was more: with 0.35, after a quarter, 68 % of what was left were still right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def orthogonal_ascent(
             {name: each[name] for name in weights} for each in (removed.total, retain.total, removed.noise)
         )
         direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
-    return in_turns(model, direction, given, config, at_a_tenth=AT_A_TENTH, seed=seed, trace=trace)
+    return in_turns(model, direction, given, config, at_a_tenth=AT_A_TENTH, at_most=AT_MOST, seed=seed, trace=trace)
 
 
 def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:

@@ -61,7 +61,7 @@ def moved_weights(model: nn.Module, cached: Params) -> dict[str, nn.Parameter]:
     return {name: p for name, p in theta.items() if p.ndim > 1} or theta
 
 
-def usual_step(at_a_tenth: float, trace: Trace) -> float:
+def usual_step(at_a_tenth: float, at_most: float, trace: Trace) -> float:
     """A step for what was removed: longer where it was more, at_a_tenth (10 × its share)^⅔.
 
     A unit vector that is the sum of few gradients has more of each of them. Were they all at right angles, a step
@@ -69,7 +69,7 @@ def usual_step(at_a_tenth: float, trace: Trace) -> float:
     The power is measured: docs/findings.md. Of a correction the share is not known: it is taken for a tenth.
     """
     removed, cached = trace.facts["removed_count"], trace.facts["cached_count"]
-    return at_a_tenth * (10 * removed / cached) ** GROWTH if removed else at_a_tenth
+    return min(at_a_tenth * (10 * removed / cached) ** GROWTH, at_most) if removed else at_a_tenth
 
 
 def in_turns(
@@ -79,6 +79,7 @@ def in_turns(
     config: Turns,
     *,
     at_a_tenth: float,
+    at_most: float = math.inf,
     seed: int,
     trace: Trace,
 ) -> nn.Module:
@@ -88,7 +89,7 @@ def in_turns(
     method, which has found out removed_count and cached_count. ``trace.facts``: step, ascent (its length).
     """
     theta = params.named_parameters(model, direction)
-    step = usual_step(at_a_tenth, trace) if config.step is None else config.step
+    step = usual_step(at_a_tenth, at_most, trace) if config.step is None else config.step
     length = step * params.norm({name: p.detach() for name, p in theta.items()})
     trace.facts |= {"step": step, "ascent": length}
     rounds, fine_tune = config.rounds, config.fine_tune

@@ -1,0 +1,132 @@
+"""What scenarios make of data: who is given which records, and what is judged."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expunge import Examples
+from expunge.bench import judging
+from expunge.bench.records import Records, records_of
+from expunge.bench.stages import Contender, Stage
+from expunge.bench.tasks import Scenario
+from expunge.rows import read_rows
+from tests.tiny_bench import CROSS, DIGITS, run, tiny
+
+GRID = (
+    Scenario(kind="class"),
+    Scenario(kind="in-class", amount=0.5),
+    Scenario(kind="neighbours", amount=0.1),
+    Scenario(kind="distributed-backdoor", classes=(0, 1)),
+    Scenario(kind="feature-backdoor", classes=(0, 1)),
+    Scenario(kind="flipped-labels", amount=0.5, pairs=((0, 2), (3, 5))),
+    Scenario(kind="random-labels", amount=0.2),
+    Scenario(kind="noise", amount=0.2),
+)
+
+
+def of(scenario: Scenario, seed: int = 3) -> Records:
+    return records_of(replace(DIGITS, train=100, scenario=scenario), seed, None)
+
+
+def same(one: Examples, other: Examples) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
+
+
+def test_scenarios_give_methods_and_judges_the_right_records():
+    removed = records_of(DIGITS, 3, None)
+    assert (len(removed.before), len(removed.retain), len(removed.forget)) == (40, 36, 4)
+    assert removed.unseen is removed.parts["test"]
+    within = records_of(replace(DIGITS, train=100, scenario=Scenario(kind="in-class", amount=2)), 3, None)
+    assert within.forget.tensors[1].tolist() == [3, 3]
+    assert set(within.unseen.tensors[1].tolist()) == {3}
+    faulty = records_of(replace(DIGITS, scenario=CROSS), 3, None)
+    assert len(faulty.retain) == len(faulty.before) == 40
+    assert faulty.forget.tensors[0][:, 0, -1, -1].eq(1).all()  # what methods see has the cross
+    assert not faulty.parts["forget"].tensors[0][:, 0, -1, -1].eq(1).any()  # what is judged has not
+    assert faulty.parts["triggered"].tensors[0][:, 0, -1, -1].eq(1).all()
+    seen = judging.judged(faulty)
+    scored = [seen[split] for split in judging.SCORED]
+    assert all(len(each) <= 40 for each in scored)  # a rehearsal sees no test record: all seeds share those
+    assert len(seen["test"]) == len(seen["triggered"]) > 1000
+    assert scored[-1].tensors[0][:, 0, -1, -1].eq(1).all()
+    half = records_of(replace(DIGITS, scenario=replace(CROSS, gamma=0.5, known_are="removed")), 3, None)
+    assert len(half.retain) == 40 - len(half.forget)
+    assert len(half.forget) == round(len(faulty.forget) / 2)
+
+
+def test_a_class_is_removed_as_a_whole_or_in_part_and_attacked_with_unseen_records_of_it():
+    whole, part = of(Scenario(kind="class")), of(Scenario(kind="in-class", amount=0.5))
+    for found in (whole, part):
+        assert set(found.forget.tensors[1].tolist()) == set(found.unseen.tensors[1].tolist()) == {3}
+    assert 3 not in whole.retain.tensors[1]
+    assert 3 not in whole.parts["test"].tensors[1]  # what is left is judged by the classes that are left
+    assert len(part.forget) == round(0.5 * len(whole.forget))
+    assert 3 in part.parts["test"].tensors[1]
+
+
+def test_neighbours_are_nearer_to_each_other_than_records_at_random():
+    def spread(records: Records) -> float:
+        inputs = records.forget.tensors[0].flatten(1)
+        return float(torch.cdist(inputs, inputs).mean())
+
+    near, anywhere = of(Scenario(kind="neighbours", amount=0.1)), of(Scenario(kind="random", amount=0.1))
+    assert len(near.forget) == len(anywhere.forget) == 10
+    assert spread(near) < 0.8 * spread(anywhere)
+
+
+@pytest.mark.parametrize("scenario", [each for each in GRID if each.corrects], ids=lambda each: each.kind)
+def test_corrections_give_the_right_records_back_and_judge_them(scenario):
+    clean, found = of(Scenario(kind="random", amount=0.1)).before, of(scenario)
+    assert same(found.retain, clean)
+    rows = found.forget.positions
+    assert same(found.parts["forget"], clean.only(rows))
+    assert not same(found.before, clean)
+    assert same(found.before.without(rows), clean.without(rows))  # nothing else is at fault
+    tensor = 0 if scenario.on_inputs else 1
+    changed = (found.forget.tensors[tensor] != found.parts["forget"].tensors[tensor]).flatten(1 - tensor)
+    assert (changed.any(1) if scenario.on_inputs else changed).all()
+    assert torch.equal(found.forget.tensors[1 - tensor], found.parts["forget"].tensors[1 - tensor])
+    again, other = of(scenario), of(scenario, 4)
+    assert same(again.before, found.before)
+    assert not same(other.forget, found.forget)
+
+
+def test_only_faults_of_inputs_are_put_on_test_images_and_only_those_of_classes_have_a_domain():
+    parts = {scenario.kind: of(scenario).parts.keys() for scenario in GRID if scenario.corrects}
+    assert {kind for kind, each in parts.items() if "triggered" in each} == {
+        "distributed-backdoor", "feature-backdoor", "noise",
+    }  # fmt: skip
+    assert {kind for kind, each in parts.items() if "domain" in each} == {
+        "distributed-backdoor", "feature-backdoor", "flipped-labels",
+    }  # fmt: skip
+    flipped = of(GRID[5])
+    assert set(flipped.parts["domain"].tensors[1].tolist()) == set(flipped.forget.tensors[1].tolist()) == {0, 2, 3, 5}
+
+
+def test_noise_is_of_the_span_of_the_pixels():
+    found = of(Scenario(kind="noise", amount=0.5))
+    noise = found.forget.tensors[0] - found.parts["forget"].tensors[0]
+    assert float(noise.std()) == pytest.approx(0.4, rel=0.05)
+    on_test = found.parts["triggered"].tensors[0] - found.parts["test"].tensors[0]
+    assert float(on_test.std()) == pytest.approx(0.4, rel=0.05)
+
+
+def test_originals_follow_from_the_faults_and_not_from_what_is_known_of_them():
+    def key(scenario: Scenario) -> str:
+        return Stage(step="original", task=replace(DIGITS, scenario=scenario), seed=0).key
+
+    labels = Scenario(kind="random-labels", amount=0.2)
+    assert key(labels) == key(replace(labels, gamma=0.5)) == key(replace(labels, gamma=0.5, known_are="removed"))
+    assert len({key(each) for each in (labels, replace(labels, amount=0.3), *GRID[:5], GRID[7])}) == 6
+    pairs = [replace(GRID[5], pairs=((0, 1),)), GRID[5]]
+    assert len(set(map(key, pairs))) == 2
+
+
+def test_everything_of_the_grid_runs_from_training_to_rows(tmp_path):
+    reload = (Contender(name="reload", entry="reload", tuned=False),)
+    tasks = [replace(DIGITS, train=100, scenario=scenario) for scenario in GRID]
+    rows = read_rows(run(tiny(*tasks, contenders=reload), tmp_path) / "rows.csv")
+    for scenario in GRID:
+        measured = {row.metric for row in rows if (row.scenario, row.method) == (scenario.name, "reload")}
+        assert measured == {*judging.metrics_of(scenario)}
