@@ -36,7 +36,7 @@ from torch import nn
 
 from expunge.bench import entries as bench_entries
 from expunge.bench.entries import Entry, entries
-from expunge.bench.situations import FULL, LEADING, SITUATIONS, Situation
+from expunge.bench.situations import FULL, LEADING, SCENARIOS, Situation, situation_of
 from expunge.errors import NotFinite, NotInformative
 from expunge.files import write_text
 from expunge.methods.retrain import Retrain
@@ -81,7 +81,7 @@ class Trial:
 
 def prepare(scenario: str, seed: int) -> Rehearsal:
     """Train, delete or correct, retrain three times."""
-    situation = SITUATIONS[scenario](seed, FULL)
+    situation = situation_of(scenario, seed)
     retrain = Retrain(recipe=FULL.recipe)
     models = (unlearn(situation.original, situation.given, retrain, seed=1000 * n + seed) for n in range(1, 4))
     return Rehearsal(situation, [judged(each.model, situation) for each in models])
@@ -179,7 +179,7 @@ def main(trials: tyro.conf.Positional[int] = TRIALS) -> None:
     done = [t for t in done if sum((o.scenario, o.method) == (t.scenario, t.method) for o in done) == trials]
     reported = {(trial.scenario, trial.method) for trial in done}
     floors = {}
-    for scenario in SITUATIONS:
+    for scenario in SCENARIOS:
         rehearsals = [prepare(scenario, seed) for seed in SEEDS]
         floor = floors[scenario] = floor_of(rehearsals)
         nothing = mean_distances([r.situation.original for r in rehearsals], rehearsals)

@@ -33,7 +33,7 @@ from expunge.access import Blind
 from expunge.bench import pseudo_sets, rehearsal
 from expunge.bench.closeness import Seen
 from expunge.bench.rehearsal import Problem, Rehearsal
-from expunge.bench.situations import FULL, SITUATIONS, Situation
+from expunge.bench.situations import FULL, Situation, situation_of
 from expunge.bench.tuning import tune
 from expunge.gradient import gradient
 from expunge.methods import reload
@@ -117,7 +117,7 @@ def distances(ones: Sequence[Seen], others: Sequence[Seen] | None = None) -> tup
 
 def lines(scenario: str, seed: int, trials: int) -> Iterator[tuple[object, ...]]:
     """One line a way to choose."""
-    situation = SITUATIONS[scenario](seed, FULL)
+    situation = situation_of(scenario, seed)
     retrain = Retrain(recipe=FULL.recipe)
     references = [
         judged(situation, unlearn(situation.original, situation.given, retrain, seed=9000 + k).model) for k in range(3)

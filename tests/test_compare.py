@@ -14,7 +14,7 @@ from expunge.access import Sighted
 from expunge.bench import compare, runs
 from expunge.bench.case import observe
 from expunge.bench.entries import Entry, chosen, entries, stored
-from expunge.bench.situations import FULL, SITUATIONS, Size, label_correction, whole_class
+from expunge.bench.situations import FULL, SCENARIOS, Size, situation_of
 from expunge.cli import main
 from expunge.errors import ConfigError
 from expunge.methods import METHODS
@@ -43,7 +43,7 @@ def values(rows):
 
 
 def test_a_comparison_killed_between_two_methods_goes_on_and_gives_the_same_rows(tmp_path, monkeypatch):
-    monkeypatch.delitem(compare.SITUATIONS, "removal")  # two are enough
+    monkeypatch.delitem(compare.SCENARIOS, "removal")  # two are enough
     size = replace(BRIEF, train=40)
     attempt, calls = compare.attempt, []
 
@@ -82,8 +82,8 @@ def test_a_comparison_killed_between_two_methods_goes_on_and_gives_the_same_rows
 
 
 def test_of_reload_there_is_what_the_figures_need_and_its_cost_counts_the_caching(tmp_path, monkeypatch):
-    slow = replace(whole_class(1, BRIEF), caching=1000.0)
-    monkeypatch.setitem(compare.SITUATIONS, "class-removal", lambda seed, size: slow)
+    slow = replace(situation_of("class-removal", 1, BRIEF), caching=1000.0)
+    monkeypatch.setattr(compare, "situation_of", lambda *_: slow)
     reload = entries(BRIEF.budget)["reload"]
     case = compare.case("class-removal", [reload, entries(BRIEF.budget)["fine-tune"]], BRIEF, tmp_path, 1)
     assert {method for method, *_ in case.curves} == {method for method, *_ in case.resets} == {"reload"}
@@ -131,7 +131,7 @@ def test_the_settings_are_the_best_of_the_rehearsal_for_everyone():
             score = float(trial["score"])
             if score < best.get(key, (float("inf"), None))[0]:
                 best[key] = score, literal_eval(trial["settings"])
-    expected = {(s, name) for s in SITUATIONS for name, e in entries(FULL.budget).items() if s not in e.unfit}
+    expected = {(s, name) for s in SCENARIOS for name, e in entries(FULL.budget).items() if s not in e.unfit}
     assert set(counts) == expected
     assert set(counts.values()) == {stored()["provenance"]["trials a method and scenario"]}
     assert not set(stored()["provenance"]["seeds"]) & set(range(100))  # reported are those from 0 on
@@ -154,7 +154,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_of_a_removed_class_nothing_is_left_and_test_records_are_divided():
-    situation = whole_class(4, BRIEF)
+    situation = situation_of("class-removal", 4, BRIEF)
     given, parts = situation.given, situation.parts
     assert set(given.forget.tensors[1].tolist()) == set(situation.unseen.tensors[1].tolist()) == {4}
     assert 4 not in given.retain.tensors[1].tolist() + parts["test"].tensors[1].tolist()
@@ -173,7 +173,7 @@ def test_of_a_removed_class_nothing_is_left_and_test_records_are_divided():
 
 
 def test_sighted_methods_see_the_faulty_labels_and_the_judge_the_corrected_ones():
-    situation = label_correction(0, BRIEF)
+    situation = situation_of("label-correction", 0, BRIEF)
     seen, judged = situation.given.forget, situation.parts["forget"]
     assert torch.equal(seen.tensors[0], judged.tensors[0])
     assert (seen.tensors[1] != judged.tensors[1]).all()
@@ -182,7 +182,7 @@ def test_sighted_methods_see_the_faulty_labels_and_the_judge_the_corrected_ones(
 
 
 def test_fisher_forgetting_is_told_which_class_was_removed():
-    entry, situation = entries(BRIEF.budget)["fisher"], whole_class(4, BRIEF)
+    entry, situation = entries(BRIEF.budget)["fisher"], situation_of("class-removal", 4, BRIEF)
     assert entry.configured({"alpha": 1e-7}, situation).removed_classes == (4,)
 
 
@@ -195,7 +195,7 @@ def test_a_method_that_diverges_is_reported_and_does_not_stop_the_others(tmp_pat
     assert {row.method for row in case.rows} == {"original", "retrain", "retrain again", "tame"}
     assert ("idle", "took no part", "has no reason") in case.facts
     assert [fact for method, fact, text in case.facts if method == "wild" and "the loss became" in text] == ["failed"]
-    situation = label_correction(0, BRIEF)
+    situation = situation_of("label-correction", 0, BRIEF)
     alone = unlearn(situation.original, situation.given, tame.start)
     accuracy = next(row.value for row in case.rows if (row.method, row.metric) == ("tame", "TA"))
     assert accuracy == pytest.approx(100 * outputs(alone.model, situation.parts["test"]).correct.mean())
@@ -244,7 +244,7 @@ def test_the_overview_measures_a_correction_by_fskl():
 
 def test_the_committed_rows_are_those_of_the_present_settings():
     rows = read_rows(REHEARSAL.with_name("compare_rows.csv"))
-    for scenario in SITUATIONS:
+    for scenario in SCENARIOS:
         methods = {each.method for each in rows if each.scenario == scenario}
         fit = {name for name, entry in entries(FULL.budget).items() if scenario not in entry.unfit}
         assert fit <= methods

@@ -14,7 +14,7 @@ from torch import nn
 from expunge.bench import runs
 from expunge.bench.case import Case, Result, attempt, curves, measure, standards
 from expunge.bench.entries import Entry, chosen, entries, rehearsed
-from expunge.bench.situations import FAULTY, FULL, LEADING, REMOVED, SITUATIONS, Situation, Size
+from expunge.bench.situations import FAULTY, FULL, LEADING, REMOVED, SCENARIOS, Situation, Size, situation_of
 from expunge.errors import ConfigError, NotFinite, NotInformative
 from expunge.report import rich_tables
 from expunge.report.summaries import FLOOR, REFERENCE
@@ -48,7 +48,7 @@ def run(out: Path, seeds: int, methods: Sequence[str] = (), size: Size = FULL) -
         ConfigError: Fewer than three seeds, or a name that nobody has.
     """
     taking_part = _named(methods, size)
-    cases = {scenario: partial(case, scenario, taking_part, size) for scenario in SITUATIONS}
+    cases = {scenario: partial(case, scenario, taking_part, size) for scenario in SCENARIOS}
     return runs.carry_out("compare", out, config(methods, size), cases, seeds)
 
 
@@ -62,7 +62,7 @@ def config(methods: Sequence[str] = (), size: Size = FULL) -> dict[str, Any]:
     taking_part = _named(methods, size)
     settings = {
         scenario: {e.name: chosen(scenario, e.name) for e in taking_part if scenario not in e.unfit}
-        for scenario in SITUATIONS
+        for scenario in SCENARIOS
     }
     return {**asdict(size), "removed": REMOVED, "faulty": FAULTY, "budget": asdict(size.budget), "settings": settings}
 
@@ -70,7 +70,7 @@ def config(methods: Sequence[str] = (), size: Size = FULL) -> dict[str, Any]:
 def case(scenario: str, taking_part: Iterable[Entry], size: Size, folder: Path, seed: int) -> Case:
     """Train, delete or correct, retrain twice, let everyone unlearn, measure."""
     del folder  # nothing needs to be on disk
-    situation = SITUATIONS[scenario](seed, size)
+    situation = situation_of(scenario, seed, size)
     results = standards(situation, size.recipe)
     facts: list[tuple[str, str, object]] = []
     moments: list[tuple[str, nn.Module]] = []

@@ -21,7 +21,7 @@ from expunge.bench import digits_setup, inputs, runs
 from expunge.bench.case import Case, Result, curves, measure, standards
 from expunge.bench.compare import take_part
 from expunge.bench.entries import chosen, entries
-from expunge.bench.situations import FAULTY, FULL, REMOVED, Situation, Size, label_correction, removal
+from expunge.bench.situations import FAULTY, FULL, REMOVED, Situation, Size, situation_of
 from expunge.errors import IncompleteRun
 from expunge.files import save_tensors
 from expunge.methods.reload import Reload
@@ -84,7 +84,7 @@ def config(size: Size = FULL) -> dict[str, Any]:
 
 def deleted(folder: Path, seed: int, size: Size = FULL) -> Case:
     """Train, cache, delete 10 % of the records from disk, unlearn in a process of its own, compare."""
-    situation = removal(seed, size)
+    situation = situation_of("removal", seed, size)
     config = entries(size.budget)["reload"].configured(chosen(situation.scenario, "reload"), situation)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(digits_setup.__file__, folder / "setup.py")
@@ -108,7 +108,7 @@ def deleted(folder: Path, seed: int, size: Size = FULL) -> Case:
 
 def corrected(folder: Path, seed: int, size: Size = FULL) -> Case:
     """Train on faulty labels, cache, correct them, and learn the correction with the same call."""
-    situation = label_correction(seed, size)
+    situation = situation_of("label-correction", seed, size)
     folder.mkdir(parents=True, exist_ok=True)
     _describe(folder, situation)
     moments: list[tuple[str, nn.Module]] = []

@@ -1,19 +1,18 @@
 """The digits when something was deleted or corrected: the trained model, what a method is given, what is judged."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from expunge.access import Sighted
 from expunge.batches import Examples, LossTerms
 from expunge.bench import digits_setup
-from expunge.data.digits import CLASSES, digits
+from expunge.bench.records import records_of
+from expunge.bench.tasks import Scenario, Task
 from expunge.gradient import gradient
 from expunge.losses import cross_entropy
-from expunge.scenarios.labels import wrong_labels
-from expunge.scenarios.removal import class_removal, members, random_removal
 from expunge.seeds import seeded
 from expunge.training import Recipe, train
 
@@ -58,44 +57,11 @@ class Situation:
         return replace(self.given, full=full, cached_loss=cached_loss)
 
 
-def removal(seed: int, size: Size = FULL) -> Situation:
-    """A tenth of the records removed, at random."""
-    split = digits(size.train, seed=seed)
-    removed = random_removal(size.train, REMOVED, seed)
-    retain, forget = split.train.without(removed), split.train.only(removed)
-    parts = {"retain": retain, "forget": forget, "test": split.test}
-    return _situation("removal", seed, size, split.train, retain, forget, parts, split.test)
-
-
-def whole_class(seed: int, size: Size = FULL) -> Situation:
-    """All records of one digit removed; which digit, the last figure of the seed says."""
-    split = digits(size.train, seed=seed)
-    gone = seed % CLASSES
-    removed = class_removal(split.train.tensors[1], gone)
-    retain, forget = split.train.without(removed), split.train.only(removed)
-    of_class = members(split.test.tensors[1], gone)
-    parts = {"retain": retain, "forget": forget, "test": split.test.without(of_class)}
-    unseen = split.test.only(of_class)
-    return _situation("class-removal", seed, size, split.train, retain, forget, parts, unseen, removed_class=gone)
-
-
-def label_correction(seed: int, size: Size = FULL) -> Situation:
-    """A fifth of the labels was wrong, and is corrected."""
-    split = digits(size.train, seed=seed)
-    images, labels = split.train.tensors
-    faulty_labels, faulty = wrong_labels(labels, CLASSES, FAULTY, seed)
-    before = Examples(images, faulty_labels)
-    parts = {"retain": split.train, "forget": split.train.only(faulty), "test": split.test}
-    return _situation("label-correction", seed, size, before, split.train, before.only(faulty), parts, split.test)
-
-
-SITUATIONS: dict[str, Callable[[int, Size], Situation]] = {
-    "removal": removal,
-    "class-removal": whole_class,
-    "label-correction": label_correction,
+SCENARIOS = {
+    "removal": Scenario(kind="random", amount=REMOVED),
+    "class-removal": Scenario(kind="class"),
+    "label-correction": Scenario(kind="random-labels", amount=FAULTY),
 }
-
-
 # What the distance on the removed or corrected records is. Retrained models fit corrected records, so that their losses
 # say next to nothing.
 LEADING = {"removal": "ΔFE", "class-removal": "ΔFE", "label-correction": "FSKL"}
@@ -109,36 +75,36 @@ def train_original(data: Examples, seed: int, recipe: Recipe = FULL.recipe) -> n
     return model
 
 
-def _situation(
-    scenario: str,
-    seed: int,
-    size: Size,
-    before: Examples,
-    retain: Examples,
-    forget: Examples,
-    parts: dict[str, Examples],
-    unseen: Examples,
-    *,
-    removed_class: int | None = None,
-) -> Situation:
-    original = train_original(before, seed, size.recipe)
+def situation_of(scenario: str, seed: int, size: Size = FULL) -> Situation:
+    """Train, and cache the gradient; then something is deleted or corrected.
+
+    Args:
+        scenario: One of `SCENARIOS`.
+        seed: Of the data, the training, and what is removed; its last figure is the digit that is.
+        size: How much data, and how long it is trained on.
+    """
+    what = SCENARIOS[scenario]
+    network: dict[str, Any] = {"model": "convnet", "settings": (("widths", (16, 32)),)}  # that of `digits_setup`
+    task = Task(dataset="digits", train=size.train, recipe=size.recipe, scenario=what, **network)
+    records = records_of(task, seed, None)
+    original = train_original(records.before, seed, size.recipe)
     start = time.perf_counter()
-    full = gradient(original, cross_entropy, before)
+    full = gradient(original, cross_entropy, records.before)
     caching = time.perf_counter() - start
     return Situation(
         scenario=scenario,
         seed=seed,
         original=original,
         given=Sighted(
-            retain=retain,
-            forget=forget,
-            original=before,
+            retain=records.retain,
+            forget=records.forget,
+            original=records.before,
             loss_terms=cross_entropy,
             fresh=digits_setup.model,
             full=full,
         ),
         caching=caching,
-        parts=parts,
-        unseen=unseen,
-        removed_class=removed_class,
+        parts=records.parts,
+        unseen=records.unseen,
+        removed_class=seed % records.classes if what.kind == "class" else None,
     )
