@@ -54,7 +54,7 @@ def by_hand(model: nn.Module, data: Examples, left: Examples) -> Tensor:
 @pytest.mark.parametrize("kind", ["mlp", "batch-norm", "tied", "frozen"])
 def test_it_ascends_where_no_class_of_what_is_left_points(kind):
     model = network(kind).eval()
-    config = ClassOrthogonalAscent(step=0.4, rounds=1, fine_tune=ONCE)
+    config = ClassOrthogonalAscent(step=0.4, growth=0.0, rounds=1, fine_tune=ONCE)
     blind, data = given(kind, model), classification(40)
     step = ascended(model, blind, config)
     direction = by_hand(model, data, data.without(REMOVED))
@@ -138,7 +138,8 @@ def test_removed_records_of_one_class_are_forgotten_and_the_rest_of_it_suffers_l
     )
     brief = Recipe(epochs=4, lr=0.03, batch_size=16)
     models = [
-        unlearn(model, blind, c(step=0.05, fine_tune=brief)).model for c in (ClassOrthogonalAscent, OrthogonalAscent)
+        unlearn(model, blind, c(step=0.05, growth=0.0, fine_tune=brief)).model
+        for c in (ClassOrthogonalAscent, OrthogonalAscent)
     ]
     unseen = test.only(torch.arange(0, 400, 3))  # of the same class
     risen = [

@@ -63,7 +63,7 @@ def by_hand(model: nn.Module, data: Examples, damping: float) -> tuple[Tensor, T
 def test_it_ascends_along_the_difference_over_the_curvature_and_fine_tunes_in_turns(rounds, damping):
     model, own, data = network("mlp").eval(), network("mlp").eval(), classification(40)
     recipe = Recipe(epochs=2, lr=0.05, batch_size=8)
-    config = NaturalAscent(step=0.3, rounds=rounds, damping=damping, fine_tune=recipe)
+    config = NaturalAscent(step=0.3, growth=0.0, rounds=rounds, damping=damping, fine_tune=recipe)
     result = unlearn(model, given(model, data), config, seed=3)
 
     direction, removed = by_hand(own, data, damping)

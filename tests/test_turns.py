@@ -1,4 +1,6 @@
-"""The step of methods that ascend and fine-tune in turns: that of the settings, or one for how much was removed."""
+"""The step of methods that ascend and fine-tune in turns: it grows with what was removed."""
+
+import math
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from expunge import (
     gradient,
     unlearn,
 )
+from expunge.errors import ConfigError
 from expunge.trace import Trace
 from tests.zoo import classification, network
 
-AT_A_TENTH = {NaturalAscent: 0.2, ClassOrthogonalAscent: 0.1, OrthogonalAscent: 0.2}
+METHODS = (NaturalAscent, ClassOrthogonalAscent, OrthogonalAscent)
 TWICE = Recipe(epochs=2, lr=0.05, batch_size=8)
 
 
@@ -28,21 +31,19 @@ def unlearned(method: type, before: Examples, left: Examples, **settings) -> Tra
     return unlearn(model, given, method(fine_tune=TWICE, **settings)).trace
 
 
-AT_MOST = {OrthogonalAscent: 0.2}
-
-
-@pytest.mark.parametrize("method", AT_A_TENTH)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("removed", "longer"), [(1, 0.25 ** (2 / 3)), (4, 1.0), (32, 4.0)])
-def test_without_a_step_of_its_own_it_grows_with_the_share_that_was_removed(method, removed, longer):
+def test_a_step_grows_with_the_share_that_was_removed(method, removed, longer):
     data = classification(40)
-    trace = unlearned(method, data, data.without(torch.arange(removed)))
-    assert trace.facts["step"] == pytest.approx(min(longer * AT_A_TENTH[method], AT_MOST.get(method, 1.0)))
+    trace = unlearned(method, data, data.without(torch.arange(removed)), step=0.1)
+    most = 1.0 if method is OrthogonalAscent else 4.0
+    assert trace.facts["step"] == pytest.approx(0.1 * min(longer, most))
 
 
-@pytest.mark.parametrize("method", AT_A_TENTH)
-def test_a_step_of_its_own_is_taken_whatever_was_removed(method):
+@pytest.mark.parametrize("method", METHODS)
+def test_without_growth_it_is_the_same_whatever_was_removed(method):
     data = classification(40)
-    trace = unlearned(method, data, data.without(torch.arange(1)), step=0.3)
+    trace = unlearned(method, data, data.without(torch.arange(1)), step=0.3, growth=0.0)
     assert trace.facts["step"] == 0.3
 
 
@@ -51,4 +52,11 @@ def test_a_correction_removes_nothing_and_counts_as_a_tenth(method):
     right = classification(40)
     inputs, labels = right.tensors
     wrong = Examples(inputs, torch.cat([(labels[:2] + 1) % 3, labels[2:]]))
-    assert unlearned(method, wrong, right).facts["step"] == AT_A_TENTH[method]
+    assert unlearned(method, wrong, right, step=0.3).facts["step"] == 0.3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("growth", [-0.1, 1.5, math.nan])
+def test_a_growth_that_cannot_be_is_refused(method, growth):
+    with pytest.raises(ConfigError, match=f"growth={growth}: must be from 0, the same step whatever was removed, to 1"):
+        method(growth=growth)

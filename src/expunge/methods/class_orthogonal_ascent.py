@@ -39,8 +39,6 @@ ROWS = 128  # records of a class that go through the model at once
 WAITING, FEW = 2048, 32  # records of all classes that wait for more of their own: so many, or so many a class
 PIECE = 2**22  # entries of class gradients at a time that are float64
 
-AT_A_TENTH = 0.1  # the step, where a tenth of the records was removed
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClassOrthogonalAscent:
@@ -50,7 +48,8 @@ class ClassOrthogonalAscent:
         ConfigError: A value that cannot work.
     """
 
-    step: float | None = None  # of an ascent, in norms of the weights; None: 0.1 for a tenth removed, less for less
+    step: float = 0.1  # length of each ascent, as a share of the norm of the weights; where a tenth was removed
+    growth: float = 2 / 3  # with which power of the share that was removed it grows; 0: the same step for all
     rounds: int = 2  # ascents, each followed by its share of the epochs
     fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together: your own recipe
 
@@ -68,10 +67,11 @@ SPACE: Space = {
 def class_orthogonal_ascent(
     model: nn.Module, given: Blind, config: ClassOrthogonalAscent, *, seed: int, trace: Trace
 ) -> nn.Module:
-    """Steps W ← W + step ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d is g_D less its projection on class gradients.
+    """Steps W ← W + s ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d is g_D less its projection on class gradients.
 
     W are the parameters of two or more dimensions (all, if there are none). The gradient of a class is that of its
-    records in what is left, at the trained weights; memory for them is classes x W, 4 bytes an entry in float32.
+    records in what is left, at the trained weights; memory for them is classes x W, 4 bytes an entry in float32. Of
+    the share r that was removed s is step (10 r)^growth.
 
     ``trace.facts``: removed_count and cached_count (loss terms), classes, alone (‖d‖ as a share of ‖g_D‖), step,
     ascent (its length).
@@ -86,7 +86,7 @@ def class_orthogonal_ascent(
     weights = moved_weights(model, given.cached().total)
     with trace.stage("class gradients", model):
         direction = _direction(model, weights, given, trace)
-    return in_turns(model, direction, given, config, at_a_tenth=AT_A_TENTH, seed=seed, trace=trace)
+    return in_turns(model, direction, given, config, seed=seed, trace=trace)
 
 
 def _direction(model: nn.Module, weights: dict[str, nn.Parameter], given: Blind, trace: Trace) -> Params:

@@ -37,8 +37,6 @@ from expunge.training import Recipe
 
 LEAST = 256  # records that a curvature is measured on, if there are so many
 
-AT_A_TENTH = 0.2  # the step, where a tenth of the records was removed
-
 
 @dataclass(frozen=True, kw_only=True)
 class NaturalAscent:
@@ -48,7 +46,8 @@ class NaturalAscent:
         ConfigError: A value that cannot work.
     """
 
-    step: float | None = None  # of an ascent, in norms of the weights; None: 0.2 for a tenth removed, less for less
+    step: float = 0.2  # length of each ascent, as a share of the norm of the weights; where a tenth was removed
+    growth: float = 2 / 3  # with which power of the share that was removed it grows; 0: the same step for all
     rounds: int = 2  # ascents, each followed by its share of the epochs
     damping: float = 0.3  # of the curvature, as a share of its mean eigenvalue
     sample: float = 0.1  # of what is left, for the curvature: 256 records at least; all, if data has no positions
@@ -70,10 +69,11 @@ SPACE: Space = {
 
 
 def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, seed: int, trace: Trace) -> nn.Module:
-    """Steps W ← W + step ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d = (F + λ)⁻¹ (g_D - g_new).
+    """Steps W ← W + s ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d = (F + λ)⁻¹ (g_D - g_new).
 
     W are the parameters of two or more dimensions (all, if there are none). F is the sum of squared gradients of the
-    cached loss over a sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue.
+    cached loss over a sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue. Of the
+    share r that was removed s is step (10 r)^growth.
 
     ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
     difference), step, ascent (its length).
@@ -96,7 +96,7 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
             )
     with trace.stage("curvature", model):
         direction = _direction(model, own, given, config, seed, trace)
-    return in_turns(model, direction, given, config, at_a_tenth=AT_A_TENTH, seed=seed, trace=trace)
+    return in_turns(model, direction, given, config, seed=seed, trace=trace)
 
 
 def _direction(

@@ -32,9 +32,6 @@ from expunge.training import Recipe
 
 Direction = Literal["orthogonal", "difference", "reversed", "random"]
 
-AT_A_TENTH = 0.2  # the step, where a tenth of the records was removed
-AT_MOST = 0.2  # and where it was more: with 0.35, after a quarter, 68 % of what was left were still right
-
 
 @dataclass(frozen=True, kw_only=True)
 class OrthogonalAscent:
@@ -44,7 +41,8 @@ class OrthogonalAscent:
         ConfigError: A value that cannot work.
     """
 
-    step: float | None = None  # of an ascent, in norms of the weights; None: 0.2 for a tenth removed, less for less
+    step: float = 0.2  # length of each ascent, as a share of the norm of the weights; where a tenth was removed
+    growth: float = 2 / 3  # with which power of the share that was removed it grows; 0: the same step for all
     rounds: int = 2  # ascents, each followed by its share of the epochs
     direction: Direction = "orthogonal"  # or a control: "difference" as it is, "reversed", "random"
     fine_tune: Recipe = Recipe(epochs=10, lr=0.03)  # how to train on what is left, all rounds together: your own recipe
@@ -65,9 +63,10 @@ SPACE: Space = {
 def orthogonal_ascent(
     model: nn.Module, given: Blind, config: OrthogonalAscent, *, seed: int, trace: Trace
 ) -> nn.Module:
-    """Steps W ← W + step ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d is g_D - g_new less its part along g_new.
+    """Steps W ← W + s ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d is g_D - g_new less its part along g_new.
 
-    W are the parameters of two or more dimensions (all, if there are none), and d is of the gradients in these.
+    W are the parameters of two or more dimensions (all, if there are none), and d is of the gradients in these. Of the
+    share r that was removed s is step (10 r)^growth, and at most step.
     The controls step equally far along g_D - g_new, against d, or anywhere.
 
     ``trace.facts``: those of `difference`, alignment (cosine of the difference and g_new), step, ascent (its length).
@@ -86,7 +85,7 @@ def orthogonal_ascent(
             {name: each[name] for name in weights} for each in (removed.total, retain.total, removed.noise)
         )
         direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
-    return in_turns(model, direction, given, config, at_a_tenth=AT_A_TENTH, at_most=AT_MOST, seed=seed, trace=trace)
+    return in_turns(model, direction, given, config, most=1.0, seed=seed, trace=trace)
 
 
 def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:

@@ -15,15 +15,17 @@ from expunge.seeds import derive
 from expunge.trace import Trace
 from expunge.training import Recipe, train
 
-GROWTH = 2 / 3  # of a step, as a power of the share that was removed
-
 
 class Turns(Protocol):
     """The settings of a method that takes turns."""
 
     @property
-    def step(self) -> float | None:
-        """Length of each ascent, as a share of the norm of the weights that it moves; None: `usual_step`."""
+    def step(self) -> float:
+        """Length of each ascent, as a share of the norm of the weights that it moves, where a tenth was removed."""
+
+    @property
+    def growth(self) -> float:
+        """With which power of the share that was removed a step grows."""
 
     @property
     def rounds(self) -> int:
@@ -40,12 +42,11 @@ def require_turns(config: Turns) -> None:
     Raises:
         ConfigError: A step of no length, or rounds that are not so many epochs.
     """
-    step, rounds, fine_tune = config.step, config.rounds, config.fine_tune
-    if step is not None and not 0 < step < math.inf:
-        raise ConfigError(
-            f"step={step}: must be a positive share of the norm of the weights, or None for one that follows from how "
-            "much was removed."
-        )
+    step, growth, rounds, fine_tune = config.step, config.growth, config.rounds, config.fine_tune
+    if not 0 < step < math.inf:
+        raise ConfigError(f"step={step}: must be a positive share of the norm of the weights.")
+    if not 0 <= growth <= 1:
+        raise ConfigError(f"growth={growth}: must be from 0, the same step whatever was removed, to 1.")
     if not isinstance(rounds, int) or rounds < 1:
         raise ConfigError(f"rounds={rounds}: must be a whole number, at least 1.")
     if fine_tune.epochs < rounds:
@@ -61,15 +62,15 @@ def moved_weights(model: nn.Module, cached: Params) -> dict[str, nn.Parameter]:
     return {name: p for name, p in theta.items() if p.ndim > 1} or theta
 
 
-def usual_step(at_a_tenth: float, at_most: float, trace: Trace) -> float:
-    """A step for what was removed: longer where it was more, at_a_tenth (10 × its share)^⅔.
+def grown(config: Turns, most: float, trace: Trace) -> float:
+    """The step for what was removed: step × (10 × its share)^growth, and at most so many steps.
 
     A unit vector that is the sum of few gradients has more of each of them. Were they all at right angles, a step
-    would have to grow as the root of their number; more of it is brought back by fine-tuning where more was removed.
-    The power is measured: docs/findings.md. Of a correction the share is not known: it is taken for a tenth.
+    would have to grow as the root of their number; and where more was removed, fine-tuning brings back more of each.
+    Measured: docs/findings.md. Of a correction the share is not known, and is taken for a tenth.
     """
     removed, cached = trace.facts["removed_count"], trace.facts["cached_count"]
-    return min(at_a_tenth * (10 * removed / cached) ** GROWTH, at_most) if removed else at_a_tenth
+    return config.step * min((10 * removed / cached) ** config.growth, most) if removed else config.step
 
 
 def in_turns(
@@ -78,18 +79,17 @@ def in_turns(
     given: Blind,
     config: Turns,
     *,
-    at_a_tenth: float,
-    at_most: float = math.inf,
+    most: float = math.inf,
     seed: int,
     trace: Trace,
 ) -> nn.Module:
     """Move parameters along a unit vector and train for a share of the epochs, so many times.
 
-    Each move is a step times the norm that the parameters have now: that of the settings, or the `usual_step` of a
-    method, which has found out removed_count and cached_count. ``trace.facts``: step, ascent (its length).
+    Each move is a `grown` step times the norm that the parameters have now, for which the method has found out
+    removed_count and cached_count. ``trace.facts``: step, ascent (its length).
     """
     theta = params.named_parameters(model, direction)
-    step = usual_step(at_a_tenth, at_most, trace) if config.step is None else config.step
+    step = grown(config, most, trace)
     length = step * params.norm({name: p.detach() for name, p in theta.items()})
     trace.facts |= {"step": step, "ascent": length}
     rounds, fine_tune = config.rounds, config.fine_tune
