@@ -243,10 +243,13 @@ def test_a_warning_is_printed_as_a_line(folder, capsys):
     assert "expunge: warning: only" in capsys.readouterr().err
 
 
-def test_how_much_was_removed_is_said(folder, capsys):
+def test_how_much_was_removed_and_how_long_the_ascent_was_is_said(folder, capsys):
     cached()
     unlearned(*RELOAD)
-    assert "removed or corrected: 6 of 60 cached loss terms" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "removed or corrected: 6 of 60 cached loss terms\nlength of the ascent: " in said
+    unlearned("natural-ascent", "--step", "0.125", out="n.safetensors")  # a tenth was removed
+    assert "length of the ascent: 0.125 of the norm of the weights" in capsys.readouterr().out
 
 
 def test_many_files_of_a_cache_are_listed_as_a_pattern(folder, capsys):

@@ -221,8 +221,9 @@ def unlearn(
     facts = result.trace.facts
     if "removed_count" in facts:
         print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
-    if "priming_length" in facts:
-        print(f"length of the ascent: {facts['priming_length']:.3g} of the norm of the weights")
+    for length in ("priming_length", "step"):
+        if length in facts:
+            print(f"length of the ascent: {facts[length]:.3g} of the norm of the weights")
     if "groups" in facts:
         print(f"groups of the cache: {facts['groups_computed']} of {facts['groups']} computed again")
     print(f"ended because: {result.trace.stopped}")
