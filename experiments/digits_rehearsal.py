@@ -124,14 +124,15 @@ def score(found: Distances, floor: Distances) -> float:
 def try_out(entry: Entry, scenario: str, rehearsals: Sequence[Rehearsal], floor: Distances, trials: int) -> list[Trial]:
     """Random settings, best first; a trial whose loss became NaN or infinite comes last."""
     draw = random.Random(f"{scenario} {entry.name}")
-    tried, givens = [], [r.situation.given_with(entry.cached_loss) for r in rehearsals]
+    situations = [each.situation for each in rehearsals]
+    tried, givens = [], [each.given_with(entry.cached_loss) for each in situations]
     for _ in range(trials):
         settings = {name: _rounded(value) for name, value in random_settings(entry.space, draw).items()}
         start = time.perf_counter()
         try:
             models = [
-                unlearn(r.situation.original, given, entry.configured(settings, r.situation), seed=seed).model
-                for seed, r, given in zip(SEEDS, rehearsals, givens, strict=True)
+                unlearn(each.original, given, entry.configured(settings, each.removed_classes), seed=seed).model
+                for seed, each, given in zip(SEEDS, situations, givens, strict=True)
             ]
             found = mean_distances(models, rehearsals)
         except (NotFinite, NotInformative):

@@ -76,7 +76,7 @@ def ways(situation: Situation) -> Iterator[tuple[str, Problem, list[Rehearsal]]]
     """How settings are chosen: on what, and judged by what."""
     problem, seed = problem_of(situation), situation.seed
     labels = outputs(situation.original, situation.given.retain).labels
-    like: pseudo_sets.Like = "class" if situation.removed_class is not None else "random"
+    like: pseudo_sets.Like = "class" if situation.removed_classes else "random"
     sets = pseudo_sets.draw(labels, like, len(situation.parts["forget"]), SETS, seed)
     if like == "random":
         judging = problem_of(situation, unseen=True)

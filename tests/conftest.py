@@ -62,3 +62,24 @@ def _removed(gone):
     from tests.zoo import classification, network
 
     return seen(network("mlp"), classification(40), gone)
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """A task on 40 of 60 images of two classes, with 30 for testing."""
+    from expunge.bench import records  # after the hook
+    from expunge.data.images import ImageData, Images
+    from tests.tiny_bench import DIGITS
+
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count):
+        labels = torch.arange(count) % 2
+        pixels = torch.randint(128, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        return Images(pixels + 100 * labels[:, None, None, None].to(torch.uint8), labels)
+
+    found = ImageData(name="some", train=some(60), test=some(30), classes=("a", "b"))
+    monkeypatch.setattr(records, "images", lambda *_: found)
+    records.records_of.cache_clear()
+    yield replace(DIGITS, dataset="cifar10", train=40)
+    records.records_of.cache_clear()

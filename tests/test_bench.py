@@ -26,7 +26,7 @@ def test_an_experiment_on_digits_leaves_rows_settings_and_facts_of_everyone(unbr
     assert {row.method for row in rows} == {"original", "retrain", "retrain again", "reload", "ssd"}
     assert {row.seed for row in rows} == {0, 1}
     attacks = {"FMIA", "AUC", "ΔFMIA", "ΔAUC"}  # four removed records are too few to attack
-    assert {row.metric for row in rows if row.method == "reload"} == set(judging.metrics_of(corrects=False)) - attacks
+    assert {row.metric for row in rows if row.method == "reload"} == set(judging.metrics_of(DIGITS.scenario)) - attacks
     assert {(row.method, row.blind) for row in rows if row.method in ("reload", "ssd")} == {
         ("reload", True),
         ("ssd", False),
@@ -96,7 +96,7 @@ def test_a_correction_is_judged_by_accuracies_with_and_without_the_trigger(tmp_p
     folder = run(replace(TINY, tasks=(task,), contenders=TWO[:1], shown=("NSKL",)), tmp_path)
     found = {row.metric for row in read_rows(folder / "rows.csv") if row.method == "reload"}
     assert {"TA", "TA with trigger", "Acc_corr", "Accuracy on corrected", "NSKL", "FSKL", "Cost", "Work"} <= found
-    assert found == set(judging.metrics_of(corrects=True))
+    assert found == set(judging.metrics_of(CROSS))
 
 
 def test_the_figures_of_the_paper_stand_beside_the_measured_ones(unbroken, capsys):

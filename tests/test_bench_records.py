@@ -87,9 +87,38 @@ def test_corrections_give_the_right_records_back_and_judge_them(scenario):
     changed = (found.forget.tensors[tensor] != found.parts["forget"].tensors[tensor]).flatten(1 - tensor)
     assert (changed.any(1) if scenario.on_inputs else changed).all()
     assert torch.equal(found.forget.tensors[1 - tensor], found.parts["forget"].tensors[1 - tensor])
-    again, other = of(scenario), of(scenario, 4)
-    assert same(again.before, found.before)
-    assert not same(other.forget, found.forget)
+    assert same(of(scenario).before, found.before)
+
+
+def changed(found: Records) -> torch.Tensor:
+    """Which entries of which records are at fault."""
+    return found.forget.tensors[0] != found.parts["forget"].tensors[0]
+
+
+@pytest.mark.parametrize("kind", ["distributed-backdoor", "feature-backdoor"])
+def test_a_pattern_is_ten_white_pixels_or_entries_that_the_seed_draws(kind, pictures):
+    task = replace(pictures, scenario=Scenario(kind=kind, classes=(1,)))
+    found, other = records_of(task, 3, None), records_of(task, 4, None)
+    assert set(found.forget.tensors[1].tolist()) == {1}
+    (pattern,), (another,) = (changed(each).unique(dim=0) for each in (found, other))
+    assert not torch.equal(pattern, another)
+    if kind == "feature-backdoor":
+        assert pattern.sum() == 10
+    else:
+        assert pattern.sum() == 3 * 10  # in all channels
+        assert torch.equal(pattern.all(0), pattern.any(0))
+    white = found.forget.tensors[0].amax((0, 2, 3))
+    assert (found.forget.tensors[0][:, pattern] == white[:, None, None].expand(3, 8, 8)[pattern]).all()
+
+
+def test_noise_is_of_the_span_of_each_channel_and_is_put_on_clean_records_for_rehearsals(pictures):
+    task = replace(pictures, scenario=Scenario(kind="noise", amount=0.5, gamma=0.2))
+    found, clean = records_of(task, 3, None), records_of(pictures, 3, None).before
+    left = found.triggered.tensors[0] - clean.only(found.retain.positions).tensors[0]
+    on_test = found.parts["triggered"].tensors[0] - found.parts["test"].tensors[0]
+    span = clean.tensors[0].amax((0, 2, 3)) - clean.tensors[0].amin((0, 2, 3))
+    for noise in (left, on_test):
+        assert noise.std((0, 2, 3)) == pytest.approx(0.4 * span, rel=0.15)
 
 
 def test_only_faults_of_inputs_are_put_on_test_images_and_only_those_of_classes_have_a_domain():
@@ -104,14 +133,6 @@ def test_only_faults_of_inputs_are_put_on_test_images_and_only_those_of_classes_
     assert set(flipped.parts["domain"].tensors[1].tolist()) == set(flipped.forget.tensors[1].tolist()) == {0, 2, 3, 5}
 
 
-def test_noise_is_of_the_span_of_the_pixels():
-    found = of(Scenario(kind="noise", amount=0.5))
-    noise = found.forget.tensors[0] - found.parts["forget"].tensors[0]
-    assert float(noise.std()) == pytest.approx(0.4, rel=0.05)
-    on_test = found.parts["triggered"].tensors[0] - found.parts["test"].tensors[0]
-    assert float(on_test.std()) == pytest.approx(0.4, rel=0.05)
-
-
 def test_originals_follow_from_the_faults_and_not_from_what_is_known_of_them():
     def key(scenario: Scenario) -> str:
         return Stage(step="original", task=replace(DIGITS, scenario=scenario), seed=0).key
@@ -119,8 +140,19 @@ def test_originals_follow_from_the_faults_and_not_from_what_is_known_of_them():
     labels = Scenario(kind="random-labels", amount=0.2)
     assert key(labels) == key(replace(labels, gamma=0.5)) == key(replace(labels, gamma=0.5, known_are="removed"))
     assert len({key(each) for each in (labels, replace(labels, amount=0.3), *GRID[:5], GRID[7])}) == 6
-    pairs = [replace(GRID[5], pairs=((0, 1),)), GRID[5]]
-    assert len(set(map(key, pairs))) == 2
+    for one, other in ((GRID[5], {"pairs": ((0, 1),)}), (GRID[3], {"classes": (2, 3)}), (CROSS, {"classes": (2, 3)})):
+        assert key(one) != key(replace(one, **other))
+
+
+def test_corrected_data_is_retrained_on_once_whatever_the_faults_were():
+    def keys(step, *scenarios: Scenario) -> set[str]:
+        return {Stage(step=step, task=replace(DIGITS, scenario=each), seed=0).key for each in scenarios}
+
+    corrections = [each for each in GRID if each.corrects]
+    assert len(keys("retrain", *corrections)) == 1
+    assert len(keys("outputs", *corrections)) == len(corrections)  # of corrected images, which differ
+    half, removed = replace(CROSS, gamma=0.5), replace(CROSS, known_are="removed")
+    assert len(keys("retrain", CROSS, half, removed, GRID[0], GRID[2])) == 5
 
 
 def test_everything_of_the_grid_runs_from_training_to_rows(tmp_path):

@@ -198,6 +198,14 @@ def test_an_experiment_that_cannot_be_is_refused(values, message):
             {"scenario": Scenario(kind="in-class", amount=0.1)},
             "amount=0.1 of a class: .*no more than 4 of 40 training images, of which this is 0",
         ),
+        (
+            {"scenario": Scenario(kind="random-labels", amount=0.1, gamma=0.1)},
+            "gamma=0.1 of 4 faults is none, and some must be known. Raise gamma or amount",
+        ),
+        (
+            {"scenario": Scenario(kind="feature-backdoor", classes=tuple(range(10)), known_are="removed")},
+            "classes=.*: all images have the pattern, and removing them leaves none",
+        ),
         ({"scenario": Scenario(kind="noise", amount=0.99)}, "amount=0.99 is 40 of 40 training images at a time"),
         (
             {"scenario": Scenario(kind="cross-backdoor", classes=(0, 10))},

@@ -17,7 +17,6 @@ from expunge.bench.records import records_of
 from expunge.bench.stages import Contender, Stage, closure, from_plain
 from expunge.bench.store import Store, read_json
 from expunge.bench.tasks import Scenario
-from expunge.data.images import ImageData, Images
 from expunge.errors import ConfigError
 from expunge.metrics.outputs import Outputs
 from expunge.rows import read_rows
@@ -122,25 +121,9 @@ def test_a_correction_cannot_be_rehearsed_blind(pictures):
     blind = Contender(name="reload (blind)", entry="reload", tuned="blind")
     with pytest.raises(ConfigError, match=r"only one removal of records can be rehearsed, random or in-class, and not"):
         replace(tiny(), tasks=(replace(pictures, scenario=CROSS),), contenders=(blind,), shown=("TA",))
-    with pytest.raises(ConfigError, match=r"'random 40 %' leaves too little for 2 pseudo-forget sets of its size"):
-        tiny(replace(pictures, scenario=Scenario(kind="random", amount=0.4)), contenders=(blind,))
-
-
-@pytest.fixture
-def pictures(monkeypatch):
-    """A task on 40 of 60 images of two classes, with 30 for testing."""
-    generator = torch.Generator().manual_seed(0)
-
-    def some(count):
-        labels = torch.arange(count) % 2
-        pixels = torch.randint(128, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
-        return Images(pixels + 100 * labels[:, None, None, None].to(torch.uint8), labels)
-
-    found = ImageData(name="some", train=some(60), test=some(30), classes=("a", "b"))
-    monkeypatch.setattr(records, "images", lambda *_: found)
-    records.records_of.cache_clear()
-    yield replace(DIGITS, dataset="cifar10", train=40)
-    records.records_of.cache_clear()
+    for kind in ("random", "in-class"):
+        with pytest.raises(ConfigError, match=rf"'{kind} 40 %' leaves too little for 2 pseudo-forget sets of its size"):
+            tiny(replace(pictures, scenario=Scenario(kind=kind, amount=0.4)), contenders=(blind,))
 
 
 def test_images_to_spare_are_neither_trained_on_nor_test_images(pictures):
@@ -233,7 +216,7 @@ def test_everyone_is_every_method_that_fits_and_six_controls():
     assert names[0] == "reload"
     assert not {"retrain", "unsir", "boundary-shrink"} & set(names)
     assert "scrub" in names
-    assert "salun" in [each.name for each in everyone("backdoor-correction")]
+    assert "salun" in [each.name for each in everyone("input-correction")]
 
 
 def test_no_seed_is_both_tuned_on_and_reported():

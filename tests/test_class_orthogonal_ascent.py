@@ -66,7 +66,7 @@ def test_it_ascends_where_no_class_of_what_is_left_points(kind):
         "cached_count": 40,
         "classes": 3,
         "alone": pytest.approx(float(direction.norm() / of_margins(model, data).norm())),
-        "step": 0.4,
+        "ascent_share": 0.4,
         "ascent": pytest.approx(float(step.norm())),
     }
     assert trace.backwarded == 32 + 32

@@ -183,7 +183,7 @@ def test_sighted_methods_see_the_faulty_labels_and_the_judge_the_corrected_ones(
 
 def test_fisher_forgetting_is_told_which_class_was_removed():
     entry, situation = entries(BRIEF.budget)["fisher"], situation_of("class-removal", 4, BRIEF)
-    assert entry.configured({"alpha": 1e-7}, situation).removed_classes == (4,)
+    assert entry.configured({"alpha": 1e-7}, situation.removed_classes).removed_classes == (4,)
 
 
 def test_a_method_that_diverges_is_reported_and_does_not_stop_the_others(tmp_path, monkeypatch):

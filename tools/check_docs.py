@@ -61,7 +61,7 @@ def method_part(name: str) -> str:
 def _default(value: object) -> str:
     """A default as it is written, a recipe by what differs from its own defaults."""
     if not dataclasses.is_dataclass(value):
-        return repr(value)
+        return f"{value:.3g}" if isinstance(value, float) and len(repr(value)) > 6 else repr(value)
     given = [
         f"{field.name}={getattr(value, field.name)!r}"
         for field in dataclasses.fields(value)

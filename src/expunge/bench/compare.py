@@ -100,7 +100,7 @@ def take_part(entry: Entry, situation: Situation, watch: Watch | None = None) ->
     return attempt(
         situation.original,
         situation.given_with(entry.cached_loss),
-        entry.configured(chosen(situation.scenario, entry.name), situation),
+        entry.configured(chosen(situation.scenario, entry.name), situation.removed_classes),
         situation.seed,
         blind=entry.blind,
         caching=situation.caching if entry.cached_loss else 0.0,

@@ -85,7 +85,7 @@ def config(size: Size = FULL) -> dict[str, Any]:
 def deleted(folder: Path, seed: int, size: Size = FULL) -> Case:
     """Train, cache, delete 10 % of the records from disk, unlearn in a process of its own, compare."""
     situation = situation_of("removal", seed, size)
-    config = entries(size.budget)["reload"].configured(chosen(situation.scenario, "reload"), situation)
+    config = entries(size.budget)["reload"].configured(chosen(situation.scenario, "reload"))
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(digits_setup.__file__, folder / "setup.py")
     assert isinstance(situation.given.original, Examples)

@@ -12,7 +12,6 @@ from importlib.resources import files
 from typing import Any
 
 from expunge.batches import LossTerms
-from expunge.bench.situations import Situation
 from expunge.errors import ConfigError
 from expunge.methods import Method, all_methods, fine_tune, method_of, reload
 from expunge.methods.fisher import FisherForgetting
@@ -43,15 +42,15 @@ class Entry:
         """What it needs a cached gradient of, if it needs one."""
         return method_of(self.start).cached_loss
 
-    def configured(self, settings: Mapping[str, Any], situation: Situation) -> object:
-        """Its configuration with chosen settings.
+    def configured(self, settings: Mapping[str, Any], removed_classes: tuple[int, ...] = ()) -> object:
+        """Its configuration with chosen settings, and the classes of which nothing is left.
 
         Raises:
             ConfigError: A setting that it does not have, or a value that it refuses.
         """
         config = with_settings(self.start, settings)
-        if isinstance(config, FisherForgetting) and situation.removed_class is not None:
-            return replace(config, removed_classes=(situation.removed_class,))
+        if isinstance(config, FisherForgetting) and removed_classes:
+            return replace(config, removed_classes=removed_classes)
         return config
 
 

@@ -74,9 +74,7 @@ class Experiment:
                     f"{NONE_TO_SPARE}. Set train to a part of what there is (of the digits the rest is for testing), "
                     "or leave tuned out."
                 )
-            large = [
-                t for t in self.tasks if t.scenario.kind == "random" and t.scenario.amount * (1 + PSEUDO_SETS) >= 1
-            ]
+            large = [t for t in self.tasks if t.scenario.amount < 1 and t.scenario.amount * (1 + PSEUDO_SETS) >= 1]
             if contender.tuned == "blind" and large:
                 raise ConfigError(
                     f"contender {contender.name!r}, tuned='blind': {large[0].scenario.name!r} leaves too little for "

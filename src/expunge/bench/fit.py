@@ -49,19 +49,27 @@ def _require_some(task: Task, count: int, classes: int) -> None:
                 f"amount={scenario.amount} is {each} of {count} training images at a time: it must take some and leave "
                 "some."
             )
-    elif scenario.amount < 1 and scenario.kind in ("in-class", "flipped-labels"):
-        few = round(scenario.amount * (count // classes))
-        if not 0 < few < count // classes:
+        known = round(scenario.gamma * each)
+        if known == 0:
             raise ConfigError(
-                f"amount={scenario.amount} of a class: the smallest of {classes} classes has no more than "
-                f"{count // classes} of {count} training images, of which this is {few}. It must take some and leave "
-                "some."
+                f"gamma={scenario.gamma} of {each} faults is none, and some must be known. Raise gamma or amount."
+            )
+    elif scenario.amount < 1 and scenario.kind in ("in-class", "flipped-labels"):
+        least = count // classes
+        few = round(scenario.amount * least)
+        if few == 0 or (few == least and scenario.kind == "in-class"):
+            raise ConfigError(
+                f"amount={scenario.amount} of a class: the smallest of {classes} classes has no more than {least} of "
+                f"{count} training images, of which this is {few}. It must take some and leave some: choose another "
+                "share, or train on more."
             )
     elif scenario.kind == "in-class" and scenario.amount * classes >= count:
         raise ConfigError(
             f"amount={scenario.amount:g} images of one class: the smallest of {classes} classes has no more than "
             f"{count // classes} of {count} training images, and some of it must stay. Remove fewer, or train on more."
         )
+    if len(scenario.classes) == classes and scenario.known_are == "removed" and scenario.gamma == 1:
+        raise ConfigError(f"classes={scenario.classes}: all images have the pattern, and removing them leaves none.")
     if any(label >= classes for label in scenario.corrupted_classes):
         name, value = ("pairs", scenario.pairs) if scenario.pairs else ("classes", scenario.classes)
         raise ConfigError(f"{name}={value}: {task.dataset} has classes 0 to {classes - 1}.")

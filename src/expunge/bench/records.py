@@ -17,7 +17,7 @@ from expunge.scenarios.backdoors import cross_backdoor, distributed_backdoor, fe
 from expunge.scenarios.corruption import Corruption, corrected, identified
 from expunge.scenarios.covariates import noisy_inputs
 from expunge.scenarios.labels import flipped_labels, randomly_labelled
-from expunge.scenarios.removal import class_removal, in_class_removal, members, neighbour_removal, random_removal
+from expunge.scenarios.removal import class_removal, in_class_removal, neighbour_removal, random_removal
 from expunge.seeds import stream
 
 SPARE = 2000  # images
@@ -37,6 +37,7 @@ class Records:
     forget: Examples  # what methods that are not blind see: removed records, or faulty ones
     parts: dict[str, Examples]  # what models are judged on, by split
     unseen: Examples  # test records like the removed ones: what an attacker has to tell them from
+    removed_classes: tuple[int, ...] = ()  # of which nothing is left
     triggered: Examples | None = None  # what is left with the trigger or noise and true labels, for rehearsals
 
 
@@ -57,7 +58,7 @@ def records_of(task: Task, seed: int, folder: Path | None) -> Records:
     if task.scenario.corrects:
         return _corrected(task.scenario, seed, clean, test, classes, bounds)
     if task.scenario.kind == "sequence":
-        return _again(task, seed, clean, test, classes)
+        return _again(task.scenario, seed, clean, test, classes)
     return _removed(task.scenario, seed, clean, test, classes)
 
 
@@ -80,7 +81,7 @@ def spare(task: Task, seed: int, folder: Path | None) -> Examples:
 def _removed(scenario: Scenario, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
     """Of a class, which the seed says, unseen are test records of it; where all of it goes, the others are the test."""
     inputs, labels = clean.tensors
-    unseen = test
+    unseen, whole = test, scenario.kind == "class"
     if scenario.kind == "random":
         gone = random_removal(len(clean), scenario.amount, seed)
     elif scenario.kind == "neighbours":
@@ -88,11 +89,22 @@ def _removed(scenario: Scenario, seed: int, clean: Examples, test: Examples, cla
     else:
         label = seed % classes
         gone = _of_class(scenario, labels, label, seed)
-        alike = members(test.tensors[1], label)
-        unseen, test = test.only(alike), test.without(alike) if scenario.kind == "class" else test
+        alike = (test.tensors[1] == label).nonzero()[:, 0]
+        if not len(alike):
+            raise ConfigError(
+                f"seed {seed} removes records of class {label}, and no test image is of it. Take more test images."
+            )
+        unseen, test = test.only(alike), test.without(alike) if whole else test
     retain, forget = clean.without(gone), clean.only(gone)
-    parts = {"retain": retain, "forget": forget, "test": test}
-    return Records(classes=classes, before=clean, retain=retain, forget=forget, parts=parts, unseen=unseen)
+    return Records(
+        classes=classes,
+        before=clean,
+        retain=retain,
+        forget=forget,
+        parts={"retain": retain, "forget": forget, "test": test},
+        unseen=unseen,
+        removed_classes=(label,) if whole else (),
+    )
 
 
 def _of_class(scenario: Scenario, labels: Tensor, label: int, seed: int) -> Int[Tensor, " removed"]:
@@ -103,13 +115,13 @@ def _of_class(scenario: Scenario, labels: Tensor, label: int, seed: int) -> Int[
     return in_class_removal(labels, label, count=int(scenario.amount), seed=seed)
 
 
-def _again(task: Task, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
+def _again(scenario: Scenario, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
     """Judged is what was removed so far; methods see what is removed now."""
     order = torch.randperm(len(clean), generator=stream(seed, "sequence"))
-    share, now = round(task.scenario.amount * len(clean)), task.scenario.round
+    share, now = round(scenario.amount * len(clean)), scenario.round
     if not 0 < share * now < len(clean):
         raise ConfigError(
-            f"amount={task.scenario.amount}, round={now}: {now} deletions of {share} of {len(clean)} images each. They "
+            f"amount={scenario.amount}, round={now}: {now} deletions of {share} of {len(clean)} images each. They "
             "must take some and leave some."
         )
     before, gone = clean.without(order[: share * (now - 1)]), order[: share * now]
@@ -129,7 +141,8 @@ def _corrected(
     parts, triggered = {"retain": retain, "forget": clean.only(known), "test": test}, None
     if faulty.on_test is not None:
         parts["triggered"], triggered = (
-            Examples(faulty.on_test(part.tensors[0]), part.tensors[1]) for part in (test, retain)
+            Examples(faulty.on_test(part.tensors[0]), part.tensors[1])
+            for part in (test, clean.only(retain.positions))  # noise on noise would be another
         )
     if scenario.corrupted_classes:
         of_these = torch.isin(test.tensors[1], torch.tensor(scenario.corrupted_classes))

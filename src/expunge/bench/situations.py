@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -46,7 +45,7 @@ class Situation:
     caching: float  # seconds that a gradient took
     parts: dict[str, Examples]  # retain, forget, test: what a judge looks at
     unseen: Examples  # test records like the removed ones: what an attacker has to tell them from
-    removed_class: int | None = None
+    removed_classes: tuple[int, ...] = ()  # of which nothing is left
 
     def given_with(self, cached_loss: LossTerms | None) -> Sighted:
         """What a method is given that wants a gradient of this loss: taken now, unless it is that of training."""
@@ -83,9 +82,14 @@ def situation_of(scenario: str, seed: int, size: Size = FULL) -> Situation:
         seed: Of the data, the training, and what is removed; its last figure is the digit that is.
         size: How much data, and how long it is trained on.
     """
-    what = SCENARIOS[scenario]
-    network: dict[str, Any] = {"model": "convnet", "settings": (("widths", (16, 32)),)}  # that of `digits_setup`
-    task = Task(dataset="digits", train=size.train, recipe=size.recipe, scenario=what, **network)
+    task = Task(
+        dataset="digits",
+        model="convnet",  # that of `digits_setup`
+        settings=(("widths", (16, 32)),),
+        recipe=size.recipe,
+        scenario=SCENARIOS[scenario],
+        train=size.train,
+    )
     records = records_of(task, seed, None)
     original = train_original(records.before, seed, size.recipe)
     start = time.perf_counter()
@@ -106,5 +110,5 @@ def situation_of(scenario: str, seed: int, size: Size = FULL) -> Situation:
         caching=caching,
         parts=records.parts,
         unseen=records.unseen,
-        removed_class=seed % records.classes if what.kind == "class" else None,
+        removed_classes=records.removed_classes,
     )

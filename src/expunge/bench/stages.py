@@ -274,6 +274,8 @@ def _matters(stage: Stage) -> dict[str, Any]:
     task = _chosen(stage.task)
     if stage.step == "original":
         return {**task, "scenario": stage.task.scenario.before, "seed": stage.seed}
+    if stage.step == "retrain" and stage.task.scenario.mended:
+        task = {**task, "scenario": "mended"}  # one retrained model for all kinds of faults
     found: dict[str, Any] = {"task": task, "seed": stage.seed}
     if stage.step in ("retrain", "outputs"):
         return {**found, "number": stage.number}

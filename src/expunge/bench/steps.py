@@ -207,10 +207,7 @@ class _Situation:
 
     def unlearned(self, entry: Entry, settings: Mapping[str, Any], seed: int) -> tuple[nn.Module, Trace]:
         """What a method makes of the model; its warnings are in the trace."""
-        config = with_settings(entry.start, settings)
-        if isinstance(config, FisherForgetting) and self.stage.task.scenario.kind == "class":
-            gone = self.records.forget.tensors[1].unique().tolist()
-            config = replace(config, removed_classes=tuple(gone))
+        config = entry.configured(settings, self.records.removed_classes)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             done = unlearn(self.original, self.given, config, seed=seed)

@@ -23,11 +23,9 @@ Kind = Literal[
     "random", "in-class", "class", "neighbours", "sequence",
     "cross-backdoor", "distributed-backdoor", "feature-backdoor", "flipped-labels", "random-labels", "noise",
 ]  # fmt: skip
-Family = Literal["removal", "class-removal", "label-correction", "backdoor-correction"]  # what methods may be unfit for
-_FAULTS: tuple[Kind, ...] = (
-    "cross-backdoor", "distributed-backdoor", "feature-backdoor", "flipped-labels", "random-labels", "noise",
-)  # fmt: skip
-_PATTERNS = _FAULTS[:3]
+Family = Literal["removal", "class-removal", "label-correction", "input-correction"]  # what methods may be unfit for
+_PATTERNS: tuple[Kind, ...] = ("cross-backdoor", "distributed-backdoor", "feature-backdoor")
+_FAULTS: tuple[Kind, ...] = (*_PATTERNS, "flipped-labels", "random-labels", "noise")
 _SHARES: dict[Kind, str] = {  # kinds whose amount is one, and of what
     "random": "the training images",
     "neighbours": "the training images",
@@ -48,7 +46,7 @@ class Scenario:
     """
 
     kind: Kind
-    amount: float = 0.0  # a share of the training images, each time; in-class: how many, or a share of the class
+    amount: float = 0.0  # a share of the training images, each time; of a class or pairs: of theirs, or how many
     classes: tuple[int, ...] = ()  # backdoors: whose images have the pattern
     pairs: tuple[tuple[int, int], ...] = ()  # flipped labels: classes that are taken for each other
     gamma: float = 1.0  # corrections: share of the faults that are known
@@ -117,7 +115,7 @@ class Scenario:
             return f"deletion {self.round} of{size} each"
         if not self.corrects:
             return f"{self.kind}{size}"
-        known = "" if self.known_are == "corrected" and self.gamma == 1 else f", {100 * self.gamma:g} % known"
+        known = "" if self.mended else f", {100 * self.gamma:g} % known"
         return f"{self.kind.replace('-', ' ')}{size} {self.known_are}{known}"
 
     @property
@@ -140,7 +138,12 @@ class Scenario:
         """What methods may be unfit for."""
         if not self.corrects:
             return "class-removal" if self.kind == "class" else "removal"
-        return "backdoor-correction" if self.on_inputs else "label-correction"
+        return "input-correction" if self.on_inputs else "label-correction"
+
+    @property
+    def mended(self) -> bool:
+        """Whether all faults are corrected: what is left is then the same data, whatever the faults were."""
+        return self.corrects and self.known_are == "corrected" and self.gamma == 1
 
     @property
     def before(self) -> tuple[object, ...]:

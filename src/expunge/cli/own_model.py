@@ -221,7 +221,7 @@ def unlearn(
     facts = result.trace.facts
     if "removed_count" in facts:
         print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
-    for length in ("priming_length", "step"):
+    for length in ("priming_length", "ascent_share"):
         if length in facts:
             print(f"length of the ascent: {facts[length]:.3g} of the norm of the weights")
     if "groups" in facts:

@@ -121,7 +121,7 @@ class Method:
 _WHOLE_CLASSES = {
     "removal": "removes whole classes: it would forget what is left of them, too",
     "label-correction": "removes whole classes, and a correction removes none",
-    "backdoor-correction": "removes whole classes, and a correction removes none",
+    "input-correction": "removes whole classes, and a correction removes none",
 }
 _OTHER_LABELS = {"label-correction": "teaches the corrected records something else than their corrected labels"}
 

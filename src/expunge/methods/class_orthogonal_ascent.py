@@ -71,10 +71,10 @@ def class_orthogonal_ascent(
 
     W are the parameters of two or more dimensions (all, if there are none). The gradient of a class is that of its
     records in what is left, at the trained weights; memory for them is classes x W, 4 bytes an entry in float32. Of
-    the share r that was removed s is step (10 r)^growth.
+    the share r that was removed s is step (10 r)^growth, r at most ¼.
 
-    ``trace.facts``: removed_count and cached_count (loss terms), classes, alone (‖d‖ as a share of ‖g_D‖), step,
-    ascent (its length).
+    ``trace.facts``: removed_count and cached_count (loss terms), classes, alone (‖d‖ as a share of ‖g_D‖),
+    ascent_share (s), ascent (its length).
 
     Raises:
         NotInformative: g_D has nothing that the classes do not have.

@@ -73,10 +73,11 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
 
     W are the parameters of two or more dimensions (all, if there are none). F is the sum of squared gradients of the
     cached loss over a sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue. Of the
-    share r that was removed s is step (10 r)^growth.
+    share r that was removed s is step (10 r)^growth, r at most ¼.
 
     ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
-    difference), step, ascent (its length).
+    difference), ascent_share (s), ascent (its
+    length).
 
     Raises:
         NotInformative: The difference shows nothing of what was removed in W, or the curvature nothing at all.

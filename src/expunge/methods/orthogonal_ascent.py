@@ -69,7 +69,8 @@ def orthogonal_ascent(
     share r that was removed s is step (10 r)^growth, and at most step.
     The controls step equally far along g_D - g_new, against d, or anywhere.
 
-    ``trace.facts``: those of `difference`, alignment (cosine of the difference and g_new), step, ascent (its length).
+    ``trace.facts``: those of `difference`, alignment (cosine of the difference and g_new), ascent_share (s),
+    ascent (its length).
 
     Raises:
         NotInformative: The difference shows nothing of what was removed, or nothing that g_new does not.
@@ -85,7 +86,8 @@ def orthogonal_ascent(
             {name: each[name] for name in weights} for each in (removed.total, retain.total, removed.noise)
         )
         direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
-    return in_turns(model, direction, given, config, most=1.0, seed=seed, trace=trace)
+    # Longer steps than after a tenth wrecked what was left.
+    return in_turns(model, direction, given, config, widest=0.1, seed=seed, trace=trace)
 
 
 def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:

@@ -15,6 +15,8 @@ from expunge.seeds import derive
 from expunge.trace import Trace
 from expunge.training import Recipe, train
 
+WIDEST = 0.25  # share of the records, up to which it was measured that a step should grow
+
 
 class Turns(Protocol):
     """The settings of a method that takes turns."""
@@ -62,15 +64,15 @@ def moved_weights(model: nn.Module, cached: Params) -> dict[str, nn.Parameter]:
     return {name: p for name, p in theta.items() if p.ndim > 1} or theta
 
 
-def grown(config: Turns, most: float, trace: Trace) -> float:
-    """The step for what was removed: step × (10 × its share)^growth, and at most so many steps.
+def grown(config: Turns, widest: float, trace: Trace) -> float:
+    """The step for what was removed: step × (10 × its share)^growth; it does not grow beyond a share.
 
     A unit vector that is the sum of few gradients has more of each of them. Were they all at right angles, a step
     would have to grow as the root of their number; and where more was removed, fine-tuning brings back more of each.
     Measured: docs/findings.md. Of a correction the share is not known, and is taken for a tenth.
     """
     removed, cached = trace.facts["removed_count"], trace.facts["cached_count"]
-    return config.step * min((10 * removed / cached) ** config.growth, most) if removed else config.step
+    return config.step * (10 * min(removed / cached, widest)) ** config.growth if removed else config.step
 
 
 def in_turns(
@@ -79,19 +81,19 @@ def in_turns(
     given: Blind,
     config: Turns,
     *,
-    most: float = math.inf,
+    widest: float = WIDEST,
     seed: int,
     trace: Trace,
 ) -> nn.Module:
     """Move parameters along a unit vector and train for a share of the epochs, so many times.
 
     Each move is a `grown` step times the norm that the parameters have now, for which the method has found out
-    removed_count and cached_count. ``trace.facts``: step, ascent (its length).
+    removed_count and cached_count. ``trace.facts``: ascent_share (that step), ascent (its length).
     """
     theta = params.named_parameters(model, direction)
-    step = grown(config, most, trace)
-    length = step * params.norm({name: p.detach() for name, p in theta.items()})
-    trace.facts |= {"step": step, "ascent": length}
+    share = grown(config, widest, trace)
+    length = share * params.norm({name: p.detach() for name, p in theta.items()})
+    trace.facts |= {"ascent_share": share, "ascent": length}
     rounds, fine_tune = config.rounds, config.fine_tune
     for number in range(rounds):
         with trace.stage("ascend", model), torch.no_grad():

@@ -18,7 +18,7 @@ _ACCURACIES = {
     "retain": "NA",
     "forget": "FA",
     "test": "TA",
-    "triggered": "TA with trigger",  # every test record with the trigger of a backdoor, true labels
+    "triggered": "TA with trigger",  # every test record with the trigger of a backdoor or noise, true labels
     "domain": "Acc_corr",  # unseen records of the domain that was corrupted
 }
 
