@@ -17,6 +17,7 @@ from expunge.bench.tasks import Scenario
 from expunge.bench.workers import RayCluster
 from expunge.cli import main
 from expunge.errors import ConfigError, MissingExtra, NotFinite
+from expunge.files import write_text
 from expunge.rows import Row, read_rows, write_rows
 from tests.tiny_bench import CROSS, DIGITS, FILE, RECIPE, TINY, TWO, run, tiny, values
 
@@ -75,7 +76,7 @@ def test_the_work_of_reload_counts_both_gradients(unbroken):
     assert work == pytest.approx((3 * (40 + 36 + steps_taken) + trace["forwarded"]) / (3 * RECIPE.epochs * 36))
 
 
-def test_a_method_that_breaks_down_is_a_fact_and_not_a_row(tmp_path, monkeypatch):
+def test_a_method_that_breaks_down_is_a_fact_and_not_a_row_and_the_run_says_so(tmp_path, monkeypatch, capsys):
     real = steps.unlearn
 
     def breaks(model, given, config, *, seed):
@@ -89,6 +90,11 @@ def test_a_method_that_breaks_down_is_a_fact_and_not_a_row(tmp_path, monkeypatch
     assert "random 10 %,ssd,0,failed,the loss became nan in epoch 1" in (folder / "facts.csv").read_text(
         encoding="utf-8"
     )
+    write_text(tmp_path / "mine.py", FILE)
+    for command in ("run", "table"):
+        assert main(["bench", command, str(tmp_path / "mine.py"), "--seeds", "2", "--out", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert "no rows of ssd on random 10 %, seed 0, 1: the loss became nan in epoch 1\n" in said
 
 
 def test_a_correction_is_judged_by_accuracies_with_and_without_the_trigger(tmp_path):

@@ -116,11 +116,13 @@ def finding(name: str) -> str:
     return "\n".join(lines)
 
 
-def by_scenario(name: str, metric: str) -> str:
+def by_scenario(name: str, metric: str, decimals: int = 1) -> str:
     """One metric of an experiment in each of its scenarios."""
     rows = [row for row in read_rows(ROOT / "results" / f"{name}-cpu.csv") if row.metric == metric]
     scenarios = tuple(dict.fromkeys(row.scenario for row in rows))
-    found = {(each.scenario, each.method): f"{each.mean:.1f} ± {each.sd:.1f}" for each in summarise(rows)}
+    found = {
+        (each.scenario, each.method): f"{each.mean:.{decimals}f} ± {each.sd:.{decimals}f}" for each in summarise(rows)
+    }
     columns = [re.sub(".*, | of .*", "", scenario) for scenario in scenarios]
     lines = [f"| {metric} | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     lines += [
@@ -304,6 +306,9 @@ FINDINGS: dict[str, Finding] = {
     "natural-backdoor": Finding(
         "natural", (), ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work", "Cost"), scenario="backdoor"
     ),
+    **{f"labels-{kind}": Finding(
+        "labels", (), ("NA", "TA", "Accuracy on corrected", "FSKL", "NSKL", "Work", "Cost"), scenario=kind,
+    ) for kind in ("random", "flipped")},
     "frontier": Finding(
         "frontier",
         ("original", "retrain", "retrain again", *(f"short retraining, {e} epochs, lr 0.1" for e in (1, 2, 5)),
@@ -324,6 +329,10 @@ MEASURED: dict[str, Callable[[], str]] = {
     **{f"finding:{name}": functools.partial(finding, name) for name in FINDINGS},
     "finding-frontier": frontier_table,
     "finding-by-share": functools.partial(by_scenario, "gamma", "TA with trigger"),
+    "finding-amounts-removed": functools.partial(by_scenario, "amounts", "FA"),
+    "finding-amounts-loss": functools.partial(by_scenario, "amounts", "ΔFE"),
+    "finding-amounts-attack": functools.partial(by_scenario, "amounts", "ΔFMIA", 2),
+    "finding-amounts-left": functools.partial(by_scenario, "amounts", "NSKL", 2),
     "finding-sequence-left": functools.partial(by_scenario, "sequential", "NA"),
     "finding-sequence-removed": functools.partial(by_scenario, "sequential", "FA"),
     "rehearsal-value": rehearsal_table,

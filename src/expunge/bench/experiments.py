@@ -220,6 +220,20 @@ def rows_of(experiment: Experiment, done: Iterable[Stage], store: Store, note: s
     ]
 
 
+def failures(done: Iterable[Stage], store: Store) -> list[str]:
+    """Who broke down and has no rows, where, and with what; a line each."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for stage in done:
+        with (store.folder(stage) / "facts.csv").open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                if line["fact"] == "failed":
+                    found.setdefault((line["method"], line["scenario"], line["value"]), []).append(line["seed"])
+    return [
+        f"no rows of {method} on {scenario}, seed {', '.join(seeds)}: {why}"
+        for (method, scenario, why), seeds in found.items()
+    ]
+
+
 def _gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str, folder: Path) -> None:
     done = evaluated(experiment, seeds, store)
     lines: dict[str, list[list[str]]] = {name: [] for name in TABLES}

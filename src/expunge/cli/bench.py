@@ -120,6 +120,8 @@ def _run(command: Run) -> None:
         raise
     folder = experiments.gather(experiment, seeds, store, command.data_note)
     printing.show(*_tables(experiment, read_rows(folder / "rows.csv")))
+    for line in experiments.failures(experiments.evaluated(experiment, seeds, store), store):
+        print(line)
     print(f"\nRows, settings and the environment: {folder.resolve()}. A page with figures: expunge report {folder}")
 
 
@@ -158,7 +160,7 @@ def _status(command: Status) -> None:
 
 
 def _table(command: Table) -> None:
-    from expunge.bench.experiments import evaluated, rows_of
+    from expunge.bench.experiments import evaluated, failures, rows_of
     from expunge.report import markdown
 
     experiment, store = _planned(command)
@@ -169,6 +171,8 @@ def _table(command: Table) -> None:
         print(f"Nothing of {experiment.name} is done yet in {command.out}: carry it out with `expunge bench run`.")
     if command.format == "terminal":
         printing.show(*_tables(experiment, rows))
+        for line in failures(done, store):
+            print(line)
     else:
         for shown, scenario in _shown(experiment, rows):
             print(markdown(shown, scenario))
