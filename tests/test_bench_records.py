@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from expunge import Examples
 from expunge.bench import judging
 from expunge.bench.records import Records, records_of
 from expunge.bench.stages import Contender, Stage
 from expunge.bench.tasks import Scenario
+from expunge.report import write_page
 from expunge.rows import read_rows
 from tests.tiny_bench import CROSS, DIGITS, run, tiny
 
@@ -158,7 +160,19 @@ def test_corrected_data_is_retrained_on_once_whatever_the_faults_were():
 def test_everything_of_the_grid_runs_from_training_to_rows(tmp_path):
     reload = (Contender(name="reload", entry="reload", tuned=False),)
     tasks = [replace(DIGITS, train=100, scenario=scenario) for scenario in GRID]
-    rows = read_rows(run(tiny(*tasks, contenders=reload), tmp_path) / "rows.csv")
+    folder = run(tiny(*tasks, contenders=reload), tmp_path)
+    rows = read_rows(folder / "rows.csv")
+    samples = load_file(folder / "samples.safetensors")
+    assert write_page(folder).read_text(encoding="utf-8").count("<h3>Some of the ") == len(GRID)
     for scenario in GRID:
+        found = of(scenario, 0)
+        first = found.forget.positions[:8]
+        for part, data in {"forget": found.forget, "corrected": found.parts["forget"]}.items():
+            if part == "corrected" and not scenario.corrects:
+                assert f"{scenario.name}/corrected" not in samples
+                continue
+            images, labels = data.only(first).tensors
+            assert torch.equal(samples[f"{scenario.name}/{part}"].float(), images.clamp(0, 1).mul(255).round())
+            assert torch.equal(samples[f"{scenario.name}/{part} labels"], labels)
         measured = {row.metric for row in rows if (row.scenario, row.method) == (scenario.name, "reload")}
         assert measured == {*judging.metrics_of(scenario)}

@@ -12,6 +12,7 @@ from expunge.report import summarise
 from expunge.report.attack import roc, true_positives
 from expunge.report.curves import steps
 from expunge.report.figures import distances, histograms, resets
+from expunge.report.samples import samples
 from expunge.report.stored import Loss
 from expunge.report.tradeoff import tradeoff
 from tests.reported import RESETS, some_losses, some_points, some_rows
@@ -86,6 +87,23 @@ def test_there_is_no_figure_without_data():
     assert steps([], [], "removal", "reload") is None
     assert resets(RESETS, "removal", "fine-tune") is None
     assert histograms([], "removal", "reload") is None
+
+
+def test_samples_are_a_picture_each_with_its_class_above_its_correction():
+    grey, coloured = np.zeros((3, 1, 4, 4), np.uint8), np.zeros((2, 3, 4, 4), np.uint8)
+    stored = {
+        "class/forget": grey, "class/forget labels": np.array([7, 7, 7]),
+        "labels corrected/forget": coloured, "labels corrected/forget labels": np.array([1, 2]),
+        "labels corrected/corrected": coloured, "labels corrected/corrected labels": np.array([3, 4]),
+    }  # fmt: skip
+    drawn = samples(stored, "class")
+    assert drawn.heading == "Some of the removed records"
+    assert (drawn.svg.count("<image"), drawn.svg.count("class 7")) == (3, 3)
+    drawn = samples(stored, "labels corrected")
+    assert drawn.svg.count("<image") == 4
+    assert re.findall(r"class (\d)<", drawn.svg) == ["1", "2", "3", "4"]
+    assert "above as the original was trained on them, below as they are after the correction" in drawn.caption
+    assert samples(stored, "removal") is None
 
 
 def test_figures_leave_matplotlib_alone_and_ignore_its_settings():

@@ -140,6 +140,7 @@ def test_a_missing_file_is_named(run, name):
         ("losses.csv", "scenario,method,seed,split,loss\nremoval,reload,0,test,much\n", "losses.csv cannot be read"),
         ("losses.csv", "scenario,method,seed,split,loss\nremoval,reload,0\n", "losses.csv cannot be read"),
         ("rows.csv", "a\n", "rows.csv has the columns"),
+        ("samples.safetensors", "no tensors", "samples.safetensors cannot be read"),
     ],
 )
 def test_a_damaged_file_is_named(run, name, content, message):
@@ -157,7 +158,7 @@ def test_a_run_without_rows_is_refused(run):
 @pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
 def test_a_missing_library_comes_with_its_cure(run, library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    for module in ("svg", "figures", "curves", "attack", "tradeoff") if library == "matplotlib" else ():
+    for module in ("svg", "figures", "curves", "attack", "samples", "tradeoff") if library == "matplotlib" else ():
         monkeypatch.delitem(sys.modules, f"expunge.report.{module}", raising=False)
         monkeypatch.delattr(expunge.report, module, raising=False)
     with pytest.raises(MissingExtra, match=re.escape("pip install 'expunge[report]'")):

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from expunge.bench import samples
 from expunge.bench.entries import SHORT, entries
 from expunge.bench.fit import require_fit
 from expunge.bench.judging import TABLES, metrics_of
@@ -244,6 +245,7 @@ def _gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: st
     write_rows(folder / "rows.csv", rows_of(experiment, done, store, note))
     for name, columns in TABLES.items():
         write_csv(folder / f"{name}.csv", columns, lines[name])
+    samples.keep(done, store, folder)
     write_json(folder / "config.json", {**_plain(experiment), "seeds": list(seeds), "data note": note})
     write_json(folder / "settings.json", settings(experiment, store))
     write_json(folder / "env.json", {**environment(), **made_by(done, store)})

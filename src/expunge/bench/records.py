@@ -20,6 +20,7 @@ from expunge.scenarios.labels import flipped_labels, randomly_labelled
 from expunge.scenarios.removal import class_removal, in_class_removal, neighbour_removal, random_removal
 from expunge.seeds import stream
 
+Bounds = tuple[Tensor, Tensor]  # the inputs of black and of white pixels
 SPARE = 2000  # images
 NONE_TO_SPARE = (
     "a tuning without a forget set judges by training images that no model of its seed saw, not by the test images "
@@ -37,6 +38,7 @@ class Records:
     forget: Examples  # what methods that are not blind see: removed records, or faulty ones
     parts: dict[str, Examples]  # what models are judged on, by split
     unseen: Examples  # test records like the removed ones: what an attacker has to tell them from
+    bounds: Bounds
     removed_classes: tuple[int, ...] = ()  # of which nothing is left
     triggered: Examples | None = None  # what is left with the trigger or noise and true labels, for rehearsals
 
@@ -55,11 +57,8 @@ def records_of(task: Task, seed: int, folder: Path | None) -> Records:
         clean = to_examples(chosen, scale)
         test = to_examples(_some(found.test, task.test, stream(0, "test images")), scale)
         classes, bounds = len(found.classes), (scale.black, scale.white)
-    if task.scenario.corrects:
-        return _corrected(task.scenario, seed, clean, test, classes, bounds)
-    if task.scenario.kind == "sequence":
-        return _again(task.scenario, seed, clean, test, classes)
-    return _removed(task.scenario, seed, clean, test, classes)
+    make = _corrected if task.scenario.corrects else _again if task.scenario.kind == "sequence" else _removed
+    return make(task.scenario, seed, clean, test, classes, bounds)
 
 
 def spare(task: Task, seed: int, folder: Path | None) -> Examples:
@@ -78,7 +77,7 @@ def spare(task: Task, seed: int, folder: Path | None) -> Examples:
     return to_examples(Images(found.train.pixels[rows], found.train.labels[rows]), _drawn(task, found, seed)[1])
 
 
-def _removed(scenario: Scenario, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
+def _removed(scenario: Scenario, seed: int, clean: Examples, test: Examples, classes: int, bounds: Bounds) -> Records:
     """Of a class, which the seed says, unseen are test records of it; where all of it goes, the others are the test."""
     inputs, labels = clean.tensors
     unseen, whole = test, scenario.kind == "class"
@@ -103,6 +102,7 @@ def _removed(scenario: Scenario, seed: int, clean: Examples, test: Examples, cla
         forget=forget,
         parts={"retain": retain, "forget": forget, "test": test},
         unseen=unseen,
+        bounds=bounds,
         removed_classes=(label,) if whole else (),
     )
 
@@ -115,7 +115,7 @@ def _of_class(scenario: Scenario, labels: Tensor, label: int, seed: int) -> Int[
     return in_class_removal(labels, label, count=int(scenario.amount), seed=seed)
 
 
-def _again(scenario: Scenario, seed: int, clean: Examples, test: Examples, classes: int) -> Records:
+def _again(scenario: Scenario, seed: int, clean: Examples, test: Examples, classes: int, bounds: Bounds) -> Records:
     """Judged is what was removed so far; methods see what is removed now."""
     order = torch.randperm(len(clean), generator=stream(seed, "sequence"))
     share, now = round(scenario.amount * len(clean)), scenario.round
@@ -128,12 +128,12 @@ def _again(scenario: Scenario, seed: int, clean: Examples, test: Examples, class
     retain = clean.without(gone)
     parts = {"retain": retain, "forget": clean.only(gone), "test": test}
     forget = clean.only(order[share * (now - 1) : share * now])
-    return Records(classes=classes, before=before, retain=retain, forget=forget, parts=parts, unseen=test)
+    return Records(
+        classes=classes, before=before, retain=retain, forget=forget, parts=parts, unseen=test, bounds=bounds
+    )
 
 
-def _corrected(
-    scenario: Scenario, seed: int, clean: Examples, test: Examples, classes: int, bounds: tuple[Tensor, Tensor]
-) -> Records:
+def _corrected(scenario: Scenario, seed: int, clean: Examples, test: Examples, classes: int, bounds: Bounds) -> Records:
     """Judged are the corrected records; test images as they are, and with the fault if inputs had it."""
     faulty = _faulty(scenario, seed, clean, classes, bounds)
     known = identified(faulty.corrupted, scenario.gamma, seed)
@@ -154,11 +154,12 @@ def _corrected(
         forget=faulty.data.only(known),
         parts=parts,
         unseen=test,
+        bounds=bounds,
         triggered=triggered,
     )
 
 
-def _faulty(scenario: Scenario, seed: int, clean: Examples, classes: int, bounds: tuple[Tensor, Tensor]) -> Corruption:
+def _faulty(scenario: Scenario, seed: int, clean: Examples, classes: int, bounds: Bounds) -> Corruption:
     """The data with its faults; bounds are the inputs of black and white pixels."""
     (black, white), where = bounds, scenario.classes
     match scenario.kind:

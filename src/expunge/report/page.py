@@ -73,7 +73,7 @@ def _context(run: Run) -> dict[str, Any]:
 
 
 def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
-    from expunge.report import attack, curves, figures, frontier, tradeoff
+    from expunge.report import attack, curves, figures, frontier, samples, tradeoff
 
     summaries = [summary for summary in summaries if summary.scenario == scenario]
     about = subject(summary.method for summary in summaries)
@@ -90,6 +90,7 @@ def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
             figures.histograms(run.losses, scenario, about),
             attack.roc(run.losses, scenario, about),
         ]
+    drawings.append(samples.samples(run.samples, scenario))
     compared = comparison(run.rows, scenario, about) if about else None
     return Section(
         slug=f"scenario-{slug(scenario)}",

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import numpy as np
+
 from expunge.errors import ConfigError
 from expunge.rows import Row, read_rows
 
 T = TypeVar("T")
+SAMPLES = "samples.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Run:
     losses: list[Loss]
     facts: list[Fact]
     trace: dict[str, Any]  # of the unlearning of one model; empty for runs of many
+    samples: dict[str, np.ndarray]  # a few images of each scenario, by name; empty where none were kept
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
@@ -87,8 +91,8 @@ def read_run(folder: Path | str) -> Run:
     """Read a run folder.
 
     Args:
-        folder: With config.json, env.json and rows.csv, and of curves.csv, reset.csv, losses.csv, facts.csv and
-            trace.json what the run has something for.
+        folder: With config.json, env.json and rows.csv, and of curves.csv, reset.csv, losses.csv, facts.csv, trace.json
+            and samples.safetensors what the run has something for.
 
     Raises:
         ConfigError: A file is missing, is not what its name says, or there are no rows.
@@ -103,10 +107,21 @@ def read_run(folder: Path | str) -> Run:
         losses=_optional(folder / "losses.csv", Loss),
         facts=_optional(folder / "facts.csv", Fact),
         trace=read_json(folder / "trace.json") if (folder / "trace.json").exists() else {},
+        samples=_checked(folder / SAMPLES, _tensors) if (folder / SAMPLES).exists() else {},
     )
     if not any(row.source == "measured" for row in run.rows):
         raise ConfigError(f"{folder / 'rows.csv'} holds no measured row: there is nothing to report. Finish the run.")
     return run
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def _optional(path: Path, line: type[T]) -> list[T]:
