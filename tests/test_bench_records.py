@@ -117,7 +117,7 @@ def test_noise_is_of_the_span_of_each_channel_and_is_put_on_clean_records_for_re
     task = replace(pictures, scenario=Scenario(kind="noise", amount=0.5, gamma=0.2))
     found, clean = records_of(task, 3, None), records_of(pictures, 3, None).before
     left = found.triggered.tensors[0] - clean.only(found.retain.positions).tensors[0]
-    on_test = found.parts["triggered"].tensors[0] - found.parts["test"].tensors[0]
+    on_test = found.parts["noisy"].tensors[0] - found.parts["test"].tensors[0]
     span = clean.tensors[0].amax((0, 2, 3)) - clean.tensors[0].amin((0, 2, 3))
     for noise in (left, on_test):
         assert noise.std((0, 2, 3)) == pytest.approx(0.4 * span, rel=0.15)
@@ -125,9 +125,8 @@ def test_noise_is_of_the_span_of_each_channel_and_is_put_on_clean_records_for_re
 
 def test_only_faults_of_inputs_are_put_on_test_images_and_only_those_of_classes_have_a_domain():
     parts = {scenario.kind: of(scenario).parts.keys() for scenario in GRID if scenario.corrects}
-    assert {kind for kind, each in parts.items() if "triggered" in each} == {
-        "distributed-backdoor", "feature-backdoor", "noise",
-    }  # fmt: skip
+    assert {kind for kind, each in parts.items() if "triggered" in each} == {"distributed-backdoor", "feature-backdoor"}
+    assert {kind for kind, each in parts.items() if "noisy" in each} == {"noise"}
     assert {kind for kind, each in parts.items() if "domain" in each} == {
         "distributed-backdoor", "feature-backdoor", "flipped-labels",
     }  # fmt: skip

@@ -57,8 +57,8 @@ def test_a_mistake_in_an_experiment_file_is_said_in_one_line(tmp_path, capsys):
     ("values", "message"),
     [
         ({"kind": "rnd"}, "kind='rnd': choose from random, in-class, class, neighbours, .*, noise"),
-        ({"kind": "random"}, "amount=0.0: it is the share of the training images, above 0 and below 1"),
-        ({"kind": "sequence", "amount": 10}, "amount=10: it is the share of the training images"),
+        ({"kind": "random"}, "amount=0.0: random takes a share of the training images, above 0 and below 1"),
+        ({"kind": "sequence", "amount": 10}, "amount=10: sequence takes a share of the training images"),
         ({"kind": "random", "amount": "0.1"}, "amount='0.1': give a number"),
         (
             {"kind": "in-class", "amount": 1.5},
@@ -79,7 +79,10 @@ def test_a_mistake_in_an_experiment_file_is_said_in_one_line(tmp_path, capsys):
         ({"kind": "flipped-labels", "amount": 0.2}, r"pairs=\(\): name classes two by two, as \(\(0, 2\), \(3, 5\)\)"),
         ({"kind": "flipped-labels", "amount": 0.2, "pairs": (0, 2)}, r"pairs=\(0, 2\): name classes two by two"),
         ({"kind": "flipped-labels", "amount": 0.2, "pairs": ((0, 2), (2, 3))}, "pairs=.*: name every class once"),
-        ({"kind": "flipped-labels", "amount": 1, "pairs": ((0, 2),)}, "amount=1: it is the share of the images of"),
+        (
+            {"kind": "flipped-labels", "amount": 1, "pairs": ((0, 2),)},
+            "amount=1: flipped-labels takes a share of the images of",
+        ),
         ({"kind": "noise", "amount": 0.1, "pairs": ((0, 2),)}, r"pairs=\(\(0, 2\),\): noise has none"),
     ],
 )

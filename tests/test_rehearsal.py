@@ -138,7 +138,9 @@ def test_a_cache_from_which_nothing_was_removed_tells_no_classes():
     names = facts()
     model = names["model"](0)
     given = of_margins(names, names["retain"](), model)
-    with pytest.raises(NotInformative, match=r"like='removed': .* nothing was removed. Choose another --like"):
+    with pytest.raises(
+        NotInformative, match=r"like='removed': .* nothing was removed since it was made. Choose another --like"
+    ):
         removed_of_each_class(model, given, given.full - given.full)
 
 

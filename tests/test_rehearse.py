@@ -179,6 +179,8 @@ def test_settings_that_do_not_hold_up_are_said_not_to(folder, monkeypatch, capsy
     assert "warning: settings.json: these settings did not hold up when they were chosen: on the set" in error
     assert "the settings that were given are better, and on the set" in error
     assert "Rehearse again" in error
+    story = command.split()[command.split().index("--out") + 1].replace(".safetensors", ".trace.json")
+    assert "did not hold up" in json.loads(Path(story).read_text(encoding="utf-8"))["warnings"][0]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_that_records_are_too_few_is_said_before_the_search(folder, monkeypatch,
     for needed, cure in (
         (None, None),
         (8, "Use --records 8."),
-        (18, r"It would take --records 18, more than retain\(\) has: .*--retrain 3"),
+        (18, r"It would take --records 18, and retain\(\) has no 3 sets of so many: .*--retrain 3"),
         (0, r"knows what is left no better than test\(\): rehearse against retrained models"),
     ):
         monkeypatch.setattr(closeness, "records_needed", lambda _, needed=needed: needed)
@@ -349,7 +351,9 @@ def test_a_list_in_place_of_a_function_is_refused(folder, capsys):
 def test_a_cache_from_which_nothing_was_removed_does_not_say_how_many(folder, capsys):
     edited(".without(torch.arange(6))", "")
     assert rehearsed() == 2
-    assert "nothing was removed. Say how many records" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing was removed yet: then say how many records" in said
+    assert "Or the cache was made after the deletion: no blind method can use it, nor settings for one" in said
 
 
 @pytest.mark.parametrize("method", [("scrub",), ("retrain",)])

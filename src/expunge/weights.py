@@ -1,9 +1,11 @@
 """Weights in and out: safetensors, and foreign checkpoints that hold nothing but tensors."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,6 +25,17 @@ def save_weights(path: Path | str, model: nn.Module, header: dict[str, str] | No
     sharding.settle(model)
     tensors = sharding.gathered(params.plain(model).state_dict())
     distributed.by_the_first(lambda: save_tensors(path, tensors, header))
+
+
+def unlearned_with(path: Path) -> str:
+    """The method that weights say made them; "" where they say nothing, as those of other programs."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return ""
+    try:
+        with safe_open(path, "pt") as file:
+            return str(json.loads((file.metadata() or {}).get("unlearned", "{}")).get("method", ""))
+    except (SafetensorError, ValueError, AttributeError):
+        return ""  # whoever reads the weights says what is wrong with them
 
 
 def load_weights(model: nn.Module, path: Path | str) -> nn.Module:

@@ -43,8 +43,9 @@ def test_cache_unlearn_evaluate_and_show_work_together(folder, capsys):
     trace = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))
     assert trace["method"] == "reload"
     assert trace["config"]["fine_tune"]["epochs"] == 2
+    assert unlearned("--seed", "1", "retrain", cache=None, out="r.safetensors") == 0
     capsys.readouterr()
-    assert main(["evaluate", "setup.py", "--weights", "u.safetensors", "--retrained", "w.safetensors", "--json"]) == 0
+    assert main(["evaluate", "setup.py", "--weights", "u.safetensors", "--retrained", "r.safetensors", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {each["metric"] for each in report["u.safetensors"]} == {"NA", "TA", "NSKL", "ECE", "Brier"}
     assert main(["show", "c.safetensors", "--json"]) == 0
@@ -249,7 +250,8 @@ def test_how_much_was_removed_and_how_long_the_ascent_was_is_said(folder, capsys
     said = capsys.readouterr().out
     assert "removed or corrected: 6 of 60 cached loss terms\nlength of the ascent: " in said
     unlearned("natural-ascent", "--step", "0.125", out="n.safetensors")  # a tenth was removed
-    assert "length of the ascent: 0.125 of the norm of the weights" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "length of each ascent, 2 in turns with fine-tuning: 0.125 of the norm of the weights, for what was" in said
 
 
 def test_many_files_of_a_cache_are_listed_as_a_pattern(folder, capsys):

@@ -15,7 +15,7 @@ from expunge.errors import ConfigError
 from expunge.provenance import record_hashes
 from expunge.report.stored import read_run
 from expunge.rows import read_rows
-from tests.cli import SETUP
+from tests.cli import RELOAD, SETUP
 from tests.evidence import SALT, evaluate
 from tests.reported import Page
 
@@ -84,6 +84,21 @@ def test_evaluate_takes_the_trace_along_and_the_salt_stays_outside(folder, made)
 def test_one_retrained_model_is_said_to_be_no_reference(folder, capsys):
     assert evaluate(retrained=("r0.safetensors",)) == 0
     assert "One retrained model is no reference" in capsys.readouterr().out
+
+
+def test_models_that_were_not_retrained_are_no_reference(folder, capsys):
+    options = ["evaluate", "setup.py", "--weights", "u.safetensors", "--retrained", "r0.safetensors"]
+    unlearned = ["unlearn", "setup.py", "--weights", "w.safetensors", "--cache", "c.safetensors"]
+    assert main([*unlearned, "--out", "other.safetensors", "--seed", "5", *RELOAD]) == 0
+    capsys.readouterr()
+    assert main([*options, "other.safetensors"]) == 2
+    assert "other.safetensors was made by reload and not retrained" in capsys.readouterr().err
+    assert main([*options, "w.safetensors"]) == 2  # though it was trained from scratch, on what has been removed since
+    assert "w.safetensors was not retrained: it is the model that u.safetensors was unlearned from" in (
+        capsys.readouterr().err
+    )
+    save_file(load_file("other.safetensors"), "silent.safetensors")  # of another program: it says nothing of itself
+    assert main([*options, "silent.safetensors"]) == 0
 
 
 def test_evaluate_refuses_a_folder_that_exists_or_whose_salt_does(folder, capsys):

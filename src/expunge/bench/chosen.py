@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ def write_settings(path: Path, config: object, about: Mapping[str, Any]) -> None
     write_text(path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_settings(path: Path, config: Any) -> object:
+def read_settings(path: Path, config: Any, warn: Callable[[str], None] = warnings.warn) -> object:
     """The configuration that a file holds; warns if it says that the settings did not stand the test.
 
     Args:
         path: Of the file.
         config: The configuration of the same method as it is without any settings.
+        warn: Called with a warning.
 
     Raises:
         MissingData: No such file.
@@ -69,10 +70,9 @@ def read_settings(path: Path, config: Any) -> object:
     except TypeError as error:
         raise ConfigError(f"{path}: {name} cannot use its settings ({error}). Correct the file.") from error
     if against:
-        warnings.warn(
+        warn(
             f"{path}: these settings did not hold up when they were chosen: {', and '.join(against)}. Rehearse again "
-            "(more --sets, --records or --trials), or give settings of your own.",
-            stacklevel=2,
+            "(more --sets, --records or --trials), or give settings of your own."
         )
     return read
 

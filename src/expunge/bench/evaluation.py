@@ -22,6 +22,7 @@ from expunge.methods import all_methods
 from expunge.metrics.compare import Measured, Profile, distances, measured_rows
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE
 from expunge.rows import EVALUATION, Row, write_csv, write_rows
+from expunge.weights import unlearned_with
 
 SCENARIO = "evaluation"
 _LOSSES = ("forget", "test")  # splits whose losses are kept, for the figures of the attack
@@ -75,6 +76,20 @@ def read_trace(weights: Path, original: Path | None = None) -> dict[str, Any]:
     if original is not None and before not in (None, provenance.file_hash(original)):
         raise MismatchError(f"{path} says that other weights than {original} were unlearned. Give --original those.")
     return trace
+
+
+def require_retrained(weights: Path) -> None:
+    """Refuse weights that say of themselves that a method other than retraining made them.
+
+    Raises:
+        ConfigError: They do.
+    """
+    method = unlearned_with(weights)
+    if method not in ("", "retrain"):
+        raise ConfigError(
+            f"{weights} was made by {method} and not retrained: distances to it would say nothing of retraining. Give "
+            "--retrained models that were trained from scratch on what is left, as `expunge unlearn … retrain` does."
+        )
 
 
 def trace_path(weights: Path) -> Path:

@@ -141,8 +141,8 @@ def removed_of_each_class(
     """
     if not removed.count:
         raise NotInformative(
-            "like='removed': the cache and retain() have the same number of records: nothing was removed. Choose "
-            "another --like."
+            "like='removed': the cache and retain() have the same number of records: nothing was removed since it was "
+            "made. Choose another --like; a cache made after the deletion is of no use to a blind method."
         )
     evidence = Evidence(model=model, loss_terms=given.cached_terms, retain=given.retain, removed=removed, logits=logits)
     try:
@@ -177,7 +177,8 @@ def removed_count(removed: Gradient) -> int:
     """
     if not removed.count:
         raise ConfigError(
-            "the cache and retain() have the same number of records: nothing was removed. Say how many records a "
-            "pseudo-forget set has (--records)."
+            "the cache and retain() have the same number of records. Either nothing was removed yet: then say how many "
+            "records a pseudo-forget set has (--records). Or the cache was made after the deletion: no blind method "
+            "can use it, nor settings for one."
         )
     return removed.count

@@ -140,7 +140,7 @@ def _corrected(scenario: Scenario, seed: int, clean: Examples, test: Examples, c
     retain = corrected(faulty, clean, known) if scenario.known_are == "corrected" else faulty.data.without(known)
     parts, triggered = {"retain": retain, "forget": clean.only(known), "test": test}, None
     if faulty.on_test is not None:
-        parts["triggered"], triggered = (
+        parts["noisy" if scenario.kind == "noise" else "triggered"], triggered = (
             Examples(faulty.on_test(part.tensors[0]), part.tensors[1])
             for part in (test, clean.only(retain.positions))  # noise on noise would be another
         )

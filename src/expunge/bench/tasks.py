@@ -82,7 +82,7 @@ class Scenario:
     def _require_amount(self) -> None:
         kind, amount = self.kind, self.amount
         if kind in _SHARES:
-            require(0 < amount < 1, "amount", amount, f"it is the share of {_SHARES[kind]}, above 0 and below 1")
+            require(0 < amount < 1, "amount", amount, f"{kind} takes a share of {_SHARES[kind]}, above 0 and below 1")
         elif kind == "in-class":
             fine = 0 < amount < 1 or (amount >= 1 and float(amount).is_integer())
             require(fine, "amount", amount, "of a class it is how many images, a whole number, or a share below 1")

@@ -53,6 +53,14 @@ def evaluate(
     for own in (weights, original):  # these two may be the same: unlearning can come to nothing
         _require_distinct(hashes, (*([] if own is None else [own]), *retrained))
     trace = evaluation.read_trace(weights, original)
+    before = trace.get("provenance", {}).get("files", {}).get("weights before")
+    for path in retrained:
+        evaluation.require_retrained(path)
+        if before is not None and hashes.get(path) == before:
+            raise ConfigError(
+                f"{path} was not retrained: it is the model that {weights} was unlearned from, as "
+                f"{evaluation.trace_path(weights)} says. Give --retrained models that never saw what was removed."
+            )
     loaded = load_setup(setup)
     splits = [split for split in ("retain", "forget", "test") if loaded.has(split)]
     if not splits:

@@ -4,7 +4,8 @@ import functools
 import inspect
 import operator
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,6 +28,7 @@ from expunge.methods import METHODS, Method, all_methods, method_of
 from expunge.methods.retrain import Retrain
 from expunge.seeds import keeping_random_state
 from expunge.setup import Setup, load_setup
+from expunge.trace import Trace
 from expunge.unlearn import unlearn as unlearn_model
 from expunge.weights import load_weights, save_weights
 
@@ -184,7 +186,11 @@ def unlearn(
     loaded = load_setup(setup)
     if isinstance(method, AsTrained):
         method = Retrain(recipe=loaded.recipe, resume=method.resume)
-    method = chosen.read_settings(settings, method) if settings else method
+    doubts: list[str] = []  # for the trace, too
+    if settings:
+        method = chosen.read_settings(settings, method, doubts.append)
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=2)
     model = trained_model(loaded, weights, device)
     full = cache_file.load(cache, model, loaded.cached_terms) if cache is not None else None
     shared: dict[str, Any] = {
@@ -205,6 +211,7 @@ def unlearn(
         taken += 1
 
     result = unlearn_model(model, given, method, seed=seed, watch=snapshot if snapshots else None)
+    result.trace.warnings[:0] = doubts
     done_with = {"method": row.name, "seed": seed, "config": asdict(method)}  # type: ignore[call-overload]
     save_weights(out, result.model, {"unlearned": printing.as_json(done_with)})
     origin = {
@@ -217,21 +224,30 @@ def unlearn(
     if json:
         print(printing.as_json(trace))
         return
-    print(f"{row.name}: {sum(result.trace.seconds.values()):.2f} s ({printing.stages(result.trace.seconds)})")
-    facts = result.trace.facts
-    if "removed_count" in facts:
-        print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
-    for length in ("priming_length", "ascent_share"):
-        if length in facts:
-            print(f"length of the ascent: {facts[length]:.3g} of the norm of the weights")
-    if "groups" in facts:
-        print(f"groups of the cache: {facts['groups_computed']} of {facts['groups']} computed again")
-    print(f"ended because: {result.trace.stopped}")
+    _tell(result.trace, done_with["config"])
     print(f"weights: {out}\ntrace:   {story}")
     if cache is not None:
         print(
             f"The cache is personal data: cache again if more deletions may come, and destroy it now:{_listed(cache)}"
         )
+
+
+def _tell(trace: Trace, config: Mapping[str, Any]) -> None:
+    """What an unlearning did, on a terminal."""
+    facts = trace.facts
+    print(f"{trace.method}: {sum(trace.seconds.values()):.2f} s ({printing.stages(trace.seconds)})")
+    if "removed_count" in facts:
+        print(f"removed or corrected: {facts['removed_count']} of {facts['cached_count']} cached loss terms")
+    if "priming_length" in facts:
+        print(f"length of the ascent: {facts['priming_length']:.3g} of the norm of the weights")
+    if "ascent_share" in facts:  # of methods with a step and rounds
+        print(
+            f"length of each ascent, {config['rounds']} in turns with fine-tuning: {facts['ascent_share']:.3g} of the "
+            f"norm of the weights, for what was removed (step {config['step']:g}: for a tenth)"
+        )
+    if "groups" in facts:
+        print(f"groups of the cache: {facts['groups_computed']} of {facts['groups']} computed again")
+    print(f"ended because: {trace.stopped}")
 
 
 def require_new(out: Path, *inputs: Path) -> None:

@@ -50,8 +50,8 @@ def warn_of_chance(stage: Stage) -> None:
         cure = "The model knows what is left no better than test(): rehearse against retrained models (--retrain 3)."
     elif needed * (len(before) + 1) >= left:
         cure = (
-            f"It would take --records {needed}, more than retain() has: rehearse against retrained models "
-            "(--retrain 3), or keep the settings as they are."
+            f"It would take --records {needed}, and retain() has no {len(before) + 1} sets of so many: rehearse "
+            "against retrained models (--retrain 3), or keep the settings as they are."
         )
     else:
         cure = f"Use --records {needed}."

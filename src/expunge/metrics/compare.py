@@ -13,12 +13,13 @@ from expunge.metrics.outputs import Outputs
 from expunge.metrics.representation import activation_distance
 from expunge.rows import Row
 
-Splits = Mapping[str, Outputs]  # any of "retain", "forget", "test", "triggered", "domain"
+Splits = Mapping[str, Outputs]  # any of "retain", "forget", "test", "triggered", "noisy", "domain"
 _ACCURACIES = {
     "retain": "NA",
     "forget": "FA",
     "test": "TA",
-    "triggered": "TA with trigger",  # every test record with the trigger of a backdoor or noise, true labels
+    "triggered": "TA with trigger",  # every test record with the trigger of a backdoor, true labels
+    "noisy": "TA with noise",  # every test record with noise like that of training inputs
     "domain": "Acc_corr",  # unseen records of the domain that was corrupted
 }
 
@@ -57,8 +58,8 @@ def profile(splits: Splits, *, seed: int = 0, full: bool = False) -> Profile:
     """NA, FA, FE, TA, FMIA and AUC, as far as the splits allow.
 
     Args:
-        splits: Outputs of one model; the membership attack needs "forget" and "test". "triggered" and "domain" are for
-            corrections.
+        splits: Outputs of one model; the membership attack needs "forget" and "test". "triggered", "noisy" and
+            "domain" are for corrections.
         seed: Of the membership attack, and of which test records are matched to the removed ones.
         full: Also the second group: the attack's true positives at low false-positive rates, losses against those of
             test records of the same classes, calibration.
