@@ -94,7 +94,16 @@ def test_a_method_that_breaks_down_is_a_fact_and_not_a_row_and_the_run_says_so(t
     for command in ("run", "table"):
         assert main(["bench", command, str(tmp_path / "mine.py"), "--seeds", "2", "--out", str(tmp_path)]) == 0
         said = capsys.readouterr().out
-        assert "no rows of ssd on random 10 %, seed 0, 1: the loss became nan in epoch 1\n" in said
+        assert "ssd on random 10 %, seed 0, 1: no rows: the loss became nan in epoch 1\n" in said
+
+
+def test_a_run_says_whose_model_is_destroyed(tmp_path):
+    far = Contender(name="too far", entry="reload", settings=(("priming_lr", 1e9),), tuned=False)
+    folder = run(tiny(contenders=(far,)), tmp_path)
+    assert "too far" in {row.method for row in read_rows(folder / "rows.csv")}
+    store = Store(tmp_path)
+    done = experiments.evaluated(tiny(contenders=(far,)), [0], store)
+    assert experiments.failures(done, store) == ["too far on random 10 %, seed 0: the model is destroyed"]
 
 
 def test_a_correction_is_judged_by_accuracies_with_and_without_the_trigger(tmp_path):

@@ -52,6 +52,7 @@ def test_the_figure_says_who_is_lowest_and_has_a_band_for_the_noise_floor():
 def test_there_is_a_frontier_only_where_methods_come_in_several_settings():
     assert drawable(summaries()) == ["FSKL"]
     assert drawable(s for s in summaries() if "," not in s.method) == []
+    assert drawable(s for s in summaries() if s.method != "reload, 3 epochs") == []  # two are no grid
 
 
 def test_a_metric_that_nobody_has_is_refused():

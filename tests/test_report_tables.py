@@ -158,7 +158,12 @@ def test_two_values_for_a_seed_and_an_unknown_scenario_are_refused():
 
 def test_numbers_have_the_decimals_of_their_unit():
     cases = {(12.345, "%"): "12.35", (100.0, "%"): "100.00", (0.12345, "nats"): "0.123", (623.8, "nats"): "624"}
-    cases |= {(0.0001, "ratio"): "<0.001", (0.0, "ratio"): "0.000", (math.nan, "nats"): "nan"}
+    cases |= {
+        (0.0001, "ratio"): "<0.001",
+        (0.0, "ratio"): "0.000",
+        (math.nan, "nats"): "nan",
+        (1.65e13, "nats"): "1.65e+13",
+    }
     assert {case: number(*case) for case in cases} == cases
     assert math.isnan(summarise([row("reload", s, "FE", math.inf, "nats") for s in (0, 1)])[0].sd)
 

@@ -25,6 +25,7 @@ from expunge.bench.steps import TRIALS
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Family, Task, located, note_of
 from expunge.errors import ConfigError, ExpungeError
+from expunge.methods.guard import DESTROYED
 from expunge.provenance import environment
 from expunge.rows import Row, read_rows, write_csv, write_rows
 from expunge.setup import run_python
@@ -222,16 +223,17 @@ def rows_of(experiment: Experiment, done: Iterable[Stage], store: Store, note: s
 
 
 def failures(done: Iterable[Stage], store: Store) -> list[str]:
-    """Who broke down and has no rows, where, and with what; a line each."""
+    """Who broke down and has no rows, and who destroyed the model: where, and with what; a line each."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for stage in done:
         with (store.folder(stage) / "facts.csv").open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
-                if line["fact"] == "failed":
-                    found.setdefault((line["method"], line["scenario"], line["value"]), []).append(line["seed"])
+                broken = line["fact"] == "failed"
+                said = f"no rows: {line['value']}" if broken else DESTROYED
+                if broken or DESTROYED in line["value"]:
+                    found.setdefault((line["method"], line["scenario"], said), []).append(line["seed"])
     return [
-        f"no rows of {method} on {scenario}, seed {', '.join(seeds)}: {why}"
-        for (method, scenario, why), seeds in found.items()
+        f"{method} on {scenario}, seed {', '.join(seeds)}: {said}" for (method, scenario, said), seeds in found.items()
     ]
 
 

@@ -13,6 +13,7 @@ from expunge.trace import Trace
 from expunge.training import StopRule, mean_loss
 
 SLOWER = "Lower the learning rate, or raise loss_bound if the loss is that large by nature."
+DESTROYED = "the model is destroyed"
 LESS_ASCENT = "Lower the learning rate of the ascent for a finer end."
 
 
@@ -114,7 +115,7 @@ def note_what_was_lost(before: nn.Module, after: nn.Module, given: Blind, trace:
         return
     went += f", and an untrained model has {untrained:.3g}"
     if not now < 0.9 * untrained:
-        trace.warn(f"{went}: the model is destroyed. Choose weaker settings, or fewer steps.")
+        trace.warn(f"{went}: {DESTROYED}. Choose weaker settings, or fewer steps.")
     elif now - was >= 0.1 * (untrained - was):
         trace.warn(
             f"{went}: {(now - was) / (untrained - was):.0%} of what training had gained there is lost. Fine-tune for "

@@ -1,5 +1,6 @@
 """Quality against cost: what each kind of method reaches for what it spends, with the noise floor as a band."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,17 @@ from expunge.report.svg import FORGET, INK, RETAIN, RULE, TEST, Axes, Figure, Lo
 COST = "Work"  # what does not depend on how busy the machine was
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _STYLES = [(colour, line) for line in _LINES for colour in (INK, FORGET, TEST, RETAIN)]
+SEVERAL = 3  # settings of a kind that make a grid
 Point = tuple[float, float, str]  # cost, distance, name of the contender
 
 
 def drawable(summaries: Iterable[Summary]) -> list[str]:
-    """The distances that there is a frontier of; none unless methods come in several settings."""
-    metrics = {s.metric for s in summaries if "," in s.method}
+    """The distances that there is a frontier of; none unless a kind of method comes in several settings."""
+    points = {(s.method, s.metric) for s in summaries if "," in s.method}
+    kinds = Counter(method.partition(",")[0] for method in {method for method, _ in points})
+    if max(kinds.values(), default=0) < SEVERAL:
+        return []
+    metrics = {metric for _, metric in points}
     return [metric for metric in ("FSKL", "ΔFE", "NSKL") if {metric, COST} <= metrics]
 
 

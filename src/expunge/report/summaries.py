@@ -19,7 +19,8 @@ LABELS = {
     "reload": "RELOAD",
     "gradient-ascent": "gradient ascent",
 }
-_MOST = {"%": 100.0, "fraction": 1.0}
+_MOST = {"%": 100.0, "points": 100.0, "fraction": 1.0}
+LARGE = 1e6  # from here on numbers have an exponent
 _DECIMALS = {"%": 2, "points": 2, "s": 1}  # 3 for every other unit
 
 
@@ -123,6 +124,8 @@ def label(method: str) -> str:
 
 def number(value: float, unit: str) -> str:
     """A number with the decimals of its unit; fewer for large ones, and small ones do not pass for zero."""
+    if abs(value) >= LARGE:
+        return f"{value:.3g}"
     decimals = _DECIMALS.get(unit, 3) if abs(value) < 100 or unit == "%" else 0
     least = 10.0**-decimals
     return f"<{least:.{decimals}f}" if 0 < value < least / 2 else f"{value:.{decimals}f}"

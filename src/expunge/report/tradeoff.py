@@ -55,13 +55,15 @@ def tradeoff(summaries: Iterable[Summary], scenario: str, subject: str) -> Drawi
     ]
     finding = f"{label(subject)}: {', '.join(values)}."
     height = max(3.2, 0.6 + 0.155 * len(methods))
+    sides = (" (left panel)", " (right panel, logarithmic)") if len(across) > 1 else ("", " (logarithmic)")
+    rightwards = [f"{'slower' if metric == 'Cost' else 'more accurate'}{sides[metric == 'Cost']}" for metric in across]
     return Drawing(
         heading,
         draw(f"tradeoff-{scenario}", f"{heading}. {finding}", (9.0, height), plot),
         finding,
         f"Each dot is a method, mean over repetitions, with its number from the list. Upwards: the {definition.name} "
-        "to the retrained model. Low is closer to retraining, and right is more accurate (left panel) or slower "
-        "(right panel, logarithmic). Dashed: the noise floor, and the accuracy of the retrained model.",
+        f"to the retrained model. Low is closer to retraining, and right is {' or '.join(rightwards)}. Dashed: the "
+        "noise floor, and the accuracy of the retrained model.",
     )
 
 
