@@ -190,7 +190,7 @@ def test_a_cache_of_lower_precision_raises_the_floor():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"step": math.nan}, "step=nan: must be a positive share"),
+        ({"step": math.nan}, "step=nan: must be a share of the norm"),
         ({"rounds": 0}, "rounds=0: must be a whole number, at least 1"),
         ({"rounds": 2, "fine_tune": ONCE}, "fine_tune.epochs=1, rounds=2: an ascent without an epoch"),
     ],

@@ -158,7 +158,7 @@ def test_regression_is_curved_as_its_inputs_and_errors_are():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"step": 0.0}, "step=0.0: must be a positive share"),
+        ({"step": 0.0}, "step=0.0: must be a share of the norm"),
         ({"rounds": 4, "fine_tune": ONCE}, "fine_tune.epochs=1, rounds=4: an ascent without an epoch"),
         ({"damping": 0.0}, "damping=0.0: must be a positive number"),
         ({"damping": float("inf")}, "damping=inf"),

@@ -173,8 +173,8 @@ def test_of_a_cache_with_groups_only_the_touched_ones_are_computed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"step": 0.0}, "step=0.0: must be a positive share"),
-        ({"step": float("inf")}, "step=inf"),
+        ({"step": 0.0}, "step=0.0: must be a share of the norm of the weights, above 0 and below 1"),
+        ({"step": 1.0}, "step=1.0: must be a share"),
         ({"rounds": 0}, "rounds=0: must be a whole number, at least 1"),
         ({"rounds": 1.5}, "rounds=1.5: must be a whole number"),
         ({"direction": "up"}, "direction='up': choose from orthogonal, difference, reversed, random"),

@@ -1,6 +1,5 @@
 """Ascents along one direction and fine-tuning, in turns; for methods that differ in the direction."""
 
-import math
 from dataclasses import replace
 from typing import Protocol
 
@@ -45,8 +44,8 @@ def require_turns(config: Turns) -> None:
         ConfigError: A step of no length, or rounds that are not so many epochs.
     """
     step, growth, rounds, fine_tune = config.step, config.growth, config.rounds, config.fine_tune
-    if not 0 < step < math.inf:
-        raise ConfigError(f"step={step}: must be a positive share of the norm of the weights.")
+    if not 0 < step < 1:
+        raise ConfigError(f"step={step}: must be a share of the norm of the weights, above 0 and below 1.")
     if not 0 <= growth <= 1:
         raise ConfigError(f"growth={growth}: must be from 0, the same step whatever was removed, to 1.")
     if not isinstance(rounds, int) or rounds < 1:
