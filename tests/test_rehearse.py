@@ -169,6 +169,8 @@ def test_settings_that_do_not_hold_up_are_said_not_to(folder, monkeypatch, capsy
     out = capsys.readouterr().out
     assert "do NOT hold up: on the set that they were not tuned on, the settings that were given are better" in out
     assert "do NOT hold up: on the set that they were not tuned on, they are no better than not unlearning" in out
+    assert "reset_fraction=0.8 is at an end of what was searched, 0.05 to 0.8: a value beyond it may be better" in out
+    assert "fine_tune.lr=1e-05 is at" not in out  # outside of what is searched: a setting of one's own
     about = json.loads(Path("settings.json").read_text(encoding="utf-8"))["about"]
     assert about["holds up"] is False
     assert about["better than nothing"] is False

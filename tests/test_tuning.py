@@ -241,6 +241,15 @@ def test_a_space_knows_what_it_holds(values, inside, outside):
     assert not any(values.holds(value) for value in outside)
 
 
+def test_what_is_near_an_end_of_a_range_is_told():
+    wide = Range(0.01, 1.0, log=True)
+    assert [wide.near_an_end(value) for value in (0.0101, 0.0125, 0.013, 0.1, 0.75, 0.8, 1.0)] == [
+        True, True, False, False, False, True, True,
+    ]  # fmt: skip
+    assert not wide.near_an_end(2.0)  # none of them
+    assert not Range(1, 3).near_an_end(3)
+
+
 def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="trials=0: tuning needs at least one"):
         searched(tmp_path / "j", trials=0)

@@ -32,6 +32,13 @@ class Range:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and self.low <= value <= self.high and (isinstance(value, int) or not self.whole)
 
+    def near_an_end(self, value: float) -> bool:
+        """Whether it is among the twentieth of them next to either bound; of whole numbers there are too few."""
+        if self.whole or not self.holds(value):
+            return False
+        low, high, here = (math.log(each) if self.log else each for each in (self.low, self.high, value))
+        return not 0.05 < (here - low) / (high - low) < 0.95
+
     @property
     def whole(self) -> bool:
         """Whether these are whole numbers."""

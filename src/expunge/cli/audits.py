@@ -9,6 +9,7 @@ from torch import nn
 
 from expunge import cache as cache_file
 from expunge.batches import Batches
+from expunge.bench import evaluation
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.cli.own_model import trained_model
@@ -143,6 +144,8 @@ def audit_residual(
     """
     from expunge.audit import residual
 
+    for path in retrained:
+        evaluation.require_retrained(path)
     loaded = load_setup(setup)
     forget, test, triggered = (_split(loaded, name) for name in ("forget", "test", "triggered"))
     if forget is None and triggered is None:

@@ -169,7 +169,7 @@ def rehearse(
         result = about | after | {"removed": dict(stage.removed.most_common())} | result
         print(printing.as_json(result))
         return
-    rehearsed.show(stage, found, scores, kept)
+    rehearsed.show(stage, row.space, found, scores, kept)
     print(f"settings: {out}")
     if not all(rehearsed.verdicts(scores).values()):
         print("This unlearns with them all the same, and warns:")

@@ -14,6 +14,7 @@ from expunge.bench.rehearsal import Problem, Rehearsal
 from expunge.bench.tuning import Trial
 from expunge.cli import printing
 from expunge.errors import NotFinite
+from expunge.space import Range, Space
 
 NOTHING, GIVEN, CHOSEN = "no unlearning", "settings as given", "settings chosen"
 SHOWN = 10  # trials in the table, classes in a line
@@ -95,7 +96,7 @@ def verdicts(scores: Confirmed) -> dict[str, bool]:
     return {"holds up": best <= given, "better than nothing": best < nothing}
 
 
-def show(stage: Stage, found: Sequence[Trial], scores: Confirmed, journal: Path) -> None:
+def show(stage: Stage, space: Space, found: Sequence[Trial], scores: Confirmed, journal: Path) -> None:
     """Print the best trials, the scores of the chosen settings, and what stands against them."""
     from rich.table import Table
 
@@ -126,6 +127,13 @@ def show(stage: Stage, found: Sequence[Trial], scores: Confirmed, journal: Path)
     lost = scores[CHOSEN]["tuned on"].lost
     if lost > 100 * stage.may_lose:
         print(f"All settings lose too much of what is left, these {lost:.1f} points. --may-lose is {stage.may_lose:g}.")
+    for name, value in found[0].settings.items():
+        searched = space[name]
+        if isinstance(searched, Range) and searched.near_an_end(value):
+            print(
+                f"{name}={value:g} is at an end of what was searched, {searched.low:g} to {searched.high:g}: a value "
+                "beyond it may be better. Try some by name."
+            )
     cures = {
         "holds up": "Rehearse with more --sets, or keep those.",
         "better than nothing": "Give more epochs or trials, another optimizer, or retrain from what is left.",
