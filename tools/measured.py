@@ -306,6 +306,9 @@ FINDINGS: dict[str, Finding] = {
     "natural-backdoor": Finding(
         "natural", (), ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work", "Cost"), scenario="backdoor"
     ),
+    **{f"grid-{kind}": Finding(
+        "grid", (), ("NA", "TA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"), scenario=kind,
+    ) for kind in ("class", "neighbours")},
     **{f"labels-{kind}": Finding(
         "labels", (), ("NA", "TA", "Accuracy on corrected", "FSKL", "NSKL", "Work", "Cost"), scenario=kind,
     ) for kind in ("random", "flipped")},
