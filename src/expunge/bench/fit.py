@@ -42,15 +42,14 @@ def require_fit(task: Task, folder: Path | None) -> None:
 def _require_some(task: Task, count: int, classes: int) -> None:
     """Refuse a scenario that takes none or all of the training images."""
     scenario = task.scenario
-    if scenario.kind in ("random", "neighbours", "sequence", "random-labels", "noise"):
+    if scenario.of_all:
         each = round(scenario.amount * count)
         if not 0 < each * scenario.round < count:
             raise ConfigError(
                 f"amount={scenario.amount} is {each} of {count} training images at a time: it must take some and leave "
                 "some."
             )
-        known = round(scenario.gamma * each)
-        if known == 0:
+        if round(scenario.gamma * each) == 0:
             raise ConfigError(
                 f"gamma={scenario.gamma} of {each} faults is none, and some must be known. Raise gamma or amount."
             )

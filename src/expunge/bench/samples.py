@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from expunge.batches import Examples
-from expunge.bench.records import records_of
+from expunge.bench.records import Bounds, records_of
 from expunge.bench.stages import Stage
 from expunge.bench.store import Store
 from expunge.files import save_tensors
@@ -47,6 +47,6 @@ def _kept(folder: Path) -> set[str]:
         return {name.rpartition("/")[0] for name in file.keys()}  # noqa: SIM118 it is no dictionary
 
 
-def _bytes(data: Examples, bounds: tuple[Tensor, Tensor]) -> Tensor:
+def _bytes(data: Examples, bounds: Bounds) -> Tensor:
     black, white = bounds
     return ((data.tensors[0] - black) / (white - black)).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -26,14 +26,7 @@ Kind = Literal[
 Family = Literal["removal", "class-removal", "label-correction", "input-correction"]  # what methods may be unfit for
 _PATTERNS: tuple[Kind, ...] = ("cross-backdoor", "distributed-backdoor", "feature-backdoor")
 _FAULTS: tuple[Kind, ...] = (*_PATTERNS, "flipped-labels", "random-labels", "noise")
-_SHARES: dict[Kind, str] = {  # kinds whose amount is one, and of what
-    "random": "the training images",
-    "neighbours": "the training images",
-    "sequence": "the training images",
-    "flipped-labels": "the images of these classes",
-    "random-labels": "the training images",
-    "noise": "the training images",
-}
+_OF_ALL: tuple[Kind, ...] = ("random", "neighbours", "sequence", "random-labels", "noise")
 NOTE = "NOTE"  # a text file beside the data that says in what it differs from the official files
 
 
@@ -59,7 +52,7 @@ class Scenario:
             require(isinstance(getattr(self, name), int | float), name, getattr(self, name), "give a number")
         require(is_whole(self.round, 1), "round", self.round, "count deletions from 1")
         taken = {
-            "amount": self.kind in _SHARES or self.kind == "in-class",
+            "amount": self.of_all or self.kind in ("flipped-labels", "in-class"),
             "classes": self.kind in _PATTERNS,
             "pairs": self.kind == "flipped-labels",
             "gamma": self.corrects,
@@ -81,8 +74,9 @@ class Scenario:
 
     def _require_amount(self) -> None:
         kind, amount = self.kind, self.amount
-        if kind in _SHARES:
-            require(0 < amount < 1, "amount", amount, f"{kind} takes a share of {_SHARES[kind]}, above 0 and below 1")
+        if self.of_all or kind == "flipped-labels":
+            whole = "the training images" if self.of_all else "the images of these classes"
+            require(0 < amount < 1, "amount", amount, f"{kind} takes a share of {whole}, above 0 and below 1")
         elif kind == "in-class":
             fine = 0 < amount < 1 or (amount >= 1 and float(amount).is_integer())
             require(fine, "amount", amount, "of a class it is how many images, a whole number, or a share below 1")
@@ -122,6 +116,11 @@ class Scenario:
     def corrects(self) -> bool:
         """Whether what is judged is a correction; else records are removed."""
         return self.kind in _FAULTS
+
+    @property
+    def of_all(self) -> bool:
+        """Whether the amount is a share of all training images."""
+        return self.kind in _OF_ALL
 
     @property
     def on_inputs(self) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from expunge.errors import ConfigError
 from expunge.rows import Row, read_rows
@@ -107,21 +109,11 @@ def read_run(folder: Path | str) -> Run:
         losses=_optional(folder / "losses.csv", Loss),
         facts=_optional(folder / "facts.csv", Fact),
         trace=read_json(folder / "trace.json") if (folder / "trace.json").exists() else {},
-        samples=_checked(folder / SAMPLES, _tensors) if (folder / SAMPLES).exists() else {},
+        samples=_checked(folder / SAMPLES, load_file) if (folder / SAMPLES).exists() else {},
     )
     if not any(row.source == "measured" for row in run.rows):
         raise ConfigError(f"{folder / 'rows.csv'} holds no measured row: there is nothing to report. Finish the run.")
     return run
-
-
-def _tensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
 
 
 def _optional(path: Path, line: type[T]) -> list[T]:
@@ -138,7 +130,7 @@ def _checked(path: Path, read: Callable[[Path], T]) -> T:
         ) from error
     except ConfigError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read: {error}. Run again to write it anew.") from error
 
 
