@@ -7,6 +7,7 @@ import re
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 from scipy import stats as scipy_stats
@@ -84,11 +85,20 @@ def test_beyond_is_the_t_test_of_scipy_turned_round():
     found = {(s.method, s.metric): s for s in summarise(clear_rows())}
     nearly = replace(found["fine-tune", "NSKL"], values=tuple(0.062 + 0.01 * (k % 4) for k in range(8)))
     delta = stats.floor_margin(found["retrain again", "NSKL"].values, shape="divergence").delta
-    p = scipy_stats.ttest_1samp(nearly.values, delta, alternative="greater").pvalue
+    p = scipy_stats.ttest_1samp(np.log(nearly.values), math.log(delta), alternative="greater").pvalue
     for factor, state in ((1, "beyond"), (math.ceil(0.05 / p) + 1, "open")):  # as many equal tests are corrected for
         many = [replace(nearly, method=f"m{number}") for number in range(factor)]
         judged = verdicts([found["retrain again", "NSKL"], *many])
         assert {verdict.state for verdict in judged.values()} == {state}
+
+
+def test_a_destroyed_model_is_beyond_however_its_divergences_spread():
+    floor = next(s for s in summarise(clear_rows()) if (s.method, s.metric) == ("retrain again", "NSKL"))
+    wreck = replace(floor, method="wreck", values=tuple(10.0**k for k in range(8)))
+    assert scipy_stats.ttest_1samp(wreck.values, 0.1, alternative="greater").pvalue > 0.05  # of the values as they are
+    assert verdicts([floor, wreck])["wreck", "NSKL"].state == "beyond"
+    once_equal = replace(wreck, values=(0.0, *wreck.values[1:]))  # 0 has no logarithm
+    assert verdicts([floor, once_equal])["wreck", "NSKL"].state == "open"
 
 
 def test_a_metric_on_which_the_original_is_as_close_is_named():

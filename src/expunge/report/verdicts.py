@@ -37,8 +37,10 @@ def verdicts(summaries: Iterable[Summary]) -> dict[tuple[str, str], Verdict]:
 
     δ is the 95 % quantile of the noise floor (`stats.floor_margin`). "Within" is the outcome of a test of equivalence:
     of the signed differences to the retrained models where a metric is a difference (Δ…), of the distances themselves
-    where it is a divergence. "Beyond" is the same t-test turned round. Both families are corrected by Holm's method
-    over all the distances given, so give those of one table, and the values that they are differences of.
+    where it is a divergence. "Beyond" is the same t-test turned round, of a divergence on a log scale: its spread
+    grows with its size, and one that is ten to a thousand times δ would pass for undecided. (The mean of logarithms
+    lies below the logarithm of the mean, so what is beyond there is beyond.) Both families are corrected by Holm's
+    method over all the distances given, so give those of one table, and the values that they are differences of.
 
     None is given for fewer than two repetitions, without two distances between retrained models, if these are all 0,
     and for values that are not finite.
@@ -53,7 +55,11 @@ def verdicts(summaries: Iterable[Summary]) -> dict[tuple[str, str], Verdict]:
             shape: Literal["gap", "divergence"] = "gap" if metric.startswith("Δ") else "divergence"
             margin = floor_margin(floor.values, shape=shape).delta
             if margin > 0:
-                tested[method, metric] = _test(_signed(found, method, metric), np.array(summary.values), margin)
+                values = np.array(summary.values)
+                if shape == "divergence":
+                    tested[method, metric] = margin, *_test_divergence(values, margin)
+                else:
+                    tested[method, metric] = margin, *_test_gap(_signed(found, method, metric), values, margin)
     near = holm([near for _, near, _ in tested.values()])
     far = holm([far for *_, far in tested.values()])
     return {
@@ -95,11 +101,21 @@ def _signed(
     return signed if len(signed) == found[method, metric].n else None
 
 
-def _test(
+def _test_gap(
     signed: Float[np.ndarray, " repetitions"] | None, distances: Float[np.ndarray, " repetitions"], margin: float
-) -> tuple[float, float, float]:
-    """δ, p of "at δ or further", p of "at δ or nearer"."""
-    near = equivalence(signed, margin) if signed is not None else non_inferiority(distances, margin)
-    values = distances if signed is None else signed * (1 if signed.mean() >= 0 else -1)
+) -> tuple[float, float]:
+    """P of "at δ or further", p of "at δ or nearer"."""
+    if signed is None:
+        return non_inferiority(distances, margin).p, _beyond(distances, margin)
+    return equivalence(signed, margin).p, _beyond(signed * (1 if signed.mean() >= 0 else -1), margin)
+
+
+def _test_divergence(distances: Float[np.ndarray, " repetitions"], margin: float) -> tuple[float, float]:
+    """The same."""
+    near = non_inferiority(distances, margin).p
+    return near, _beyond(np.log(distances), float(np.log(margin))) if distances.all() else _beyond(distances, margin)
+
+
+def _beyond(values: Float[np.ndarray, " repetitions"], margin: float) -> float:
     over = paired(values, np.full_like(values, margin))
-    return margin, near.p, over.p / 2 if over.difference > 0 else 1 - over.p / 2
+    return over.p / 2 if over.difference > 0 else 1 - over.p / 2
