@@ -67,6 +67,13 @@ def test_a_class_is_removed_as_a_whole_or_in_part_and_attacked_with_unseen_recor
     assert 3 in part.parts["test"].tensors[1]
 
 
+def test_a_class_that_is_named_is_removed_whatever_the_seed():
+    for scenario in (Scenario(kind="class", classes=(7,)), Scenario(kind="in-class", amount=2, classes=(7,))):
+        for seed in (3, 4):
+            assert set(of(scenario, seed).forget.tensors[1].tolist()) == {7}
+    assert Scenario(kind="in-class", amount=2, classes=(7,)).name == "in-class 2, class 7"  # a table of several
+
+
 def test_neighbours_are_nearer_to_each_other_than_records_at_random():
     def spread(records: Records) -> float:
         inputs = records.forget.tensors[0].flatten(1)

@@ -75,6 +75,8 @@ def test_a_mistake_in_an_experiment_file_is_said_in_one_line(tmp_path, capsys):
         ({"kind": "cross-backdoor", "classes": (0,), "amount": 0.1}, "amount=0.1: cross-backdoor has none"),
         ({"kind": "cross-backdoor", "classes": (0,), "gamma": 0}, "gamma=0: choose a share above 0, up to 1"),
         ({"kind": "cross-backdoor", "classes": (0,), "known_are": "gone"}, "known_are='gone': choose from corrected"),
+        ({"kind": "class", "classes": (0, 1)}, r"classes=\(0, 1\): name one, as \(3,\), or leave it to the seed"),
+        ({"kind": "in-class", "amount": 5, "classes": 3}, r"classes=3: name one, as \(3,\)"),
         ({"kind": "class", "amount": 0.1}, "amount=0.1: class has none. Leave it out"),
         ({"kind": "flipped-labels", "amount": 0.2}, r"pairs=\(\): name classes two by two, as \(\(0, 2\), \(3, 5\)\)"),
         ({"kind": "flipped-labels", "amount": 0.2, "pairs": (0, 2)}, r"pairs=\(0, 2\): name classes two by two"),
@@ -209,6 +211,7 @@ def test_an_experiment_that_cannot_be_is_refused(values, message):
             {"scenario": Scenario(kind="feature-backdoor", classes=tuple(range(10)), known_are="removed")},
             "classes=.*: all images have the pattern, and removing them leaves none",
         ),
+        ({"scenario": Scenario(kind="class", classes=(10,))}, r"classes=\(10,\): digits has classes 0 to 9"),
         ({"scenario": Scenario(kind="noise", amount=0.99)}, "amount=0.99 is 40 of 40 training images at a time"),
         (
             {"scenario": Scenario(kind="cross-backdoor", classes=(0, 10))},

@@ -69,7 +69,7 @@ def _require_some(task: Task, count: int, classes: int) -> None:
         )
     if len(scenario.classes) == classes and scenario.known_are == "removed" and scenario.gamma == 1:
         raise ConfigError(f"classes={scenario.classes}: all images have the pattern, and removing them leaves none.")
-    if any(label >= classes for label in scenario.corrupted_classes):
+    if any(label >= classes for label in scenario.named_classes):
         name, value = ("pairs", scenario.pairs) if scenario.pairs else ("classes", scenario.classes)
         raise ConfigError(f"{name}={value}: {task.dataset} has classes 0 to {classes - 1}.")
 

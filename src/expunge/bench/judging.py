@@ -40,7 +40,7 @@ def metrics_of(scenario: Scenario) -> tuple[str, ...]:
     """The metrics that there are rows of: after a correction, or after a removal."""
     if scenario.corrects:
         with_fault = ("TA with noise" if scenario.kind == "noise" else "TA with trigger",) if scenario.on_inputs else ()
-        of_classes = ("Acc_corr",) if scenario.corrupted_classes else ()
+        of_classes = ("Acc_corr",) if scenario.named_classes else ()
         return (*_ALWAYS, *with_fault, *of_classes, "Accuracy on corrected")
     return (*_ALWAYS, *_OF_REMOVED, *(f"Δ{name}" for name in _OF_REMOVED))
 

@@ -78,7 +78,7 @@ def spare(task: Task, seed: int, folder: Path | None) -> Examples:
 
 
 def _removed(scenario: Scenario, seed: int, clean: Examples, test: Examples, classes: int, bounds: Bounds) -> Records:
-    """Of a class, which the seed says, unseen are test records of it; where all of it goes, the others are the test."""
+    """Of a class, unseen are test records of it; where all of it goes, the others are the test."""
     inputs, labels = clean.tensors
     unseen, whole = test, scenario.kind == "class"
     if scenario.kind == "random":
@@ -86,7 +86,7 @@ def _removed(scenario: Scenario, seed: int, clean: Examples, test: Examples, cla
     elif scenario.kind == "neighbours":
         gone = neighbour_removal(inputs, scenario.amount, seed)
     else:
-        label = seed % classes
+        label = scenario.named_classes[0] if scenario.named_classes else seed % classes
         gone = _of_class(scenario, labels, label, seed)
         alike = (test.tensors[1] == label).nonzero()[:, 0]
         if not len(alike):
@@ -144,8 +144,8 @@ def _corrected(scenario: Scenario, seed: int, clean: Examples, test: Examples, c
             Examples(faulty.on_test(part.tensors[0]), part.tensors[1])
             for part in (test, clean.only(retain.positions))  # noise on noise would be another
         )
-    if scenario.corrupted_classes:
-        of_these = torch.isin(test.tensors[1], torch.tensor(scenario.corrupted_classes))
+    if scenario.named_classes:
+        of_these = torch.isin(test.tensors[1], torch.tensor(scenario.named_classes))
         parts["domain"] = test.only(of_these.nonzero()[:, 0])
     return Records(
         classes=classes,

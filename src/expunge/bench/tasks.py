@@ -26,6 +26,7 @@ Kind = Literal[
 Family = Literal["removal", "class-removal", "label-correction", "input-correction"]  # what methods may be unfit for
 _PATTERNS: tuple[Kind, ...] = ("cross-backdoor", "distributed-backdoor", "feature-backdoor")
 _FAULTS: tuple[Kind, ...] = (*_PATTERNS, "flipped-labels", "random-labels", "noise")
+_OF_A_CLASS: tuple[Kind, ...] = ("in-class", "class")
 _OF_ALL: tuple[Kind, ...] = ("random", "neighbours", "sequence", "random-labels", "noise")
 NOTE = "NOTE"  # a text file beside the data that says in what it differs from the official files
 
@@ -40,7 +41,7 @@ class Scenario:
 
     kind: Kind
     amount: float = 0.0  # a share of the training images, each time; of a class or pairs: of theirs, or how many
-    classes: tuple[int, ...] = ()  # backdoors: whose images have the pattern
+    classes: tuple[int, ...] = ()  # backdoors: whose images have the pattern; of a class: which, or the seed says
     pairs: tuple[tuple[int, int], ...] = ()  # flipped labels: classes that are taken for each other
     gamma: float = 1.0  # corrections: share of the faults that are known
     known_are: Literal["corrected", "removed"] = "corrected"  # corrections: what becomes of known faults
@@ -53,7 +54,7 @@ class Scenario:
         require(is_whole(self.round, 1), "round", self.round, "count deletions from 1")
         taken = {
             "amount": self.of_all or self.kind in ("flipped-labels", "in-class"),
-            "classes": self.kind in _PATTERNS,
+            "classes": self.kind in (*_PATTERNS, *_OF_A_CLASS),
             "pairs": self.kind == "flipped-labels",
             "gamma": self.corrects,
             "known_are": self.corrects,
@@ -64,7 +65,7 @@ class Scenario:
             if not taken.get(each.name, True):
                 require(value == each.default, each.name, value, f"{self.kind} has none. Leave it out")
         self._require_amount()
-        if taken["classes"]:
+        if self.classes or self.kind in _PATTERNS:
             self._require_classes()
         if taken["pairs"]:
             self._require_pairs()
@@ -89,6 +90,9 @@ class Scenario:
     def _require_classes(self) -> None:
         classes = self.classes
         fine = isinstance(classes, tuple) and all(is_whole(each, 0) for each in classes)
+        if self.kind in _OF_A_CLASS:
+            require(fine and len(classes) == 1, "classes", classes, "name one, as (3,), or leave it to the seed")
+            return
         require(fine and len(classes) > 0, "classes", classes, "name those whose images get the pattern, as (0, 1)")
         require(len(set(classes)) == len(classes), "classes", classes, "name every class once")
 
@@ -98,7 +102,7 @@ class Scenario:
             isinstance(pair, tuple) and len(pair) == 2 and all(is_whole(each, 0) for each in pair) for pair in pairs
         )
         require(fine and len(pairs) > 0, "pairs", pairs, "name classes two by two, as ((0, 2), (3, 5))")
-        named = self.corrupted_classes
+        named = self.named_classes
         require(len(set(named)) == len(named), "pairs", pairs, "name every class once")
 
     @property
@@ -108,7 +112,7 @@ class Scenario:
         if self.kind == "sequence":
             return f"deletion {self.round} of{size} each"
         if not self.corrects:
-            return f"{self.kind}{size}"
+            return f"{self.kind}{size}" + "".join(f", class {label}" for label in self.classes)
         known = "" if self.mended else f", {100 * self.gamma:g} % known"
         return f"{self.kind.replace('-', ' ')}{size} {self.known_are}{known}"
 
@@ -128,8 +132,8 @@ class Scenario:
         return self.kind in (*_PATTERNS, "noise")
 
     @property
-    def corrupted_classes(self) -> tuple[int, ...]:
-        """The classes that faults are in; none where they are anywhere."""
+    def named_classes(self) -> tuple[int, ...]:
+        """Those whose images have faults, or are removed; none where that is left to the seed, or to chance."""
         return self.classes or tuple(label for pair in self.pairs for label in pair)
 
     @property
