@@ -252,6 +252,8 @@ def test_how_much_was_removed_and_how_long_the_ascent_was_is_said(folder, capsys
     unlearned("natural-ascent", "--step", "0.125", out="n.safetensors")  # a tenth was removed
     said = capsys.readouterr().out
     assert "length of each ascent, 2 in turns with fine-tuning: 0.125 of the norm of the weights, for what was" in said
+    unlearned("natural-ascent", "--growth", "0", "--step", "0.125", out="same.safetensors")
+    assert "0.125 of the norm of the weights\n" in capsys.readouterr().out
 
 
 def test_many_files_of_a_cache_are_listed_as_a_pattern(folder, capsys):
