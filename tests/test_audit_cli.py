@@ -67,6 +67,7 @@ def folder(tmp_path, monkeypatch):
         ("blind", 1, ""),
         ("setup", 1, KNOWN + BACKDOOR),
         ("many", 40, KNOWN),
+        ("some", 40, ""),
         ("none", 0, ""),
     ):
         Path(f"{name}.py").write_text(SETUP.replace("REMOVED", str(removed)) + more, encoding="utf-8")
@@ -198,8 +199,14 @@ def test_a_preflight_says_go_with_care_for_one_record_and_ends_with_0(folder, ca
     out = " ".join(capsys.readouterr().out.split())
     assert "Go with care." in out
     assert "rehearse" in out
-    assert preflown("--json", setup="many.py") == 0
+    assert preflown("--json", setup="some.py") == 0
     assert json.loads(capsys.readouterr().out)["advice"] == "go"
+    assert (
+        preflown("--reset-fraction", "0", setup="many.py") == 0
+    )  # has test(), and labels by chance: nothing is learned
+    out = " ".join(capsys.readouterr().out.split())
+    assert "something to forget" in out
+    assert "stability" not in out
 
 
 @pytest.mark.parametrize(

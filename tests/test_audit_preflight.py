@@ -150,7 +150,30 @@ def test_corrected_records_are_no_matter_of_size():
     assert "corrected" in found.words
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, math.nan])
+def test_without_a_reset_its_choice_is_not_looked_at():
+    model, data, full = fitted()
+    loud = replace(full, noise={name: total.abs().mul(0.99).float() for name, total in full.total.items()})
+    left = data.without(torch.arange(40))
+    assert preflight(model, cross_entropy, left, loud).advice == "do not"
+    found = preflight(model, cross_entropy, left, loud, reset_fraction=0)
+    assert "stability of the choice" not in checks(found)
+    assert found.advice == "go with care"  # the error of the difference concerns every method
+
+
+def test_a_model_that_knows_its_own_records_no_better_than_others_has_little_to_forget():
+    model, data, full = fitted()
+    left, name = data.without(torch.arange(40)), "something to forget"
+    assert name not in checks(preflight(model, cross_entropy, left, full))
+    same = checks(preflight(model, cross_entropy, left, full, unseen=left))[name]
+    assert same.advice == "go with care"
+    assert "knows its own records hardly better than any others" in same.words
+    wrong = Examples(data.tensors[0], model(data.tensors[0]).argmin(1))
+    other = checks(preflight(model, cross_entropy, left, full, unseen=wrong))[name]
+    assert other.advice == "go"
+    assert other.numbers["loss_on_unseen"] > 1.1 * other.numbers["loss_on_what_is_left"]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, math.nan])
 def test_a_fraction_that_cannot_work_is_refused(fraction):
     model, data, full = fitted()
     with pytest.raises(ConfigError, match="reset_fraction"):

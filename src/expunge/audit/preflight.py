@@ -23,6 +23,7 @@ from expunge.methods.choice import decimal, smallest_share
 from expunge.methods.reload import automatic_eps
 from expunge.seeds import stream
 from expunge.selectors import knowledge_values
+from expunge.training import mean_loss
 
 Advice = Literal["go", "go with care", "do not"]
 ADVICE: tuple[Advice, ...] = ("do not", "go with care", "go")  # worst first
@@ -31,6 +32,7 @@ STABLE, UNSTABLE = 0.9, 0.5  # overlap of the reset set with itself under its ro
 COARSE = 2.0**-20  # storage roundoff above which stability says nothing of the truth, see docs/audits.md
 LEAST = 30  # removed terms from which on few can be computed back, see docs/audits.md
 DRAWS = 3
+MEMORISED = 0.1  # by how much more unseen records must lose than those that are left, as a share of their loss
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,13 @@ class Preflight:
 
 
 def preflight(
-    model: nn.Module, loss_terms: LossTerms, retain: Batches, full: Gradient, *, reset_fraction: float = 0.1
+    model: nn.Module,
+    loss_terms: LossTerms,
+    retain: Batches,
+    full: Gradient,
+    *,
+    unseen: Batches | None = None,
+    reset_fraction: float = 0.1,
 ) -> Preflight:
     """Look at the difference that an unlearning would start from.
 
@@ -73,24 +81,30 @@ def preflight(
         loss_terms: The loss of the cache.
         retain: What is left.
         full: The cached gradient.
-        reset_fraction: The share of entries that will be re-initialised.
+        unseen: Records like the training data that nothing was trained on: they tell whether there is anything to
+            forget.
+        reset_fraction: The share of entries that RELOAD will re-initialise; 0 for methods that re-initialise none,
+            and the choice of entries is not looked at.
 
     Raises:
-        ConfigError: A fraction outside (0, 1).
+        ConfigError: A fraction outside [0, 1).
         MismatchError: Cache, model and data do not belong together.
         NonDeterministicLoss: The probe of the gradient pass found a loss that does not repeat.
         NotInformative: Nothing was removed.
     """
-    if not 0 < reset_fraction < 1:
-        raise ConfigError(f"reset_fraction={reset_fraction}: must be between 0 and 1.")
+    if not 0 <= reset_fraction < 1:
+        raise ConfigError(f"reset_fraction={reset_fraction}: must be a share below 1, or 0 to re-initialise nothing.")
     removed = evidence(model, loss_terms, retain, full).removed
+    choice = [_stability(removed, full, reset_fraction)] if reset_fraction else []
+    gap = [] if unseen is None else [_memorised(*(mean_loss(model, data, loss_terms) for data in (retain, unseen)))]
     return Preflight(
         [
             Check("validity", "go", "The cache is undamaged and belongs to these weights, buffers and loss."),
             _alignment(full, retain),
             _error(removed),
             _seen(removed, reset_fraction),
-            _stability(removed, full, reset_fraction),
+            *choice,
+            *gap,
             _batch(removed),
         ]
     )
@@ -187,6 +201,18 @@ def _stability(removed: Gradient, full: Gradient, fraction: float) -> Check:
     else:
         words += {"go": ".", "go with care": ".", "do not": ": most of the choice is chance."}[advice]
     return Check("stability of the choice", advice, words, {"overlap": stable})
+
+
+def _memorised(left: float, unseen: float) -> Check:
+    numbers = {"loss_on_what_is_left": left, "loss_on_unseen": unseen}
+    words = f"The model loses {left:.3g} nats a term on what is left and {unseen:.3g} on test()"
+    if unseen > left + MEMORISED * abs(left):
+        return Check("something to forget", "go", f"{words}.", numbers)
+    words += (
+        ": it knows its own records hardly better than any others. There is little to forget, and an unlearning may do "
+        "more harm than good. Rehearse against retrained models (expunge rehearse --retrain 3)."
+    )
+    return Check("something to forget", "go with care", words, numbers)
 
 
 def _batch(removed: Gradient) -> Check:

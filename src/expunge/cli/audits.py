@@ -89,10 +89,10 @@ def audit_preflight(
     The removed records are not needed.
 
     Args:
-        setup: Python file with model(seed), loss_terms and retain().
+        setup: Python file with model(seed), loss_terms and retain(); test() where you have it.
         weights: The trained weights that the cache was made at.
         cache: The gradient cache.
-        reset_fraction: The share of entries that will be re-initialised.
+        reset_fraction: The share of entries that RELOAD will re-initialise; 0 for methods that re-initialise none.
         device: auto, cpu, cuda, cuda:1, …
         json: Print JSON.
     """
@@ -103,7 +103,9 @@ def audit_preflight(
     retain = loaded.data("retain")
     try:
         full = cache_file.load(cache, model, loaded.cached_terms)
-        result = preflight(model, loaded.cached_terms, retain, full, reset_fraction=reset_fraction)
+        result = preflight(
+            model, loaded.cached_terms, retain, full, unseen=_split(loaded, "test"), reset_fraction=reset_fraction
+        )
     except (CorruptCache, MismatchError, NonDeterministicLoss, NotFinite, NotInformative) as error:
         result = Preflight([Check("validity", "do not", str(error), {"error": type(error).__name__})])
     if json:
