@@ -101,6 +101,14 @@ def test_a_destroyed_model_is_beyond_however_its_divergences_spread():
     assert verdicts([floor, once_equal])["wreck", "NSKL"].state == "open"
 
 
+def test_differences_on_both_sides_of_retraining_are_not_beyond():
+    rows = [row("retrain again", seed, "ΔFA", 1.0 + seed % 2, "points") for seed in range(8)]
+    for seed, sign in enumerate((1, -1) * 4):
+        rows += [row("retrain", seed, "FA", 50.0, "%"), row("swings", seed, "FA", 50.0 + sign * (20 + seed), "%")]
+        rows += [row("swings", seed, "ΔFA", 20.0 + seed, "points")]
+    assert verdicts(summarise(rows))["swings", "ΔFA"].state == "open"  # every one is, and their mean is not
+
+
 def test_a_metric_on_which_the_original_is_as_close_is_named():
     (table, _) = tables(clear_rows(), "removal")
     assert "On NSKL even the original is within δ" in table.marked
