@@ -101,7 +101,8 @@ def test_a_scenario_that_cannot_be_is_refused(values, message):
             "dataset='cifar11': choose from digits, cifar10, cifar100, svhn, mnist, fashion-mnist",
         ),
         ({"model": "convnets"}, "model='convnets': choose from mlp, convnet"),
-        ({"model": "mlp", "settings": ()}, "model='mlp'.*An experiment gives classes and channels; .* takes widths"),
+        ({"model": "mlp", "settings": (("depth", 3),)}, "model='mlp'.*'depth'.* this model takes widths"),
+        ({"called": 3}, "called=3: write a name for tables, or leave it out"),
         (
             {"settings": (("widht", 8),)},
             "unexpected keyword argument 'widht'.* this model takes channels, classes, widths",
@@ -175,7 +176,7 @@ def test_an_effort_of_another_kind_is_refused(values, message):
         ({"name": "a/b"}, "name='a/b': a folder is called after it"),
         ({"tasks": DIGITS}, r"tasks: write a tuple of Task, with a comma after the last"),
         ({"tasks": ()}, r"tasks=\(\): there must be one"),
-        ({"tasks": (DIGITS, replace(DIGITS, train=50))}, "scenarios of the tasks: random 10 % would be there twice"),
+        ({"tasks": (DIGITS, replace(DIGITS, train=50))}, "tasks: random 10 % would be there twice. .* with called="),
         ({"contenders": list(TWO)}, "contenders: write a tuple of Contender"),
         ({"contenders": (Contender(name="x", entry="retrain"),)}, "entry='retrain': it is in every table anyway"),
         ({"shown": "ΔFE"}, "shown: write a tuple of str"),
@@ -222,6 +223,10 @@ def test_an_experiment_that_cannot_be_is_refused(values, message):
             r"pairs=\(\(0, 10\),\): digits has classes 0 to 9",
         ),
         ({"model": "vgg16", "settings": ()}, r"model='vgg16'.* does not work on images of \(1, 8, 8\)"),
+        (
+            {"model": "mlp", "settings": (("widths", (64, 3)),)},
+            r"model='mlp'.* does not work on images of .*gives \(2, 3\) for two images of 10 classes",
+        ),
         ({"settings": (("widths", (8,) * 5),)}, r"model='convnet'.* does not work on images of"),
     ],
 )

@@ -172,6 +172,21 @@ def test_deletions_in_a_row_start_from_what_the_one_before_left_and_cache_anew(t
         records_of(replace(DIGITS, scenario=Scenario(kind="sequence", amount=0.01)), 0, None)
 
 
+def test_one_experiment_has_several_networks_and_only_rows_depend_on_what_they_are_called(tmp_path):
+    mlp = replace(DIGITS, called="MLP", model="mlp", settings=(("widths", (64, 8, 10)),))
+    still = (Contender(name="fine-tune", entry="fine-tune", tuned=False),)
+    rows = read_rows(run(tiny(DIGITS, mlp, contenders=still), tmp_path) / "rows.csv")
+    assert {(row.scenario, row.model.split(", ")[2], row.run) for row in rows} == {
+        ("random 10 %", "convnet", "random 10 %/0"),
+        ("MLP", "mlp", "MLP/0"),
+    }
+    (one, *_), (other, *_) = (
+        tiny(replace(mlp, called=name), contenders=still).evaluations([0]) for name in ("MLP", "a")
+    )
+    assert one.key != other.key
+    assert {role: need.key for role, need in one.needs.items()} == {role: n.key for role, n in other.needs.items()}
+
+
 def test_a_setting_that_is_new_and_has_its_default_leaves_keys_as_they_are():
     @dataclass(frozen=True)
     class Old:

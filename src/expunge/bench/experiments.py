@@ -36,7 +36,7 @@ class Experiment:
     """What is compared, in which situations, and with what everyone may spend.
 
     Raises:
-        ConfigError: A value of another kind, two contenders or scenarios of the same name, or a metric that is not
+        ConfigError: A value of another kind, two contenders or tasks of the same name, or a metric that is not
             measured in these scenarios.
     """
 
@@ -59,7 +59,7 @@ class Experiment:
         require(len(self.tasks) > 0, "tasks", self.tasks, "there must be one")
         require(len(self.shown) > 0, "shown", self.shown, "there must be one metric in the table")
         _require_different("contenders", [*STANDARDS, *(each.name for each in self.contenders)])
-        _require_different("scenarios of the tasks", [task.scenario.name for task in self.tasks])
+        _require_different("tasks", [task.name for task in self.tasks])
         for contender in self.contenders:
             standard = contender.entry in STANDARDS
             require(not standard, "entry", contender.entry, "it is in every table anyway: leave the contender out")
@@ -133,8 +133,8 @@ def _require_different(what: str, names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
-            f"{what}: {', '.join(twice)} would be there twice. Give everyone a name of their own, and scenarios that "
-            "are called the same an experiment each."
+            f"{what}: {', '.join(twice)} would be there twice. Give everyone a name of their own, tasks of the same "
+            "scenario with called=…."
         )
 
 
@@ -268,7 +268,7 @@ def settings(experiment: Experiment, store: Store) -> dict[str, Any]:
             best = {"settings": tried["best"], "score": tried["trials"][0]["score"]}
             blind = "blind" if stage.contender.tuned == "blind" else ""
             own = ", ".join(filter(None, (stage.contender.entry, stage.contender.cached_loss, blind)))
-            found["settings"].setdefault(stage.task.scenario.name, {})[own] = best
+            found["settings"].setdefault(stage.task.name, {})[own] = best
     return found
 
 

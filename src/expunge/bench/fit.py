@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from expunge.bench.tasks import Task, images
+from expunge.bench.tasks import Task, images, sizes_of
 from expunge.data.digits import CLASSES, SIDE
 from expunge.errors import ConfigError
 from expunge.models import build
@@ -78,9 +78,11 @@ def _require_some(task: Task, count: int, classes: int) -> None:
 def _require_model(name: str, settings: tuple[tuple[str, Any], ...], classes: int, shape: tuple[int, ...]) -> None:
     """Refuse a model that cannot be built or does not take such images: on a CPU, with two of them."""
     try:
-        model = build(name, seed=0, classes=classes, channels=shape[0], **dict(settings)).eval()
+        model = build(name, seed=0, **sizes_of(name, classes, shape[0]), **dict(settings)).eval()
         with torch.no_grad():
-            model(torch.zeros(2, *shape))
+            logits = model(torch.zeros(2, *shape))
+        if logits.shape != (2, classes):
+            raise ValueError(f"it gives {tuple(logits.shape)} for two images of {classes} classes")
     except Exception as error:
         raise ConfigError(
             f"model={name!r}, settings={settings!r}: it does not work on images of {shape} (channels, height, width): "

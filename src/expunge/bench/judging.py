@@ -124,7 +124,7 @@ def write(
         caching: That of the cached gradient, if its cost is one of the method's.
     """
     assert stage.contender is not None
-    name, key = stage.contender.name, (stage.task.scenario.name, stage.contender.name, stage.seed)
+    name, key = stage.contender.name, (stage.task.name, stage.contender.name, stage.seed)
     rows: list[Row] = []
     if own is not None:
         parts = [done] if caching is None else [done, caching]
@@ -181,11 +181,11 @@ def _row(stage: Stage, each: Measured, seconds: float, blind: bool) -> Row:
     assert stage.contender is not None
     task, contender = stage.task, stage.contender
     return Row(
-        run=f"{task.scenario.name}/{stage.seed}",
+        run=f"{task.name}/{stage.seed}",
         experiment="",
         dataset=task.dataset,
         model=task.about,
-        scenario=task.scenario.name,
+        scenario=task.name,
         method=contender.name,
         blind=blind,
         seed=stage.seed,

@@ -23,7 +23,7 @@ def keep(stages: Iterable[Stage], store: Store, folder: Path) -> None:
     Tensors are named ``SCENARIO/forget``, what methods see that are not blind, and after a correction
     ``SCENARIO/corrected``: bytes (images, channels, height, width), with their class numbers in ``… labels``.
     """
-    first = {stage.task.scenario.name: stage for stage in reversed(list(stages))}
+    first = {stage.task.name: stage for stage in reversed(list(stages))}
     if first.keys() <= _kept(folder):
         return
     found: dict[str, Tensor] = {}

@@ -113,7 +113,7 @@ class Stage:
     def label(self) -> str:
         """For people."""
         who = self.contender.name if self.contender else str(self.number) if self.step in ("retrain", "outputs") else ""
-        return " ".join(each for each in (self.step, who, f"({self.task.scenario.name}, seed {self.seed})") if each)
+        return " ".join(each for each in (self.step, who, f"({self.task.name}, seed {self.seed})") if each)
 
     @property
     def needs(self) -> "dict[str, Stage]":
@@ -271,7 +271,7 @@ def _matters(stage: Stage) -> dict[str, Any]:
     if stage.step == "cache":
         other = stage.cached_loss != name_of(cross_entropy)
         return {"loss": stage.cached_loss} if other else {}  # all else follows from the original
-    task = _chosen(stage.task)
+    task = _chosen(replace(stage.task, called=""))
     if stage.step == "original":
         return {**task, "scenario": stage.task.scenario.before, "seed": stage.seed}
     if stage.step == "retrain" and stage.task.scenario.mended:
@@ -281,7 +281,7 @@ def _matters(stage: Stage) -> dict[str, Any]:
         return {**found, "number": stage.number}
     assert stage.contender is not None
     if stage.step == "evaluate":
-        return {**found, "contender": stage.contender.name}
+        return {**found, "task": _chosen(stage.task), "contender": stage.contender.name}
     assert stage.effort is not None
     code = {"method": _source(stage.contender.entry)}
     if stage.step == "tune":

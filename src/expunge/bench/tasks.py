@@ -174,6 +174,7 @@ class Task:
     threads: int = 1  # of torch: results depend on them
     device: str = "cpu"
     fingerprint: str = ""  # of the data: `located` fills it in
+    called: str = ""  # in tables, where one experiment has several of a scenario; by default as the scenario is
 
     def __post_init__(self) -> None:
         datasets = ("digits", *READERS)
@@ -195,6 +196,7 @@ class Task:
                 "the digits that are not trained on are the test images: leave it out",
             )
         require(is_whole(self.threads, 1), "threads", self.threads, "give 1 or more")
+        require(isinstance(self.called, str), "called", self.called, "write a name for tables, or leave it out")
         self._require_device()
         self._require_model()
 
@@ -209,12 +211,17 @@ class Task:
         require_settings(self.settings)
         signature = inspect.signature(MODELS[self.model])
         try:
-            signature.bind(classes=0, channels=0, **dict(self.settings))
+            signature.bind(**sizes_of(self.model, 0, 0), **dict(self.settings))
         except TypeError as error:
             raise ConfigError(
                 f"model={self.model!r}, settings={self.settings!r}: {error}. An experiment gives classes and channels; "
                 f"this model takes {', '.join(signature.parameters)}."
             ) from error
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        return self.called or self.scenario.name
 
     @property
     def about(self) -> str:
@@ -268,7 +275,14 @@ def images(task: Task, folder: Path | None) -> ImageData:
 
 def untrained(task: Task, classes: int, channels: int, seed: int) -> nn.Module:
     """A model of the task, on its device."""
-    return build(task.model, seed=seed, classes=classes, channels=channels, **dict(task.settings)).to(task.device)
+    sizes = sizes_of(task.model, classes, channels)
+    return build(task.model, seed=seed, **sizes, **dict(task.settings)).to(task.device)
+
+
+def sizes_of(model: str, classes: int, channels: int) -> dict[str, int]:
+    """What an experiment gives a model beside its settings: not an MLP, whose widths say all of it."""
+    taken = inspect.signature(MODELS[model]).parameters
+    return {name: size for name, size in (("classes", classes), ("channels", channels)) if name in taken}
 
 
 def seed_of(stage: str, seed: int, number: int = 1) -> int:
