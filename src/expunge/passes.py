@@ -45,19 +45,18 @@ class MicroBatches:
         Returns:
             How many, and what share of the magnitudes of all groups they make up: theirs here plus theirs there.
         """
-        at = torch.searchsorted(self.numbers, part.numbers).clamp(max=len(self.numbers) - 1)
-        if not torch.equal(self.numbers[at], part.numbers):
-            stranger = int(part.numbers[self.numbers[at] != part.numbers][0])
-            raise MismatchError(
-                f"the retain data has examples at positions {stranger * self.size} to "
-                f"{(stranger + 1) * self.size - 1}, where the cached data had none. Positions must be those of "
-                "the data that was cached: keep them with the records when others are deleted."
-            )
+        at = self._places(part)
         same = (self.counts[at] == part.counts) & (self.losses[at] == part.losses)
         same &= self.magnitudes[at] == part.magnitudes
         untouched, everything = float(part.magnitudes[same].sum()), float(self.magnitudes.sum())
         share = (everything + float(part.magnitudes.sum()) - 2 * untouched) / everything if everything else 0.0
         return len(self.numbers) - int(same.sum()), share
+
+    def losses_of_as_many(self, part: "MicroBatches") -> tuple[Tensor, Tensor]:
+        """The losses of the groups that have as many terms in the other pass, here and there."""
+        at = self._places(part)
+        as_many = self.counts[at] == part.counts
+        return self.losses[at][as_many], part.losses[as_many]
 
     def where(self, mask: Tensor) -> "MicroBatches":
         """Some of them."""
@@ -69,6 +68,18 @@ class MicroBatches:
         numbers, *more = (torch.cat(pair) for pair in pairs)
         order = numbers.argsort()
         return MicroBatches(self.size, numbers[order], *(column[order] for column in more))
+
+    def _places(self, part: "MicroBatches") -> Int[Tensor, " groups"]:
+        """Where the groups of the other pass are among these."""
+        at = torch.searchsorted(self.numbers, part.numbers).clamp(max=len(self.numbers) - 1)
+        if not torch.equal(self.numbers[at], part.numbers):
+            stranger = int(part.numbers[self.numbers[at] != part.numbers][0])
+            raise MismatchError(
+                f"the retain data has examples at positions {stranger * self.size} to "
+                f"{(stranger + 1) * self.size - 1}, where the cached data had none. Positions must be those of "
+                "the data that was cached: keep them with the records when others are deleted."
+            )
+        return at
 
     def _columns(self) -> tuple[Tensor, ...]:
         return self.numbers, self.counts, self.losses, self.magnitudes

@@ -28,6 +28,7 @@ class Evidence:
     retain: Batches
     removed: Gradient  # g_D - g_new
     logits: Logits = images_and_labels  # where logits and labels are in a batch
+    doubts: str = ""  # why that difference may be void
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +78,16 @@ def evidence(
         NotInformative: Nothing was removed: the retain data gives the cached gradient.
         MismatchError: Cache, model and data do not belong together.
     """
-    removed = full - second_pass(full, model, loss_terms, retain)[0]
+    left = second_pass(full, model, loss_terms, retain).gradient
+    removed = full - left
     if removed.count == 0 and not any(bool(mask.any()) for mask in removed.informative().values()):
         raise NotInformative(
             "nothing was removed since the cache was made: retain() has all of its terms, and the difference is zero. "
             "Delete records first, or rehearse with records you may keep: let retain() leave some out, and forget() "
             "return them."
         )
-    return Evidence(model=model, loss_terms=loss_terms, retain=retain, removed=removed, logits=logits)
+    doubts = full.doubts(left)
+    return Evidence(model=model, loss_terms=loss_terms, retain=retain, removed=removed, logits=logits, doubts=doubts)
 
 
 def worst(findings: list[Finding]) -> Verdict:

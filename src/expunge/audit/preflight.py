@@ -94,13 +94,14 @@ def preflight(
     """
     if not 0 <= reset_fraction < 1:
         raise ConfigError(f"reset_fraction={reset_fraction}: must be a share below 1, or 0 to re-initialise nothing.")
-    removed = evidence(model, loss_terms, retain, full).removed
+    has = evidence(model, loss_terms, retain, full)
+    removed = has.removed
     choice = [_stability(removed, full, reset_fraction)] if reset_fraction else []
     gap = [] if unseen is None else [_memorised(*(mean_loss(model, data, loss_terms) for data in (retain, unseen)))]
     return Preflight(
         [
             Check("validity", "go", "The cache is undamaged and belongs to these weights, buffers and loss."),
-            _alignment(full, retain),
+            _alignment(full, retain, removed, has.doubts),
             _error(removed),
             _seen(removed, reset_fraction),
             *choice,
@@ -145,7 +146,10 @@ def stability(removed: Gradient, full: Gradient, fraction: float, *, seed: int =
     return sum(found) / len(found)
 
 
-def _alignment(full: Gradient, retain: Batches) -> Check:
+def _alignment(full: Gradient, retain: Batches, removed: Gradient, doubts: str) -> Check:
+    if doubts:
+        advice: Advice = "do not" if removed.loss < 0 else "go with care"
+        return Check("alignment", advice, f"{doubts[0].upper()}{doubts[1:]}")
     if full.micro_batches is None:
         words = (
             "The cache was made of data without positions: untouched records do not cancel, and the difference is "
@@ -159,8 +163,8 @@ def _alignment(full: Gradient, retain: Batches) -> Check:
         )
         return Check("alignment", "go with care", words)
     words = (
-        "Cache and data have positions. Untouched records cancel exactly if they have kept theirs, which nothing here "
-        "can tell: positions counted anew show as a larger error of the difference."
+        "Cache and data have positions, and nothing shows that they are others than they were: untouched records then "
+        "cancel exactly."
     )
     return Check("alignment", "go", words)
 

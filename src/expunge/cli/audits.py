@@ -1,5 +1,6 @@
 """The audits: what a cache gives away, whether an unlearning can work, what a model still remembers."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,6 +58,8 @@ def audit_cache(
     model = trained_model(loaded, weights, device)
     full = cache_file.load(path, model, loaded.cached_terms)
     has = evidence(model, loaded.cached_terms, loaded.data("retain"), full, logits=loaded.logits)
+    if has.doubts:
+        warnings.warn(has.doubts, stacklevel=1)
     truth = Truth(
         forget=_split(loaded, "forget"), unseen=_split(loaded, "test"), candidates=_split(loaded, "candidates")
     )

@@ -26,6 +26,8 @@ def difference(model: nn.Module, given: Blind, trace: Trace) -> tuple[Gradient, 
     retain, computed, groups = second_pass(full, model, given.cached_terms, given.retain)
     removed = full - retain
     trace.backwarded += computed
+    if doubts := full.doubts(retain):
+        trace.warn(f"{trace.method}: {doubts}")
     marked = removed.informative()
     share = params.count(marked) / params.size(marked)
     trace.facts |= {
