@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from expunge import Examples, Recipe, cross_entropy, seeded, train
+from expunge.audit import residual
 from expunge.audit.quantise import quantised, rounded
 from expunge.audit.residual import RELEARN, Subject, membership, quantisation, relearning, trigger
 from expunge.data.digits import digits
 from expunge.errors import ConfigError
 from expunge.metrics.membership import loss_attack
 from expunge.metrics.outputs import outputs
+from expunge.metrics.relearning import Relearning
 from expunge.models.mlp import MLP
 
 COUNT, REMOVED = 120, 40
@@ -125,6 +127,16 @@ def test_relearning_says_when_it_cannot_tell():
     found = relearning(subject(trained(REMOVED, 2)), forget(), recipe=slow)
     assert found.verdict == "cannot tell"
     assert "No model has the original's loss back after 1 epochs, at learning rates up to 0.0001." in found.words
+
+
+def test_relearning_just_before_the_others_were_given_up_on_tells_nothing(monkeypatch):
+    ends = iter((43, None, None))  # epochs of the model in question and of the retrained ones, of 50 at most
+    monkeypatch.setattr(residual, "relearn_time", lambda *_, **__: Relearning(next(ends), (1.0,)))
+    said = relearning(subject(hidden(), (1, 2)), forget())
+    assert said.verdict == "cannot tell"
+    assert "back after 43 epochs; retrained models take more than 50. How many more was not tried" in said.words
+    ends = iter((40, None, None))
+    assert relearning(subject(hidden(), (1, 2)), forget()).verdict == "a trace was found"  # 40 is below 0.8 of any
 
 
 def test_relearning_that_takes_too_long_is_tried_with_larger_learning_rates():

@@ -123,6 +123,7 @@ def test_the_classes_of_what_was_removed_come_from_the_gradients():
             r"labels from -100 to -98: there are classes 0 to 2\.",
         ),
         (lambda m, b: (m(b[0]), torch.zeros(54, 2)), r"labels of shape \(54, 2\)"),
+        (lambda m, b: (m(b[0]).repeat(2, 1), b[1].repeat(2)), r"108 labels of 54 records: .*; tokens are none"),
     ],
 )
 def test_records_without_a_class_number_each_are_refused(logits, message):
@@ -368,3 +369,5 @@ def test_a_class_without_unseen_records_is_named():
     lacking = Seen(one.left, one.forget, outputs_of([[0.0, 0.0, 0.0]], [0]))
     with pytest.raises(ConfigError, match=r"test\(\) has no record of class 1"):
         closeness.against_unseen([lacking], [lacking])
+    with pytest.raises(ConfigError, match=r"test\(\) has no record of class 1"):
+        closeness.to_forget([lacking])  # asked before the search

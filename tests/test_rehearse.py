@@ -358,6 +358,23 @@ def test_a_cache_from_which_nothing_was_removed_does_not_say_how_many(folder, ca
     assert "Or the cache was made after the deletion: no blind method can use it, nor settings for one" in said
 
 
+def test_terms_of_a_loss_are_counted_in_records_and_labels_are_one_a_record(folder, capsys):
+    edited(
+        "def test():",
+        "def loss_terms(model, batch):\n    return cross_entropy(model, batch).repeat(2)\n\ndef test():",
+    )
+    Path("c.safetensors").unlink()
+    assert main(["cache", "setup.py", "--weights", "w.safetensors", "--out", "c.safetensors"]) == 0
+    assert rehearsed("--trials", "1", "--sets", "2") == 0
+    assert "2 pseudo-forget sets of 6 records" in capsys.readouterr().out  # and not 12, as the cache has terms
+    edited(
+        "def test():",
+        "def logits(model, batch):\n    return model(batch[0]).repeat(2, 1), batch[1].repeat(2)\n\ndef test():",
+    )
+    assert rehearsed("--trials", "1", "--sets", "2", "--replace") == 2
+    assert "logits() returned 108 labels for the 54 records of retain(), and a rehearsal" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", [("scrub",), ("retrain",)])
 def test_a_method_that_cannot_be_rehearsed_is_refused(method, folder, capsys):
     assert rehearsed(method=method) == 2

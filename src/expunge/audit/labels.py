@@ -16,7 +16,7 @@ from torch import Tensor
 from expunge import params
 from expunge.audit.finding import Evidence, Finding, Truth, Verdict
 from expunge.audit.layers import LIMIT, Layer
-from expunge.batches import Batches, map_tensors, micro_batches, to_device
+from expunge.batches import Batches, length_of, map_tensors, micro_batches, to_device
 from expunge.errors import MissingExtra, NotInformative, UnsupportedModule
 from expunge.gradient import gradient
 from expunge.metrics.outputs import Logits, outputs
@@ -171,7 +171,7 @@ def _by_class(evidence: Evidence, classes: int) -> tuple[list[list[object]], Ten
         for _, each in micro_batches(evidence.retain, 128)[1]:
             batch = to_device(each, device)
             logits, own = evidence.logits(evidence.model, batch)
-            _require_class_numbers(logits, own, classes)
+            _require_class_numbers(logits, own, classes, length_of(batch))
             for number in own.unique().tolist():
                 found = (own == number).nonzero().flatten()
                 seen[number] += len(found)
@@ -182,11 +182,15 @@ def _by_class(evidence: Evidence, classes: int) -> tuple[list[list[object]], Ten
     return groups, seen
 
 
-def _require_class_numbers(logits: Tensor, own: Tensor, classes: int) -> None:
+def _require_class_numbers(logits: Tensor, own: Tensor, classes: int, records: int | None) -> None:
     if logits.ndim != 2 or logits.shape[1] != classes or own.shape != logits.shape[:1]:
         raise UnsupportedModule(
             f"logits of shape {tuple(logits.shape)}, labels of shape {tuple(own.shape)}, and a last linear layer of "
             f"{classes} outputs: classes are counted where a record has a logit for each output, and one class number."
+        )
+    if len(own) != records:
+        raise UnsupportedModule(
+            f"{len(own)} labels of {records} records: classes are counted where each record has one; tokens are none."
         )
     if len(own) and not 0 <= int(own.min()) <= int(own.max()) < classes:
         raise UnsupportedModule(

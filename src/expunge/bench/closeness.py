@@ -73,19 +73,23 @@ def _apart(models: Sequence[Seen]) -> float:
 
 def excess(seen: Seen) -> Float[np.ndarray, " forget"]:
     """The loss of each record of a set above the mean loss of the unseen records of its class, nats."""
-    assert seen.unseen is not None
-    losses, labels = seen.unseen.losses, seen.unseen.labels
     means = np.full(seen.forget.logits.shape[1], math.nan)
     for label in np.unique(seen.forget.labels):
-        own = losses[labels == label]
-        if not len(own):
-            raise ConfigError(
-                f"test() has no record of class {label}, and pseudo-forget sets have: what one looks like that "
-                "was never seen is unknown. Add some to test(), or retrain models to compare with (--retrain 2)."
-            )
-        means[label] = own.mean()
+        means[label] = _unseen_loss(seen, int(label))
     result: Float[np.ndarray, " forget"] = seen.forget.losses - means[seen.forget.labels]
     return result
+
+
+def _unseen_loss(seen: Seen, label: int) -> float:
+    """The mean loss of the unseen records of a class, nats."""
+    assert seen.unseen is not None
+    own = seen.unseen.losses[seen.unseen.labels == label]
+    if not len(own):
+        raise ConfigError(
+            f"test() has no record of class {label}, and pseudo-forget sets have: what one looks like that was never "
+            "seen is unknown. Add some to test(), or retrain models to compare with (--retrain 2)."
+        )
+    return float(own.mean())
 
 
 def chance(before: Sequence[Seen]) -> float:
@@ -108,12 +112,11 @@ def to_forget(before: Sequence[Seen]) -> float:
     Formula: mean over the classes of the sets' records of (mean loss of the class's unseen records - that of all that
     were trained on). From all records of a class, so that it does not depend on which few are in a set.
     """
-    assert before[0].unseen is not None
-    unseen, one = before[0].unseen, before[0]
+    one = before[0]
     losses = np.concatenate([one.left.losses, one.forget.losses])
     labels = np.concatenate([one.left.labels, one.forget.labels])
     apart = {
-        label: unseen.losses[unseen.labels == label].mean() - losses[labels == label].mean()
+        label: _unseen_loss(one, int(label)) - losses[labels == label].mean()
         for label in np.unique(np.concatenate([each.forget.labels for each in before]))
     }
     return fmean(float(apart[label]) for each in before for label in each.forget.labels)

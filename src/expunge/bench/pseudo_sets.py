@@ -166,11 +166,12 @@ def removed_of_each_class(
     return found.counts
 
 
-def removed_count(removed: Gradient) -> int:
-    """How many loss terms a real deletion took, the size of a pseudo-forget set.
+def removed_count(removed: Gradient, terms: float = 1.0) -> int:
+    """How many records a real deletion took, the size of a pseudo-forget set.
 
     Args:
         removed: The cached gradient less that of what is left.
+        terms: Of the loss, of a record that is left, on average.
 
     Raises:
         ConfigError: Nothing was removed.
@@ -179,6 +180,7 @@ def removed_count(removed: Gradient) -> int:
         raise ConfigError(
             "the cache and retain() have the same number of records. Either nothing was removed yet: then say how many "
             "records a pseudo-forget set has (--records). Or the cache was made after the deletion: no blind method "
-            "can use it, nor settings for one."
+            "can use it, nor settings for one. Or records were corrected, and none removed: a rehearsal removes some, "
+            "and says nothing of a correction; take the method's defaults, and fine-tuning beside it."
         )
-    return removed.count
+    return max(round(removed.count / terms), 1)

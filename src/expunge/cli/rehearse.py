@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from expunge import cache as cache_file
 from expunge import provenance
 from expunge.access import Blind
+from expunge.batches import indexed
 from expunge.bench import chosen, inputs, pseudo_sets, rehearsal, tuning
 from expunge.bench.closeness import MAY_LOSE
 from expunge.bench.pseudo_sets import Like
@@ -191,7 +192,6 @@ def _stage(loaded: Setup, weights: Path, device: str, asked: _Asked) -> Stage:
     )
     counted = asked.records is None and asked.like != "class"
     removed = cached - left if cached is not None and (counted or asked.like == "removed") else None
-    count = pseudo_sets.removed_count(removed) if counted and removed else asked.records or 0
     problem = Problem(
         model=model,
         given=Blind(
@@ -205,6 +205,14 @@ def _stage(loaded: Setup, weights: Path, device: str, asked: _Asked) -> Stage:
         logits=loaded.logits,
     )
     labels = outputs(model, retain, loaded.logits).labels
+    known = indexed(retain)
+    if known is not None and len(known.positions) != len(labels):
+        raise ConfigError(
+            f"logits() returned {len(labels)} labels for the {len(known.positions)} records of retain(), and a "
+            "rehearsal needs one a record. Of a language model return one row a document: the logits and the label of "
+            "its last token."
+        )
+    count = pseudo_sets.removed_count(removed, left.count / len(labels)) if counted and removed else asked.records or 0
     persons = loaded.persons(len(labels)) if asked.like == "person" else None
     classes = None
     if asked.like == "removed":
