@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from expunge import params
 from expunge.batches import Examples
+from expunge.errors import ConfigError
 from expunge.gradient import gradient
-from expunge.losses import causal_lm, cross_entropy, name_of, squared_error
+from expunge.losses import causal_lm, causal_lm_documents, cross_entropy, name_of, squared_error
 from tests.zoo import FORMS, NETWORKS, classification, flat, in_form, network, summed_by_autograd, tensors
 
 COUNT = 40
@@ -286,6 +287,21 @@ def test_language_terms_are_tokens_and_add_up_over_paddings():
     assert whole.count == 7 + 2 + 5 + 3 + 6 + 4 - 6
     assert close(gradient(model, causal_lm, parts).total, whole.total, 1e-12)
     assert (whole - gradient(model, causal_lm, parts[:2])).count == 3
+    documents = gradient(model, causal_lm_documents, [batch])
+    assert documents.count == 6
+    assert documents.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert close(documents.total, whole.total, 1e-12)
+
+
+@pytest.mark.parametrize("loss", [causal_lm, causal_lm_documents])
+def test_a_language_loss_says_what_it_takes(loss):
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    for batch, said in (
+        ((tokens, tokens), "a batch is a tuple, and this loss takes a dictionary with input_ids and labels"),
+        ({"input_ids": tokens, "target": tokens}, "a batch has input_ids, target, and this loss takes"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            loss(TinyLM(), batch)
 
 
 def test_the_squared_error_is_summed_over_the_target():

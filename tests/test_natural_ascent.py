@@ -1,9 +1,12 @@
 """Natural ascent against steps worked by hand in float64, and what it is for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import Dataset, Subset
 
 from expunge import (
     Blind,
@@ -12,13 +15,16 @@ from expunge import (
     NaturalAscent,
     Recipe,
     Reload,
+    causal_lm,
+    causal_lm_documents,
     cross_entropy,
     gradient,
+    seeded,
     squared_error,
     train,
     unlearn,
 )
-from expunge.errors import ConfigError, NotInformative
+from expunge.errors import ConfigError, NotInformative, UnsupportedModule
 from expunge.seeds import derive
 from expunge.training import mean_loss
 from tests.contract import without_type_checks, world
@@ -153,6 +159,46 @@ def test_regression_is_curved_as_its_inputs_and_errors_are():
     removed = each(slice(0, 6)).sum(0)
     expected = basis @ ((basis.T @ removed) / (eigenvalues + 0.5 * eigenvalues.mean()))
     assert float(step @ expected / (step.norm() * expected.norm())) == pytest.approx(1, abs=1e-9)
+
+
+class Attention(nn.Module):
+    """A language model of one block."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with seeded(seed, "attention"):
+            self.table, self.mixed, self.head = nn.Embedding(7, 8), nn.Linear(8, 24), nn.Linear(8, 7)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        queries, keys, values = self.mixed(self.table(input_ids)).chunk(3, -1)
+        return self.head(functional.scaled_dot_product_attention(queries, keys, values, is_causal=True))
+
+
+class Documents(Dataset):
+    ids = torch.randint(7, (24, 6), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+@pytest.mark.filterwarnings("error")  # torch's own, which ask for issues there
+def test_a_language_model_forgets_documents_where_tokens_cannot_be_taken_apart():
+    model, gone = Attention(0), Subset(Documents(), range(3))
+    train(model, Documents(), causal_lm, Recipe(epochs=60, lr=0.1, batch_size=8), seed=0)
+    config = NaturalAscent(fine_tune=Recipe(epochs=2, lr=0.01, batch_size=8))
+    found = {}
+    for loss in (causal_lm_documents, causal_lm):
+        full = gradient(model, loss, Documents())
+        found[loss] = Blind(retain=Subset(Documents(), range(3, 24)), loss_terms=causal_lm, fresh=Attention, full=full)
+    by_document = replace(found[causal_lm_documents], cached_loss=causal_lm_documents)
+    done = unlearn(model, by_document, config)
+    assert done.trace.facts["removed_count"] == 3
+    assert mean_loss(done.model, gone, causal_lm) > mean_loss(model, gone, causal_lm) + 0.1
+    with pytest.raises(UnsupportedModule, match="of documents take causal_lm_documents in place of causal_lm"):
+        unlearn(model, found[causal_lm], config)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import functools
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,7 +148,7 @@ def problems() -> Iterator[str]:
                 yield f"{name}: there is no target `make {target}`"
         for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
             try:
-                ast.parse(inspect.cleandoc(block))
+                ast.parse(textwrap.dedent(block))
             except SyntaxError as error:
                 yield f"{name}: a Python block does not parse: {error}"
         for attribute in re.findall(r"\bexpunge\.([A-Za-z_]+)\b(?!\.py|/)", _code(text)):

@@ -5,7 +5,7 @@ from expunge.access import Blind, Sighted
 from expunge.batches import Batches, Examples, LossTerms
 from expunge.gradient import Gradient, gradient
 from expunge.importance import Importance
-from expunge.losses import causal_lm, cross_entropy, logit_margin, squared_error
+from expunge.losses import causal_lm, causal_lm_documents, cross_entropy, logit_margin, squared_error
 from expunge.methods import all_methods
 from expunge.methods.amnesiac import Amnesiac
 from expunge.methods.bad_teacher import BadTeacher
@@ -74,6 +74,7 @@ __all__ = [
     "all_methods",
     "cache",
     "causal_lm",
+    "causal_lm_documents",
     "cross_entropy",
     "exact",
     "gradient",

@@ -5,6 +5,7 @@ the gradient of all data minus the gradient of what is left equal to the gradien
 is an example, or for language models a target token.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -96,15 +97,43 @@ def causal_lm(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
     and optionally ``attention_mask``, each (examples, tokens). The model returns logits, or an object that has
     them. Tokens are shifted here, and positions without a target give no term: a mean over the padded batch
     would weigh examples by the company they keep.
+
+    Raises:
+        ConfigError: The batch is something else.
     """
+    losses, targets = _of_tokens(model, batch)
+    return losses[targets]
+
+
+def causal_lm_documents(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
+    """Causal language models: nats a document, the sum over its target tokens, of batches as those of `causal_lm`.
+
+    The gradient of all documents is the same. Counts are of documents, as deletions are, and a method that takes a
+    batch apart into terms has one for each of them: natural ascent, for example, which `causal_lm` cannot serve.
+
+    Raises:
+        ConfigError: The batch is something else.
+    """
+    losses, targets = _of_tokens(model, batch)
+    return (losses * targets).sum(1)
+
+
+def _of_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss at each position of each document, and which positions have a target."""
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+        got = f"has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"is a {_described(batch)}"
+        raise ConfigError(
+            f"a batch {got}, and this loss takes a dictionary with input_ids and labels, each (examples, tokens). Let "
+            "the dataset return such dictionaries, or write a loss_terms for your batches."
+        )
     inputs = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
     output = model(**inputs)
     logits: Tensor = getattr(output, "logits", output)
     labels: Tensor = batch["labels"][:, 1:]
-    terms = functional.cross_entropy(
+    losses = functional.cross_entropy(
         _wide(logits[:, :-1].flatten(0, 1)), labels.flatten(), reduction="none", ignore_index=-100
     )
-    return terms[(labels != -100).flatten()]
+    return losses.view(labels.shape), labels != -100
 
 
 def _pair(batch: Batch) -> tuple[Tensor, Tensor]:

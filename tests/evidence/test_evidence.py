@@ -55,6 +55,15 @@ def test_batches_without_single_records_are_refused(batch):
 # Evidence
 
 
+def test_tokens_are_not_called_records(folder):
+    inputs = json.loads(Path("run/inputs.json").read_text(encoding="utf-8"))
+    for entry in inputs["data"]:
+        entry["records"] //= 6  # as many documents, of six tokens each
+    Path("run/inputs.json").write_text(json.dumps(inputs), encoding="utf-8")
+    (asked,) = json.loads(write_evidence("run").read_text(encoding="utf-8"))["asked"]
+    assert asked["measured_on"] == "54 retained, 6 removed and 60 test labels, of which a record has several"
+
+
 def test_evidence_says_what_was_asked_done_and_measured(folder):
     evidence = json.loads(write_evidence("run").read_text(encoding="utf-8"))
     (asked,) = evidence["asked"]

@@ -6,6 +6,7 @@ others `torch.func.vmap`.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,14 +133,19 @@ def _squares_by_vmap(
         return squares, terms
 
     try:
-        squares, terms = vmap(of_one)(*tensors_of(batch))
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "There is a performance drop"
+            )  # of attention: it asks for issues at torch
+            squares, terms = vmap(of_one)(*tensors_of(batch))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise UnsupportedModule(
             f"{type(model).__name__} and its loss cannot be taken apart into examples by torch.func.vmap: "
             f"{str(error).splitlines()[0]} Look for .item(), if on a tensor, boolean indexing, or in-place changes of "
-            "buffers in forward() or the loss; or take a method without a Fisher information."
+            "buffers in forward() or the loss (of documents take causal_lm_documents in place of causal_lm); or take a "
+            "method without a Fisher information."
         ) from error
     return {name: square.sum(0) for name, square in squares.items()}, terms
 

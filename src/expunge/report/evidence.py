@@ -136,7 +136,7 @@ def _evidence(run: Run, data: list[dict[str, Any]], files: list[dict[str, Any]])
             {
                 "scenario": scenario,
                 "method": about[scenario],
-                "measured_on": sizes(run.rows, scenario),
+                "measured_on": _measured_on(run, scenario, data),
                 "counts": _counts(run, scenario, about[scenario]),
             }
             for scenario in scenarios
@@ -157,6 +157,14 @@ def _evidence(run: Run, data: list[dict[str, Any]], files: list[dict[str, Any]])
         "outcomes": [each for scenario in scenarios for each in outcomes(summaries, scenario, about[scenario])],
         "not_shown": gaps(run, summaries, data, files),
     }
+
+
+def _measured_on(run: Run, scenario: str, data: list[dict[str, Any]]) -> str:
+    """How many records, or what else was counted: tokens of a language model, where a record has several labels."""
+    said = sizes(run.rows, scenario)
+    records = {entry["split"]: entry["records"] for entry in data if entry["scenario"] == scenario}
+    several = any(row.scenario == scenario and row.n > records.get(row.split, row.n) for row in run.rows)
+    return f"{said.removesuffix(' records')} labels, of which a record has several" if several else said
 
 
 def _counts(run: Run, scenario: str, method: str | None) -> list[dict[str, Any]]:
