@@ -266,7 +266,7 @@ FINDINGS: dict[str, Finding] = {
         "table1",
         ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
          "control: recipe alone", "control: short retraining", "fine-tune", "l1-sparse", "orthogonal-ascent",
-         "class-orthogonal-ascent", "duck", "amnesiac", "scrub", "salun"),
+         "class-orthogonal-ascent", "natural-ascent", "duck", "amnesiac", "scrub", "salun"),
         ("NA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"),
     ),
     "table2": Finding(
