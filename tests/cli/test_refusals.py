@@ -133,13 +133,12 @@ def test_weights_that_exist_are_not_written_over_unless_told_so(folder, capsys):
 
 
 def test_a_mistake_of_ours_ends_with_1_and_a_traceback(folder, capsys, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("ouch")
-
-    monkeypatch.setattr("expunge.cli.own_model.unlearn_model", broken)
+    monkeypatch.setattr("expunge.cli.own_model.unlearn_model", None)  # to call it is a mistake in a file of ours
     cached()
     assert unlearned(*RELOAD) == 1
-    assert "Traceback" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "this is a mistake of ours" in said
 
 
 def test_a_cache_that_exists_is_not_written_over_unless_told_so(folder, capsys):
@@ -179,6 +178,18 @@ def test_a_mistake_in_a_setup_file_shows_its_own_lines_and_no_others(folder, cap
     assert "AttributeError in your own code or data" in said
     assert said.count("File ") == 1
     assert "no_such_method" in said
+
+
+def test_a_mistake_in_what_a_setup_file_imports_is_the_user_s_too(folder, capsys):
+    text = Path("setup.py").read_text(encoding="utf-8")
+    refusing = "\ndef loss_terms(model, batch):\n    raise ValueError('no such size')\n"
+    Path("mine.py").write_text(text + refusing, encoding="utf-8")
+    Path("setup.py").write_text("from mine import *\n", encoding="utf-8")
+    assert cached() == 2
+    said = capsys.readouterr().err
+    assert said.endswith("expunge: ValueError in your own code or data: no such size\n")
+    assert said.count("File ") == 1
+    assert f'mine.py", line {len((text + refusing).splitlines())}' in said
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ evidence that does not fit its files, 130 interrupted.
 """
 
 import inspect
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -84,16 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _frames_of_the_user(error: Exception) -> list[traceback.FrameSummary] | None:
-    """The frames of a setup file or of somebody's own method, if it came out of one.
+    """The frames of a setup file, of what it imports, or of somebody's own method, if it came out of one.
 
     Also if it came out of a loss that the file's data does not fit.
     """
     loaded = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(SETUP)]
     loaded += [inspect.getfile(method.run) for method in all_methods().values() if not method.of_expunge]
     frames = traceback.extract_tb(error.__traceback__)
-    if any(frame.filename in (*loaded, losses.__file__) for frame in frames):
-        return [frame for frame in frames if frame.filename in loaded]
-    return None
+    theirs = [frame for frame in frames if frame.filename in loaded or _is_of_the_user(Path(frame.filename))]
+    return theirs if theirs or any(frame.filename == losses.__file__ for frame in frames) else None
+
+
+def _is_of_the_user(file: Path) -> bool:
+    """Whether code is neither ours, Python's nor installed, and in a file (what dataclasses generates is not)."""
+    ours = (Path(__file__).parents[1], Path(os.__file__).parent)
+    installed = {"site-packages", "dist-packages"} & set(file.parts)
+    return file.is_file() and not installed and not any(file.is_relative_to(folder) for folder in ours)
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
