@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expunge import Blind, Examples, Reload, Sighted, cross_entropy, unlearn
+from expunge import Blind, Examples, Recipe, Reload, Retrain, Sighted, cross_entropy, unlearn
 from expunge.errors import ConfigError, ForgetSetAccessed, MismatchError, NotFinite, NotInformative
 from expunge.methods import METHODS, method_of
 from tests.contract import BRIEF, quick, same, state, without_type_checks, world
@@ -44,7 +44,7 @@ def test_a_cache_of_another_loss_is_refused():
         unlearn(here.model, here.blind(loss_terms=other), quick("reload"))
 
 
-@pytest.mark.parametrize("config", [BRIEF, "reload", Reload])
+@pytest.mark.parametrize("config", [BRIEF, "reload", Recipe])
 def test_what_is_no_configuration_of_a_method_is_refused(config):
     here = world()
     with pytest.raises(
@@ -52,6 +52,26 @@ def test_what_is_no_configuration_of_a_method_is_refused(config):
         match=r"is not the configuration of a method. Give one of Reload, OrthogonalAscent, ClassOrthogonalAscent",
     ):
         unlearn(here.model, here.blind(), config)
+
+
+@pytest.mark.parametrize(("config", "call"), [(Reload, r"Reload\(\)"), (Retrain, r"Retrain\(recipe=…\)")])
+def test_a_class_in_place_of_settings_is_refused_with_how_to_call_it(config, call):
+    here = world()
+    with pytest.raises(ConfigError, match=rf"{config.__name__} is a class, and not settings of .*\. Call it: {call}"):
+        unlearn(here.model, here.blind(), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrapped"),
+    [
+        ("reload", r"Blind\(retain=…, loss_terms=…, fresh=…, full=…\)"),
+        ("gradient-ascent", r"Sighted\(retain=…, forget=…, loss_terms=…, fresh=…, full=…\)"),
+    ],
+)
+def test_data_alone_is_refused_with_what_to_wrap_it_in(name, wrapped):
+    here = world()
+    with pytest.raises(ConfigError, match=rf"{name} was given Examples, and takes data .*\. Wrap it: {wrapped}"):
+        unlearn(here.model, here.original, quick(name))
 
 
 def test_configurations_name_their_method():

@@ -11,7 +11,7 @@ from expunge import distributed, params, sharding
 from expunge.access import Blind
 from expunge.errors import ConfigError, ForgetSetAccessed, UnsupportedModule
 from expunge.gradient import Origin
-from expunge.methods import method_of
+from expunge.methods import Method, method_of
 from expunge.methods.guard import note_what_was_lost
 from expunge.trace import Trace, Watch
 from expunge.training import Recipe, require_trainable
@@ -48,14 +48,11 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         NotFinite: NaN or infinity in the model, or in what came out.
         UnsupportedModule: Sparse gradients; a sharded model, and a method that is not for them.
         ProcessFailed: Another process of the same job failed or died.
-        ConfigError: Settings that belong to no method, and whatever the method refuses.
+        ConfigError: Settings that belong to no method, data that is not in a `Blind`, and whatever the method refuses.
     """
     method = method_of(config)
     if not isinstance(given, method.access):
-        raise ForgetSetAccessed(
-            f"{method.name} needs the removed records and was given {type(given).__name__}. Give "
-            "Sighted(forget=…), or take a blind method: their records are gone by design."
-        )
+        raise _wrongly_given(method, given)
     if method.blind and type(given) is not Blind:
         given = given.blinded()
     inner = params.plain(model)
@@ -88,6 +85,19 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     if not sharded:
         note_what_was_lost(inner, unlearned, given, trace)
     return Unlearned(unlearned, trace)
+
+
+def _wrongly_given(method: Method, given: object) -> ConfigError | ForgetSetAccessed:
+    if isinstance(given, Blind):
+        return ForgetSetAccessed(
+            f"{method.name} needs the removed records and was given {type(given).__name__}. Give "
+            "Sighted(forget=…), or take a blind method: their records are gone by design."
+        )
+    more = "" if method.blind else "forget=…, "
+    return ConfigError(
+        f"{method.name} was given {type(given).__name__}, and takes data together with its loss and model. Wrap it: "
+        f"{method.access.__name__}(retain=…, {more}loss_terms=…, fresh=…, full=…)."
+    )
 
 
 def _tensors(model: nn.Module, infinite: set[str]) -> dict[str, Tensor]:

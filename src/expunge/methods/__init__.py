@@ -7,7 +7,7 @@ which may change the model it is given. Whether ``given`` is annotated `Blind` o
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -264,8 +264,18 @@ def method_of(config: object) -> Method:
     for method in methods:
         if type(config) is method.config:
             return method
+        if config is method.config:
+            required = ", ".join(f"{each.name}=…" for each in fields(method.config) if _is_required(each))
+            raise ConfigError(
+                f"{method.config.__name__} is a class, and not settings of {method.name}. Call it: "
+                f"{method.config.__name__}({required})."
+            )
     known = ", ".join(method.config.__name__ for method in methods)
     raise ConfigError(
         f"{config!r} is not the configuration of a method. Give one of {known}, or install your own "
         "(docs/own-method.md)."
     )
+
+
+def _is_required(setting: Field[Any]) -> bool:
+    return setting.default is MISSING and setting.default_factory is MISSING
