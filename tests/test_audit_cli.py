@@ -22,6 +22,7 @@ from expunge.audit.pictures import is_picture, picture
 from expunge.audit.ratio import with_bias
 from expunge.cli import main
 from expunge.data.digits import digits
+from expunge.methods.difference import NOTHING_REMOVED
 from expunge.models.mlp import MLP
 from expunge.weights import save_weights
 
@@ -184,7 +185,7 @@ def test_a_picture_has_the_removed_records_above_what_was_recovered_on_the_scale
         ({"cache": "x"}, "no such cache"),
         ({"cache": "w.safetensors"}, "not a gradient cache"),
         ({"weights": "fresh.safetensors"}, "taken at weights"),
-        ({"setup": "none.py"}, "nothing was removed since the cache was made"),
+        ({"setup": "none.py"}, "one made after it shows nothing of what was removed: retrain then"),
         ({"setup": "x.py"}, "no such setup file"),
     ],
 )
@@ -225,6 +226,21 @@ def test_a_preflight_says_do_not_and_ends_with_3(folder, capsys, arguments, erro
     assert report["checks"][0]["numbers"]["error"] == error
     assert preflown(**arguments) == 3
     assert "Do not." in capsys.readouterr().out
+
+
+def test_a_cache_made_after_the_deletion_is_said_to_be_one_by_audits_as_by_unlearning(folder, capsys):
+    late = ["--weights", "w.safetensors", "--cache", "late.safetensors"]
+    data = "\ndef original():\n    return retain()\n"
+    Path("late.py").write_text(Path("setup.py").read_text(encoding="utf-8") + data, encoding="utf-8")
+    assert main(["cache", "late.py", "--weights", "w.safetensors", "--out", "late.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["unlearn", "late.py", *late, "--out", "u.safetensors", "reload"]) == 2
+    assert NOTHING_REMOVED in capsys.readouterr().err
+    assert audited(setup="late.py", cache="late.safetensors") == 2
+    assert NOTHING_REMOVED in (said := capsys.readouterr().err)
+    assert "Delete records first" not in said
+    assert preflown("--json", setup="late.py", cache="late.safetensors") == 3
+    assert NOTHING_REMOVED in json.loads(capsys.readouterr().out)["checks"][0]["words"]
 
 
 def test_a_preflight_without_a_cache_is_a_mistake_of_the_user(folder, capsys):

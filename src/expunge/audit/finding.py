@@ -12,6 +12,7 @@ from expunge import params
 from expunge.batches import Batches, LossTerms
 from expunge.errors import NotInformative
 from expunge.gradient import Gradient
+from expunge.methods.difference import NOTHING_REMOVED
 from expunge.metrics.outputs import Logits, images_and_labels
 from expunge.second_pass import second_pass
 
@@ -75,15 +76,15 @@ def evidence(
         logits: Where logits and labels are in a batch.
 
     Raises:
-        NotInformative: Nothing was removed: the retain data gives the cached gradient.
+        NotInformative: Nothing was removed since the cache was made: the retain data gives the cached gradient.
         MismatchError: Cache, model and data do not belong together.
     """
     left = second_pass(full, model, loss_terms, retain).gradient
     removed = full - left
     if removed.count == 0 and not any(bool(mask.any()) for mask in removed.informative().values()):
         raise NotInformative(
-            "nothing was removed since the cache was made: retain() has all of its terms, and the difference is zero. "
-            "Delete records first, or rehearse with records you may keep: let retain() leave some out, and forget() "
+            "retain() has as many terms as the cache, and their gradients differ by no more than rounding. "
+            f"{NOTHING_REMOVED} To rehearse with records that you may keep, let retain() leave some out, and forget() "
             "return them."
         )
     doubts = full.doubts(left)

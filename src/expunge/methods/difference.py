@@ -9,6 +9,12 @@ from expunge.gradient import Gradient
 from expunge.second_pass import second_pass
 from expunge.trace import Trace
 
+NOTHING_REMOVED = (
+    "Either nothing was removed or corrected since the cache was made, or too little. A cache is made before the "
+    "deletion, of all data; one made after it shows nothing of what was removed: retrain then. A correction shows in "
+    "float64, with positions kept."
+)
+
 
 def difference(model: nn.Module, given: Blind, trace: Trace) -> tuple[Gradient, Gradient]:
     """The gradient of what was removed, or of the faults less that of their corrections, and of what is left.
@@ -43,9 +49,7 @@ def difference(model: nn.Module, given: Blind, trace: Trace) -> tuple[Gradient, 
             "Too little was removed to be seen at this precision: delete more records at once, cache in float64, keep "
             "positions with the data."
             if removed.count
-            else "Either nothing was removed or corrected since the cache was made, or too little. A cache is made "
-            "before the deletion, of all data; one made after it shows nothing of what was removed: retrain then. A "
-            "correction shows in float64, with positions kept."
+            else NOTHING_REMOVED
         )
         raise NotInformative(
             f"the gradient difference of {removed.count} removed terms is below its rounding floor in every entry "
