@@ -270,3 +270,12 @@ def test_distances_between_measurements_on_other_examples_are_refused():
 def test_labels_that_are_no_class_numbers_are_refused(labels):
     with pytest.raises(ConfigError, match=r"labels .* for 3 logits: labels are class numbers"):
         outputs(nn.Linear(4, 3), Examples(torch.zeros(2, 4), labels))
+
+
+@pytest.mark.parametrize("targets", [torch.tensor([-1.65, 0.2]), torch.tensor([[-1.65], [0.2]]), torch.tensor([0, 1])])
+def test_a_regression_is_told_that_metrics_are_for_classifiers_and_what_works(targets):
+    with pytest.raises(ConfigError, match=r"are for classifiers\. Of a regression, .* compare losses of your own"):
+        outputs(nn.Linear(4, 1), Examples(torch.zeros(2, 4), targets))
+    with pytest.raises(ConfigError) as refused:  # no regression: nothing is said of one
+        outputs(nn.Linear(4, 3), Examples(torch.zeros(2, 4), torch.tensor([0, 3])))
+    assert "regression" not in str(refused.value)

@@ -15,6 +15,11 @@ from expunge.errors import ConfigError, NotFinite
 from expunge.seeds import keeping_random_state
 
 Logits = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # -> logits (examples, classes), labels (examples,)
+_FOR_CLASSIFIERS = (
+    " Metrics, audits of what a model remembers and rehearsals are for classifiers. Of a regression, `unlearn`, `audit "
+    "preflight` and `retrain` work: compare losses of your own, of the unlearned model and of a retrained one. Of a "
+    "classifier with one logit let logits(model, batch) return two (docs/own-model.md shows it)."
+)
 
 
 @dataclass(frozen=True)
@@ -93,16 +98,18 @@ def outputs(model: nn.Module, data: Batches, logits: Logits = images_and_labels,
         model.eval()
         for _, batch in micro_batches(data, batch_size)[1]:
             values, labels = logits(model, to_device(batch, device))
+            no_classes = labels.is_floating_point() or values.ndim < 2 or values.shape[1] == 1
+            advice = _FOR_CLASSIFIERS if no_classes else ""
             if values.ndim != 2 or labels.shape != values.shape[:1]:
                 raise ConfigError(
                     f"logits of shape {tuple(values.shape)} with labels of shape {tuple(labels.shape)}: metrics need "
-                    "(examples, classes) and (examples,). Give logits=… to say where they are in your batches."
+                    "(examples, classes) and (examples,). Give logits=… to say where they are in your batches." + advice
                 )
             wrong = labels.is_floating_point() or bool(((labels < 0) | (labels >= values.shape[1])).any())
             if wrong:
                 raise ConfigError(
                     f"labels {labels.dtype} from {labels.min().item()} to {labels.max().item()} for {values.shape[1]} "
-                    "logits: labels are class numbers, whole and counted from 0."
+                    f"logits: labels are class numbers, whole and counted from 0.{advice}"
                 )
             parts.append((values.cpu().double().numpy(), labels.cpu().numpy()))
     if not parts:
