@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -378,3 +379,27 @@ def test_an_unlearning_warns_of_positions_that_were_counted_anew():
         given = Blind(retain=left, loss_terms=cross_entropy, fresh=lambda _: network("mlp", 1), full=full)
         warned = unlearn(model, given, Reload(fine_tune=Recipe(epochs=0, lr=0.1))).trace.warnings
         assert any("Were positions counted anew" in text for text in warned) == doubted
+
+
+def unpacking(model, batch):
+    inputs, labels = batch
+    return functional.cross_entropy(model(inputs), labels, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("batch", "raised", "note"),
+    [
+        (
+            dict(zip(("inputs", "labels"), DATA.tensors, strict=True)),
+            TypeError,
+            r"dict \{'inputs': float64 \(8, 5\), 'labels': int64 \(8,\)\}\. To unpack it .*: take batch\['inputs'\]\.",
+        ),
+        ([*DATA.tensors, DATA.tensors[1]], ValueError, r"list \(float64 \(8, 5\), int64 \(8,\), int64 \(8,\)\)\."),
+        (DATA.tensors[0], ValueError, r"float64 \(8, 5\)\."),
+    ],
+)
+def test_what_a_loss_raises_over_its_batch_has_a_note_of_what_the_batch_was(batch, raised, note):
+    with pytest.raises(raised) as error:
+        gradient(network("mlp"), unpacking, [batch])
+    (said,) = error.value.__notes__
+    assert re.fullmatch("The loss was called with a few examples, in the form of your data: " + note, said)

@@ -1,14 +1,14 @@
 """The probe before a gradient pass: refuse losses and data under which a difference of passes would mean nothing."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from expunge import sharding
 from expunge.batches import Batch, Batches, LossTerms, indexed, length_of, plain, rows_of, tensors_of, to_device
-from expunge.errors import ConfigError, NonDeterministicLoss
+from expunge.errors import ConfigError, ExpungeError, NonDeterministicLoss
 
 EXAMPLES = 8  # of a batch
 _BATCHES = 2
@@ -42,6 +42,7 @@ def probe(
     Raises:
         NonDeterministicLoss: The data changes between readings, or a loss between calls or with its batch.
         ConfigError: The loss is reduced, or has no gradient.
+        Exception: Whatever the loss raises, with a note of what its batch was.
     """
     firsts, agains = list(_few(data, examples)), list(_few(data, examples))
     a, b = tensors_of(firsts), tensors_of(agains)
@@ -53,7 +54,7 @@ def probe(
     precision = max(torch.finfo(dtype).eps for dtype in sharding.computed_in(model))
     for number, batch in enumerate(to_device(firsts, device)):
         with torch.no_grad():
-            terms, repeated = checked_terms(loss_terms(model, batch)), checked_terms(loss_terms(model, batch))
+            terms, repeated = _terms(loss_terms, model, batch), _terms(loss_terms, model, batch)
             if not _same(terms, repeated, tolerance=0 if device.type == "cpu" else 1e-4):
                 raise NonDeterministicLoss(
                     f"the same {length_of(batch) or 'few'} examples gave two different losses in eval mode (summed "
@@ -62,8 +63,35 @@ def probe(
                 )
             halves = _halves(batch) if number == 0 else None  # a property of the loss: once is enough
             if halves:
-                first, second = (checked_terms(loss_terms(model, half)) for half in halves)
+                first, second = (_terms(loss_terms, model, half) for half in halves)
                 _require_additive(terms, first, second, tolerance=max(1e-3, 64 * precision))
+
+
+def _terms(loss_terms: LossTerms, model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of a batch; what a loss raises over one that it does not know gets a note of what it was."""
+    try:
+        terms = loss_terms(model, batch)
+    except ExpungeError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        note = f"The loss was called with a few examples, in the form of your data: {_described(batch)}."
+        if isinstance(batch, Mapping):
+            note += f" To unpack it gives its keys: take batch[{next(iter(batch), '…')!r}]."
+        error.add_note(note)
+        raise
+    return checked_terms(terms)
+
+
+def _described(batch: Batch) -> str:
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        parts = ", ".join(f"{key!r}: {_described(value)}" for key, value in batch.items())
+        return f"{kind} {{{parts}}}"
+    if isinstance(batch, tuple | list):
+        return f"{kind} ({', '.join(map(_described, batch))})"
+    return kind
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float = 0) -> bool:

@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         theirs = _frames_of_the_user(error)
         if theirs is not None:
             print("".join(traceback.format_list(theirs)), end="", file=sys.stderr)
-            print(f"expunge: {type(error).__name__} in your own code or data: {error}", file=sys.stderr)
+            said = "\n".join([str(error), *getattr(error, "__notes__", [])])
+            print(f"expunge: {type(error).__name__} in your own code or data: {said}", file=sys.stderr)
             return 2
         traceback.print_exc()
         print("expunge: this is a mistake of ours. Please report it with the lines above.", file=sys.stderr)
