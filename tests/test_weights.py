@@ -45,5 +45,15 @@ def test_weights_of_another_architecture_and_files_that_are_none_are_refused(tmp
     (tmp_path / "text").write_text("no weights", encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot be read as weights"):
         load_weights(nn.Linear(3, 3), tmp_path / "text")
-    with pytest.raises(FileNotFoundError, match="no such weights"):
+    with pytest.raises(FileNotFoundError, match=r"no such weights\. Save them with safetensors"):
         load_weights(nn.Linear(3, 3), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("size", [5e9, 100])
+def test_a_cache_in_place_of_weights_is_called_one(tmp_path, size):
+    model = nn.Linear(3, 3)
+    full = gradient(model, cross_entropy, Examples(torch.randn(8, 3), torch.randint(3, (8,))))
+    cache.save(tmp_path / "c.safetensors", full, max_shard_bytes=size)
+    for file in tmp_path.glob("*.safetensors"):
+        with pytest.raises(ConfigError, match=r"safetensors is a gradient cache, not weights\. Give the trained"):
+            load_weights(model, file)

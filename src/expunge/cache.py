@@ -159,6 +159,16 @@ def exists(path: Path | str) -> bool:
     return file_of(path).exists()
 
 
+def is_cache(path: Path | str) -> bool:
+    """Whether a file is a cache or a piece of one, by the names in it; not whether it is undamaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError):
+        return False
+    return bool(names) and all(name.startswith(_PREFIXES) for name in names)
+
+
 def file_of(path: Path | str) -> Path:
     """The file that speaks for a cache: the cache itself, or the index of one in several files."""
     path = Path(path)
@@ -248,7 +258,10 @@ def _read(path: Path | str) -> tuple[Header, dict[str, Tensor], shards.Index | N
     """The header, the tensors but for the gradients of groups, and the index if there is one."""
     file = file_of(path)
     if not file.exists():
-        raise FileNotFoundError(f"{path}: no such cache. Make one with gradient() and cache.save().")
+        raise FileNotFoundError(
+            f"{path}: no such cache. Make one with gradient() and cache.save(), on the command line with `expunge "
+            "cache`: at the trained weights, of all data, and before the deletion."
+        )
     if _is_index(file):
         return _read_parts(file)
     try:

@@ -180,7 +180,10 @@ def load_setup(path: Path | str) -> Setup:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such setup file.")
+        raise FileNotFoundError(
+            f"{path}: no such setup file. Write one: Python that defines model(seed), loss_terms and your data, as "
+            "docs/own-model.md shows."
+        )
 
     def failed(error: Exception) -> ConfigError:
         return ConfigError(f"{path} failed when it was run, with {type(error).__name__}: {error}")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from expunge import distributed, params, sharding
+from expunge.cache import is_cache
 from expunge.errors import ConfigError
 from expunge.files import save_tensors
 
@@ -63,7 +64,15 @@ def load_weights(model: nn.Module, path: Path | str) -> nn.Module:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such weights.")
+        raise FileNotFoundError(
+            f"{path}: no such weights. Save them with safetensors.torch.save_file(model.state_dict(), …) at the end of "
+            "training, and give the path of that file."
+        )
+    if is_cache(path):
+        raise ConfigError(
+            f"{path} is a gradient cache, not weights. Give the trained weights that it was made at, and the cache as "
+            "--cache, in Python to cache.load()."
+        )
     try:
         if path.suffix in (".pt", ".pth", ".bin"):
             stored = torch.load(path, map_location="cpu", weights_only=True)

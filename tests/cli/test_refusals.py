@@ -42,13 +42,13 @@ def test_a_checkpoint_that_could_run_code_is_refused(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["cache", "nowhere.py", "--weights", "w.safetensors", "--out", "o"], "no such setup file"),
+        (["cache", "nowhere.py", "--weights", "w.safetensors", "--out", "o"], "no such setup file. Write one"),
         (["cache", "setup.py", "--weights", "nowhere", "--out", "o"], "no such weights"),
         (["cache", "setup.py", "--weights", "setup.py", "--out", "o"], "cannot be read as weights"),
         (["cache", "setup.py", "--weights", "w.safetensors", "--out", "o", "--dtype", "int7"], "int7"),
         (["cache", "setup.py", "--weights", "w.safetensors", "--out", "o", "--device", "tpu9"], "device='tpu9'"),
         (["show", "w.safetensors"], "not a gradient cache"),
-        (["show", "nowhere"], "no such cache"),
+        (["show", "nowhere"], "no such cache. Make one with gradient() and cache.save(), on the command line with"),
         (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload"], "--cache"),
         (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "gradient-ascent"], "defines no forget()"),
         (
