@@ -29,13 +29,40 @@ def test_tied_weights_stay_tied_and_a_cache_of_the_tied_model_still_fits(tmp_pat
     cache.load(tmp_path / "c.safetensors", loaded, cross_entropy)
 
 
-def test_a_model_takes_the_stored_types_so_that_nothing_is_rounded(tmp_path):
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+def layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_come_back_bit_for_bit_in_a_model_of_their_type(tmp_path, dtype):
+    model = layers().to(dtype)
     save_weights(tmp_path / "w.safetensors", model)
-    loaded = load_weights(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), tmp_path / "w.safetensors")
+    loaded = load_weights(layers().to(dtype), tmp_path / "w.safetensors")
     for name, tensor in model.state_dict().items():
         assert loaded.state_dict()[name].dtype == tensor.dtype
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("stored", "built"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float32),
+    ],
+)
+def test_weights_of_another_type_than_the_model_s_are_refused_and_it_stays_as_it_was(tmp_path, stored, built):
+    save_weights(tmp_path / "w.safetensors", layers().to(stored))
+    model = layers().to(built)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    said = (
+        rf"parameter '0.weight' \(and 5 more\) is {stored} in .*w.safetensors and {built} in the model\. Build the "
+        rf".* let model\(seed\) return ….to\({stored}\), or save the weights as {built}"
+    )
+    with pytest.raises(MismatchError, match=said):
+        load_weights(model, tmp_path / "w.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_weights_of_another_architecture_and_files_that_are_none_are_refused(tmp_path):

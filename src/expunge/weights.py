@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from expunge import distributed, params, sharding
 from expunge.cache import is_cache
-from expunge.errors import ConfigError
+from expunge.errors import ConfigError, MismatchError
 from expunge.files import save_tensors
 
 
@@ -43,23 +43,37 @@ def load_weights(model: nn.Module, path: Path | str) -> nn.Module:
     """Put stored weights and buffers into a model, bit for bit, and return it.
 
     Args:
-        model: Changed in place; it takes the types of the stored tensors, so that nothing is rounded.
+        model: Changed in place. Of the types of the stored tensors: a cast would round them, or give a model that does
+            not take the data that it was built for.
         path: Safetensors, or a ``.pt`` / ``.pth`` file that holds a dictionary of tensors and nothing else.
 
     Raises:
         FileNotFoundError: No such file.
         ConfigError: The file cannot be read, or holds more than tensors.
-        MismatchError: Names or shapes of another architecture.
+        MismatchError: Names, shapes or floating types of another architecture.
     """
     stored = _read(Path(path))
-    state = params.plain(model).state_dict()
-    params.require_same_names(stored, state, f"{path}", "the model")
     inner = params.plain(model)
-    for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):
-        if name in stored:
-            tensor.data = tensor.data.to(stored[name].dtype)  # in place of assign=True, which would untie tied weights
-    inner.load_state_dict(stored)
+    state = inner.state_dict()
+    params.require_same_names(stored, state, f"{path}", "the model")
+    _require_same_types(stored, state, path)
+    inner.load_state_dict(stored)  # without assign=True, which would untie tied weights
     return model
+
+
+def _require_same_types(stored: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path | str) -> None:
+    others = [
+        name
+        for name, tensor in state.items()
+        if tensor.dtype != stored[name].dtype and (tensor.is_floating_point() or stored[name].is_floating_point())
+    ]
+    if others:
+        there, here = stored[others[0]].dtype, state[others[0]].dtype
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        raise MismatchError(
+            f"parameter {others[0]!r}{more} is {there} in {path} and {here} in the model. Build the model in the type "
+            f"of its weights: let model(seed) return ….to({there}), or save the weights as {here}."
+        )
 
 
 def _read(path: Path) -> dict[str, Tensor]:
