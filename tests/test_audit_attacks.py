@@ -100,7 +100,12 @@ def test_what_a_kept_twin_shows_anyway_is_no_news():
     inputs, targets = classification(40).tensors
     inputs[8] = inputs[7]
     has, forget = seen(network("mlp"), Examples(inputs, targets), torch.tensor([7]))
-    assert attacked(with_bias, has, forget)[0].verdict == "not shown"
+    found = attacked(with_bias, has, forget)[0]
+    assert found.verdict == "not shown"
+    assert "1 more are met as closely and not counted: what is left holds records as near" in found.words
+    assert (found.numbers["recovered"], found.numbers["recovered, but no news"]) == (0, 1)
+    alone = seen(network("mlp"), Examples(inputs, targets), torch.tensor([3]))
+    assert "not counted" not in attacked(with_bias, *alone)[0].words
 
 
 @pytest.mark.parametrize("bias", [True, False])

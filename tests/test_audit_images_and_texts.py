@@ -1,5 +1,7 @@
 """Removed images and texts are put together again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,11 @@ def test_an_image_comes_back_through_a_convolution():
     assert found.verdict == "recoverable"
     assert found.numbers["PSNR"] > 35
     assert float((found.recovered - forget.tensors[0].flatten(1)).abs().max()) < 0.1
+    assert "not counted" not in found.words
+    twin = Examples(torch.cat([has.retain.tensors[0], forget.tensors[0]]), torch.arange(40) % 3)
+    known = invert(replace(has, retain=twin), layer, label, 0.3, Truth(forget=forget))
+    assert known.verdict == "not shown"
+    assert "That is not counted: what is left holds records as near" in known.words
 
 
 def test_an_image_is_believed_without_the_truth_only_if_its_own_gradient_is_the_difference(monkeypatch):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from expunge import params
 from expunge.audit.finding import Evidence, Finding, Truth, judged, peak_ratio
 from expunge.audit.layers import Layer, first_tensor
-from expunge.audit.ratio import news_of, quotients
+from expunge.audit.ratio import NO_NEWS, news_of, quotients
 from expunge.batches import Batches, micro_batches
 
 STARTS, STEPS = 3, (60, 300)  # kept images to start from; L-BFGS steps for the features, then for the gradient
@@ -111,12 +111,14 @@ def _judged(
         )
     (true, *_) = [first_tensor(batch) for _, batch in micro_batches(truth.forget, 512)[1]]
     true = true[:1].cpu().double().flatten(1)
-    error = (flat - true).square().mean(1).sqrt() / kept.spread
+    error = apart = (flat - true).square().mean(1).sqrt() / kept.spread
     for images in _images(retain):
         error = news_of(error, true, images.flatten(1), kept.spread)
     psnr = float(peak_ratio(flat, true, kept.high - kept.low)[0])
     numbers |= {"PSNR": psnr}
     words = f"The image found is the removed one to {psnr:.0f} dB; {residual:.1g} of the gradient is left unexplained."
+    if judged(float(apart[0])) != judged(float(error[0])):
+        words += f" That is not counted: {NO_NEWS}"
     return Finding(
         attack=attack,
         place=place,
