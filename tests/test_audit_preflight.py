@@ -154,6 +154,15 @@ def test_a_difference_that_is_rounding_is_a_do_not():
     assert checks(result)["error of the difference"].advice == "do not"
 
 
+def test_half_precision_of_the_model_is_named_as_the_cause():
+    model, data, _ = fitted()
+    half = Examples(data.tensors[0].bfloat16(), data.tensors[1])
+    full = gradient(model.bfloat16(), cross_entropy, half, micro_batch=16)
+    found = checks(preflight(model, cross_entropy, half.without(torch.tensor([3])), full))["error of the difference"]
+    assert "this one computes in half precision" in found.words
+    assert "float64" not in found.words
+
+
 def test_corrected_records_are_no_matter_of_size():
     model, data, full = fitted()
     labels = data.tensors[1].clone()

@@ -10,8 +10,6 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from expunge import Recipe, Reload, unlearn
-from expunge.access import Blind
 from expunge.batches import Examples
 from expunge.errors import ConfigError, MismatchError, NonDeterministicLoss, NotFinite
 from expunge.gradient import gradient
@@ -325,60 +323,6 @@ def test_labels_that_do_not_fit_are_named_with_the_cure(change, said):
 def test_batches_that_are_no_pair_are_named_with_the_cure(batch):
     with pytest.raises(ConfigError, match=r"a batch is .*, and this loss takes two tensors, \(inputs, targets\)"):
         cross_entropy(network("mlp"), batch)
-
-
-def twice(model, batch):
-    return 2 * cross_entropy(model, batch)
-
-
-def half(model, batch):
-    return cross_entropy(model, batch) / 2
-
-
-twice.__qualname__ = half.__qualname__ = "cross_entropy"  # of a loss that was edited the name alone is known
-
-
-def below_zero(model, batch):
-    return cross_entropy(model, batch) - 10
-
-
-@pytest.mark.parametrize(
-    ("gone", "now", "said"),
-    [
-        (range(3), cross_entropy, ""),
-        (range(3), twice, "the loss of all data was "),
-        (range(3), half, "none of 4 micro-batches with as many terms as in the cache has the loss that it had"),
-        (range(0, 20, 4), cross_entropy, ""),  # each micro-batch lost one
-        (range(0, 20, 4), twice, "the loss of all data was "),
-    ],
-)
-def test_a_loss_that_was_edited_is_noticed_by_what_it_gives(gone, now, said):
-    model = network("mlp")
-    full = gradient(model, cross_entropy, DATA, micro_batch=4)
-    left = gradient(model, now, DATA.without(torch.tensor(list(gone))), micro_batch=4)
-    assert full.doubts(left).startswith(said)
-    assert bool(full.doubts(left)) == bool(said)
-
-
-def test_losses_that_may_be_negative_and_corrections_raise_no_doubts():
-    model = network("mlp")
-    full = gradient(model, below_zero, DATA, micro_batch=4)
-    assert full.doubts(gradient(model, below_zero, DATA.without(torch.arange(0, 20, 4)), micro_batch=4)) == ""
-    other = Examples(DATA.tensors[0], DATA.tensors[1].roll(1))
-    cached = gradient(model, cross_entropy, DATA, micro_batch=4)
-    assert cached.doubts(gradient(model, cross_entropy, other, micro_batch=4)) == ""
-
-
-def test_an_unlearning_warns_of_positions_that_were_counted_anew():
-    model = network("mlp")
-    full = gradient(model, cross_entropy, DATA, micro_batch=4)
-    for left, doubted in (
-        (DATA.without(torch.arange(6)), False),
-        (Examples(*DATA.without(torch.arange(6)).tensors), True),
-    ):
-        given = Blind(retain=left, loss_terms=cross_entropy, fresh=lambda _: network("mlp", 1), full=full)
-        warned = unlearn(model, given, Reload(fine_tune=Recipe(epochs=0, lr=0.1))).trace.warnings
-        assert any("Were positions counted anew" in text for text in warned) == doubted
 
 
 def unpacking(model, batch):

@@ -270,6 +270,8 @@ def test_distances_between_measurements_on_other_examples_are_refused():
 def test_labels_that_are_no_class_numbers_are_refused(labels):
     with pytest.raises(ConfigError, match=r"labels .* for 3 logits: labels are class numbers"):
         outputs(nn.Linear(4, 3), Examples(torch.zeros(2, 4), labels))
+    with pytest.raises(ConfigError, match=r"Where there is no target \(-100\) leave logits and label out"):
+        outputs(nn.Linear(4, 3), Examples(torch.zeros(2, 4), torch.tensor([0, -100])))
 
 
 @pytest.mark.parametrize("targets", [torch.tensor([-1.65, 0.2]), torch.tensor([[-1.65], [0.2]]), torch.tensor([0, 1])])

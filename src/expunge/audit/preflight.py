@@ -172,11 +172,14 @@ def _alignment(full: Gradient, retain: Batches, removed: Gradient, doubts: str) 
 def _error(removed: Gradient) -> Check:
     error = removed.relative_noise()
     advice: Advice = "go" if error <= ERROR else "go with care" if error < HOPELESS else "do not"
+    cache = "cache in float64"
+    if removed.roundoff > COARSE:
+        cache = "cache a model in float32: this one computes in half precision, and its gradients are as coarse"
     words = f"The predicted error of the difference is {error:.1g} of its length"
     words += {
         "go": ".",
-        "go with care": ": visible. Remove more records at once if you can, and cache in float64.",
-        "do not": ": the difference is rounding. Wait for more deletions, and cache in float64 with positions.",
+        "go with care": f": visible. Remove more records at once if you can, and {cache}.",
+        "do not": f": the difference is rounding. Wait for more deletions, keep positions, and {cache}.",
     }[advice]
     return Check("error of the difference", advice, words, {"relative_error": error})
 

@@ -107,6 +107,8 @@ def outputs(model: nn.Module, data: Batches, logits: Logits = images_and_labels,
                 )
             wrong = labels.is_floating_point() or bool(((labels < 0) | (labels >= values.shape[1])).any())
             if wrong:
+                if bool((labels == -100).any()):
+                    advice = " Where there is no target (-100) leave logits and label out."
                 raise ConfigError(
                     f"labels {labels.dtype} from {labels.min().item()} to {labels.max().item()} for {values.shape[1]} "
                     f"logits: labels are class numbers, whole and counted from 0.{advice}"
