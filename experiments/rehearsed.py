@@ -21,7 +21,7 @@ from expunge.bench.stages import Contender
 from expunge.bench.tables import REMOVAL
 from expunge.bench.tasks import Scenario
 
-METHODS = ("orthogonal-ascent", "class-orthogonal-ascent", "reload")
+METHODS = ("natural-ascent", "class-orthogonal-ascent", "reload")
 REMOVALS = {"cifar100": Scenario(kind="random", amount=0.1), "cifar10": Scenario(kind="in-class", amount=100)}
 
 
