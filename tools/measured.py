@@ -273,7 +273,7 @@ FINDINGS: dict[str, Finding] = {
         "table2_cifar10",
         ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
          "control: recipe alone", "control: short retraining", "fine-tune", "eu-k", "l1-sparse", "orthogonal-ascent",
-         "class-orthogonal-ascent", "duck", "salun", "grda", "scrub"),
+         "class-orthogonal-ascent", "natural-ascent", "duck", "salun", "amnesiac", "grda", "scrub"),
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"),
     ),
     "backdoor": Finding(
