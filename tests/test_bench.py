@@ -18,6 +18,7 @@ from expunge.bench.workers import RayCluster
 from expunge.cli import main
 from expunge.errors import ConfigError, MissingExtra, NotFinite
 from expunge.files import write_text
+from expunge.report import tables
 from expunge.rows import Row, read_rows, write_rows
 from tests.tiny_bench import CROSS, DIGITS, FILE, RECIPE, TINY, TWO, run, tiny, values
 
@@ -121,9 +122,10 @@ def test_the_figures_of_the_paper_stand_beside_the_measured_ones(unbroken, capsy
     assert found["salun", "ΔFMIA"] == (7.39, "%")
     assert found["retrain", "FA"] == (74.89, "%")
     assert ("retrain", "ΔFA") not in found
-    shown = experiments.table_rows(replace(TINY, printed=rows), read_rows(unbroken / "rows.csv"))
-    assert {row.metric for row in shown} == {"ΔFE", "NSKL"}
-    assert {row.source for row in shown} == {"measured", "paper, Table 1"}
+    (shown,) = experiments.shown(replace(TINY, printed=rows), read_rows(unbroken / "rows.csv"))
+    assert (shown.scenario, shown.metrics) == ("random 10 %", ("ΔFE", "NSKL"))
+    assert {row.source for row in shown.rows} == {"measured", "paper, Table 1"}
+    assert "FE" in {row.metric for row in shown.rows}  # which ΔFE is tested by
     with pytest.raises(ConfigError, match=r"table='table9': printed.toml has table1, table2, table3"):
         printed("table9", "x")
 
@@ -205,12 +207,12 @@ def test_of_several_tasks_the_leading_metric_is_put_into_one_table(tmp_path, cap
     more = replace(DIGITS, scenario=Scenario(kind="random", amount=0.2))
     experiment = replace(tiny(DIGITS, more, contenders=()), leading="ΔFE")
     folder = run(experiment, tmp_path)
-    together = experiments.across(experiment, read_rows(folder / "rows.csv"))
-    assert {(each.scenario, each.metric) for each in together} == {
-        ("all scenarios", "ΔFE, random 10 %"),
-        ("all scenarios", "ΔFE, random 20 %"),
-    }
-    assert experiments.across(TINY, read_rows(folder / "rows.csv")) == []
+    *single, together = experiments.shown(experiment, read_rows(folder / "rows.csv"))
+    assert [each.scenario for each in single] == ["random 10 %", "random 20 %"]
+    assert (together.scenario, together.metrics) == ("all scenarios", ("ΔFE, random 10 %", "ΔFE, random 20 %"))
+    assert {each.metric.partition(",")[0] for each in together.rows} == {"FE", "ΔFE"}
+    assert len(tables(*together)[0].metrics) == 2
+    assert len(list(experiments.shown(TINY, read_rows(folder / "rows.csv")))) == 2  # no leading metric, no such table
 
 
 def test_before_anything_is_done_the_table_says_so(tmp_path, capsys):

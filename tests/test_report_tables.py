@@ -109,6 +109,25 @@ def test_differences_on_both_sides_of_retraining_are_not_beyond():
     assert verdicts(summarise(rows))["swings", "ΔFA"].state == "open"  # every one is, and their mean is not
 
 
+def test_what_is_shown_changes_no_verdict():
+    whole = {(line.method, metric): cell.mark for line, metric, cell in marks(tables(clear_rows(), "removal")[0])}
+    for metrics in (("ΔFA",), ("NSKL",), ("ΔFA", "FA")):
+        table = tables(clear_rows(), "removal", metrics)[0]
+        assert {*table.metrics} == {*metrics} - {"FA"}
+        assert {(line.method, metric): cell.mark for line, metric, cell in marks(table)}.items() <= whole.items()
+    with pytest.raises(ConfigError, match="none of ΔFMIA, TA was measured in 'removal': of too few records"):
+        tables(clear_rows(), "removal", ("ΔFMIA", "TA"))
+
+
+def marks(table):
+    return [
+        (line, metric, cell)
+        for line in table.lines
+        for metric, cell in zip(table.metrics, line.cells, strict=True)
+        if cell is not None
+    ]
+
+
 def test_a_metric_on_which_the_original_is_as_close_is_named():
     (table, _) = tables(clear_rows(), "removal")
     assert "On NSKL even the original is within δ" in table.marked

@@ -27,8 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def demo_table() -> str:
     """What the demo measured, from the rows it left."""
     rows = read_rows(ROOT / "results" / "demo_rows.csv")
-    shown = [row for row in rows if row.metric in ("ΔFA", "ΔFE", "ΔFMIA", "NSKL", "Cost")]
-    return markdown(shown, "removal")
+    return markdown(rows, "removal", ("ΔFA", "ΔFE", "ΔFMIA", "NSKL", "Cost"))
 
 
 def compared(scenario: str) -> str:
@@ -36,7 +35,7 @@ def compared(scenario: str) -> str:
     rows = read_rows(ROOT / "results" / "compare_rows.csv")
     if scenario == compare.OVERVIEW:
         return markdown(compare.overview(rows), scenario)
-    return markdown([row for row in rows if row.metric in compare.SHOWN[scenario]], scenario)
+    return markdown(rows, scenario, compare.SHOWN[scenario])
 
 
 PAIRS = {  # that docs/compare.md speaks of
@@ -89,11 +88,9 @@ def _kept(path: Path, profile: str) -> str:
     """The tables of the rows that were kept, and where they come from."""
     file = ROOT / "results" / f"{path.stem}-{profile}.csv"
     rows, experiment = read_rows(file), experiments.defined(path, profile)
-    shown = experiments.table_rows(experiment, rows)
     made = json.loads(file.with_suffix(".env.json").read_text(encoding="utf-8"))
-    tables = [markdown(shown, scenario).strip() for scenario in dict.fromkeys(row.scenario for row in rows)]
-    if together := experiments.across(experiment, rows):
-        tables.insert(0, markdown(together, experiments.ACROSS).strip())
+    found = sorted(experiments.shown(experiment, rows), key=lambda table: table.scenario != experiments.ACROSS)
+    tables = [markdown(*table).strip() for table in found]
     measured = next(row for row in rows if row.source == "measured")
     seeds = len({row.seed for row in rows})
     tables.append(

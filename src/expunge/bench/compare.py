@@ -111,11 +111,7 @@ def take_part(entry: Entry, situation: Situation, watch: Watch | None = None) ->
 def tables(rows: Sequence[Row]) -> list["Table"]:
     """A table of distances for each scenario, and one over all of them, for a terminal."""
     scenarios = [scenario for scenario in SHOWN if any(row.scenario == scenario for row in rows)]
-    single = [
-        table
-        for scenario in scenarios
-        for table in rich_tables([row for row in rows if row.metric in SHOWN[scenario]], scenario)
-    ]
+    single = [table for scenario in scenarios for table in rich_tables(rows, scenario, SHOWN[scenario])]
     return [*single, *rich_tables(overview(rows), OVERVIEW)]
 
 

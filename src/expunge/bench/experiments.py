@@ -8,11 +8,11 @@ import csv
 import hashlib
 import json
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from expunge.bench import samples
 from expunge.bench.entries import SHORT, entries
@@ -282,20 +282,29 @@ def made_by(stages: Iterable[Stage], store: Store) -> dict[str, Any]:
     return {name: next(iter(values)) if len(values) == 1 else sorted(values) for name, values in found.items()}
 
 
-def table_rows(experiment: Experiment, rows: Iterable[Row]) -> list[Row]:
-    """The rows of the metrics that an experiment shows, with what the paper prints."""
-    return [row for row in (*rows, *experiment.printed) if row.metric in experiment.shown]
-
-
 ACROSS = "all scenarios"
 
 
-def across(experiment: Experiment, rows: Iterable[Row]) -> list[Row]:
-    """The leading metric of every task, as the rows of one table; none for a single task."""
-    if not experiment.leading:
-        return []
-    chosen = [row for row in rows if row.metric == experiment.leading]
-    return [replace(row, scenario=ACROSS, metric=f"{row.metric}, {row.scenario}") for row in chosen]
+class Shown(NamedTuple):
+    """What a table is made of."""
+
+    rows: list[Row]  # more than are shown: verdicts need all
+    scenario: str
+    metrics: tuple[str, ...]  # that it shows
+
+
+def shown(experiment: Experiment, rows: Sequence[Row]) -> Iterator[Shown]:
+    """The tables of an experiment: of each scenario, with what a paper prints, and of the leading metric over all."""
+    for scenario in dict.fromkeys(row.scenario for row in rows):
+        yield Shown([*rows, *experiment.printed], scenario, experiment.shown)
+    if leading := experiment.leading:
+        pair = (leading, leading.removeprefix("Δ"))  # a difference is tested by the values that it is one of
+        together = [
+            replace(row, scenario=ACROSS, metric=f"{row.metric}, {row.scenario}") for row in rows if row.metric in pair
+        ]
+        metrics = tuple(dict.fromkeys(row.metric for row in together if row.metric.startswith(leading)))
+        if metrics:
+            yield Shown(together, ACROSS, metrics)
 
 
 def _plain(experiment: Experiment) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from expunge.cli import printing
 from expunge.cli.arguments import Flag, Maybe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from expunge.bench.experiments import Experiment
     from expunge.bench.runner import Hands
     from expunge.bench.stages import Stage
@@ -160,7 +158,7 @@ def _status(command: Status) -> None:
 
 
 def _table(command: Table) -> None:
-    from expunge.bench.experiments import evaluated, failures, rows_of
+    from expunge.bench.experiments import evaluated, failures, rows_of, shown
     from expunge.report import markdown
 
     experiment, store = _planned(command)
@@ -174,8 +172,8 @@ def _table(command: Table) -> None:
         for line in failures(done, store):
             print(line)
     else:
-        for shown, scenario in _shown(experiment, rows):
-            print(markdown(shown, scenario))
+        for table in shown(experiment, rows):
+            print(markdown(*table))
     if 0 < len(done) < len(wanted):
         print(_missing(wanted, done))
 
@@ -192,19 +190,10 @@ def _missing(wanted: "list[Stage]", done: "list[Stage]") -> str:
 
 
 def _tables(experiment: "Experiment", rows: "list[Row]") -> list[object]:
+    from expunge.bench.experiments import shown
     from expunge.report import rich_tables
 
-    return [table for shown, scenario in _shown(experiment, rows) for table in rich_tables(shown, scenario)]
-
-
-def _shown(experiment: "Experiment", rows: "list[Row]") -> "Iterator[tuple[list[Row], str]]":
-    """What tables are made of, with the name of each scenario that there are rows of."""
-    from expunge.bench.experiments import ACROSS, across, table_rows
-
-    for scenario in dict.fromkeys(row.scenario for row in rows):
-        yield table_rows(experiment, rows), scenario
-    if together := across(experiment, rows):
-        yield together, ACROSS
+    return [drawn for table in shown(experiment, rows) for drawn in rich_tables(*table)]
 
 
 def _diff(command: Diff) -> None:

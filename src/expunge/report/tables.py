@@ -1,7 +1,7 @@
 """Rows in, tables out: means, spreads, intervals, verdicts and a paper's figures, as text in cells."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,11 +57,17 @@ class Table:
     margins: tuple[str, ...]  # δ of each metric; empty without a noise floor
 
 
-def tables(rows: Iterable[Row], scenario: str) -> list[Table]:
+def tables(rows: Iterable[Row], scenario: str, shown: Collection[str] = ()) -> list[Table]:
     """The tables of a scenario: distances to retraining, then each model's own values.
 
+    Args:
+        rows: All rows of a run: verdicts are corrected for all distances, and a Δ is tested by the values that it is
+            the difference of, whether these are shown or not.
+        scenario: Which.
+        shown: Metrics to show; by default all.
+
     Raises:
-        ConfigError: No row is of this scenario.
+        ConfigError: No row is of this scenario, or of these metrics.
         MissingExtra: SciPy is not installed, and there are intervals to compute.
     """
     rows = list(rows)
@@ -69,7 +75,12 @@ def tables(rows: Iterable[Row], scenario: str) -> list[Table]:
     if not found:
         raise ConfigError(f"no measured row has scenario={scenario!r}.")
     papers = printed(rows, scenario)
-    metrics = list(dict.fromkeys(metric for _, metric in found))
+    metrics = [metric for metric in dict.fromkeys(metric for _, metric in found) if not shown or metric in shown]
+    if not metrics:
+        raise ConfigError(
+            f"none of {', '.join(shown)} was measured in {scenario!r}: of too few records some metrics say nothing and "
+            "have no rows. Show others, or take more records."
+        )
     own = [metric for metric in metrics if define(metric).kind == "value"]
     relative = [metric for metric in metrics if metric not in own]
     titles = {"Distance to retraining": relative, "What each model does": own}
@@ -170,7 +181,7 @@ def _marked(judged: Mapping[tuple[str, str], Verdict]) -> str:
         return ""
     text = (
         f"Bold: indistinguishable from retraining within δ; >: further from it than δ; neither: undecided "
-        f"({_PERCENT} %, Holm over this table; δ is the 95 % quantile of the noise floor)."
+        f"({_PERCENT} %, Holm over all distances of the scenario; δ is the 95 % quantile of the noise floor)."
     )
     blunt = [metric for (method, metric), verdict in judged.items() if method == ORIGINAL and verdict.state == "within"]
     if blunt:

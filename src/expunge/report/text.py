@@ -1,6 +1,6 @@
 """Tables as text: Markdown, the terminal, and CSV with every digit."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def markdown(rows: Iterable[Row], scenario: str) -> str:
-    """The tables of a scenario as Markdown whose columns also line up as plain text."""
-    return "\n\n".join(markdown_table(table) for table in tables(rows, scenario)) + "\n"
+def markdown(rows: Iterable[Row], scenario: str, shown: Collection[str] = ()) -> str:
+    """The tables of a scenario as Markdown whose columns also line up as plain text; arguments as of `tables`."""
+    return "\n\n".join(markdown_table(table) for table in tables(rows, scenario, shown)) + "\n"
 
 
 def markdown_table(table: Table, *, intervals: bool = False) -> str:
@@ -47,13 +47,13 @@ def words(table: Table, *, intervals: bool = False) -> str:
     return " ".join(text for text in (note, table.marked, table.source) if text)
 
 
-def rich_tables(rows: Iterable[Row], scenario: str) -> list["rich.table.Table"]:
-    """The tables of a scenario for a terminal."""
+def rich_tables(rows: Iterable[Row], scenario: str, shown: Collection[str] = ()) -> list["rich.table.Table"]:
+    """The tables of a scenario for a terminal; arguments as of `tables`."""
     import rich.box
     import rich.table
 
     made = []
-    for table in tables(rows, scenario):
+    for table in tables(rows, scenario, shown):
         caption = "\n".join(text for text in (table.note, table.marked.replace("Bold:", "*:"), table.source) if text)
         drawn = rich.table.Table(title=f"{scenario}: {table.title}", caption=caption, box=rich.box.SIMPLE_HEAD)
         made.append(drawn)

@@ -40,7 +40,8 @@ def verdicts(summaries: Iterable[Summary]) -> dict[tuple[str, str], Verdict]:
     where it is a divergence. "Beyond" is the same t-test turned round, of a divergence on a log scale: its spread
     grows with its size, and one that is ten to a thousand times δ would pass for undecided. (The mean of logarithms
     lies below the logarithm of the mean, so what is beyond there is beyond.) Both families are corrected by Holm's
-    method over all the distances given, so give those of one table, and the values that they are differences of.
+    method over all the distances given, so give all of a scenario, shown or not, and the values that they are
+    differences of: without these a Δ is taken for a distance, whose test is laxer.
 
     None is given for fewer than two repetitions, without two distances between retrained models, if these are all 0,
     and for values that are not finite.
