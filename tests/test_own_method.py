@@ -26,6 +26,7 @@ from expunge.methods import METHODS, Method, all_methods, gradient_ascent
 from expunge.provenance import file_hash
 from expunge.rows import read_rows
 from expunge.setup import load_setup
+from expunge.space import Choice, Range
 from expunge.training import mean_loss
 from expunge.unlearn import unlearn
 from expunge.weights import save_weights
@@ -200,6 +201,42 @@ def test_what_would_show_late_is_found_when_a_method_is_loaded(known, tmp_path, 
     assert ("mine" in all_methods()) == (reason is None)
     said = [str(each.message) for each in recwarn if "is left out" in str(each.message)]
     assert re.search(reason, said[0]) if reason else not said
+
+
+OWN_NAMES = """
+from dataclasses import dataclass
+from torch import nn
+from expunge.access import Blind
+from expunge.methods import Method
+from expunge.space import Choice, Range
+from expunge.training import Recipe
+
+@dataclass(frozen=True)
+class Mine:
+    k: int = 40
+    rounds: int = 3
+    epochs: int = 9
+    recipe: Recipe = Recipe(epochs=20, lr=0.1)
+
+def mine(model: nn.Module, given: Blind, config: Mine, *, seed, trace) -> nn.Module:
+    return model
+
+SPACE = {
+    "k": Range(1, 50), "rounds": Choice((3, 4)), "epochs": Range(5, 50), "recipe.epochs": Choice((2, 20)),
+}
+METHOD = Method("mine", Mine, mine, SPACE)
+"""
+
+
+def test_settings_that_are_called_like_ours_mean_what_their_owner_means(known, tmp_path):
+    known("mine = twice:METHOD", package="broken")
+    (tmp_path / "site" / "twice.py").write_text(OWN_NAMES, encoding="utf-8")
+    found = entries(replace(SHORT, epochs=5), layers=2)["mine"]
+    import twice
+
+    assert found.start.recipe.epochs == 5
+    assert dict(found.space) == twice.SPACE | {"recipe.epochs": Choice((2,))}  # the budget holds for recipes alone
+    assert entries(replace(SHORT, epochs=5), layers=2)["cf-k"].space["k"] == Range(1, 1)
 
 
 def test_the_search_space_may_hold_only_what_the_settings_take(known, tmp_path):

@@ -248,6 +248,21 @@ def test_what_is_near_an_end_of_a_range_is_told():
     ]  # fmt: skip
     assert not wide.near_an_end(2.0)  # none of them
     assert not Range(1, 3).near_an_end(3)
+    assert not Range(0.5, 0.5).near_an_end(0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (lambda: Range(0.1, 0.01), r"Range\(0.1, 0.01\): give the smaller of two finite numbers first"),
+        (lambda: Range(0.1, math.inf), r"Range\(0.1, inf\): give the smaller of two finite numbers"),
+        (lambda: Range(0.0, 0.1, log=True), r"Range\(0.0, 0.1, log=True\): only numbers above 0 have a logarithm"),
+        (lambda: Choice(()), r"Choice\(\(\)\): give a tuple of one value or more, as Choice\(\(1, 2\)\)"),
+    ],
+)
+def test_a_space_of_nothing_is_refused(values, said):
+    with pytest.raises(ConfigError, match=said):
+        values()
 
 
 def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch):

@@ -13,11 +13,21 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two bounds, whole ones if both bounds are."""
+    """Numbers between two bounds, whole ones if both bounds are.
+
+    Raises:
+        ConfigError: Bounds that nothing lies between, or a logarithm of what has none.
+    """
 
     low: float
     high: float
     log: bool = False  # uniform in the logarithm
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low <= self.high < math.inf:
+            raise ConfigError(f"Range({self.low}, {self.high}): give the smaller of two finite numbers first.")
+        if self.log and not self.low > 0:
+            raise ConfigError(f"Range({self.low}, {self.high}, log=True): only numbers above 0 have a logarithm.")
 
     def draw(self, source: random.Random) -> float:
         """One of them."""
@@ -34,7 +44,7 @@ class Range:
 
     def near_an_end(self, value: float) -> bool:
         """Whether it is among the twentieth of them next to either bound; of whole numbers there are too few."""
-        if self.whole or not self.holds(value):
+        if self.whole or self.low == self.high or not self.holds(value):
             return False
         low, high, here = (math.log(each) if self.log else each for each in (self.low, self.high, value))
         return not 0.05 < (here - low) / (high - low) < 0.95
@@ -47,9 +57,17 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few values."""
+    """One of a few values.
+
+    Raises:
+        ConfigError: There is none.
+    """
 
     options: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, tuple) or not self.options:
+            raise ConfigError(f"Choice({self.options!r}): give a tuple of one value or more, as Choice((1, 2)).")
 
     def draw(self, source: random.Random) -> Any:
         """One of them."""

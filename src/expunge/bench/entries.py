@@ -18,7 +18,7 @@ from expunge.methods.fisher import FisherForgetting
 from expunge.methods.grda import GRDA
 from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
-from expunge.space import Range, Space, with_settings
+from expunge.space import Choice, Range, Space, with_settings
 from expunge.training import Recipe
 
 FILE = "digits_settings.json"
@@ -110,7 +110,9 @@ def chosen(scenario: str, name: str) -> dict[str, Any]:
 
 def _entry(method: Method, budget: Recipe, layers: int) -> Entry:
     start = _within(method.published(), budget)
-    space = {path: _fitted(path, values, start, layers) for path, values in method.space.items()}
+    space = {path: _within_epochs(path, values, start) for path, values in method.space.items()}
+    if method.of_expunge:
+        space = {path: _fitted(path, values, start, layers) for path, values in space.items()}
     return Entry(method.name, start, space, method.blind, method.unfit)
 
 
@@ -131,16 +133,22 @@ def _within(config: Any, budget: Recipe) -> Any:
     return replace(config, **changed)
 
 
+def _within_epochs(path: str, values: Range | Choice, start: Any) -> Range | Choice:
+    """No more epochs of a recipe, or of GRDA, than the budget gave it."""
+    outer, _, last = path.rpartition(".")
+    holder = getattr(start, outer, None) if outer else start
+    if last != "epochs" or not isinstance(holder, Recipe | GRDA):
+        return values
+    most = holder.epochs
+    if isinstance(values, Choice):
+        return Choice(tuple(each for each in values.options if each <= most) or (most,))
+    return Range(min(values.low, most), min(values.high, most), values.log)
+
+
 def _fitted(path: str, values: Any, start: Any, layers: int) -> Any:
-    """Values that the budget and the network allow."""
-    last = path.rpartition(".")[2]
-    if last == "epochs":
-        most = start
-        for name in path.split("."):
-            most = getattr(most, name)
-        return Range(min(values.low, most), min(values.high, most), values.log)
-    if last == "rounds":  # of one epoch at least
+    """Of expunge's own methods what the network and the budget allow."""
+    if path == "rounds":  # of one epoch at least
         return Range(values.low, min(values.high, start.fine_tune.epochs))
-    if last == "k":  # a layer must stay as it is, or it is no longer the method
-        return Range(values.low, min(values.high, layers - 1))
+    if path == "k":  # a layer must stay as it is, or it is no longer the method
+        return Range(values.low, max(min(values.high, layers - 1), values.low))
     return values
