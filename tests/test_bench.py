@@ -16,7 +16,7 @@ from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Scenario
 from expunge.bench.workers import RayCluster
 from expunge.cli import main
-from expunge.errors import ConfigError, MissingExtra, NotFinite
+from expunge.errors import ConfigError, IncompleteRun, MissingExtra, NotFinite
 from expunge.files import write_text
 from expunge.report import tables
 from expunge.rows import Row, read_rows, write_rows
@@ -96,6 +96,21 @@ def test_a_method_that_breaks_down_is_a_fact_and_not_a_row_and_the_run_says_so(t
         assert main(["bench", command, str(tmp_path / "mine.py"), "--seeds", "2", "--out", str(tmp_path)]) == 0
         said = capsys.readouterr().out
         assert "ssd on random 10 %, seed 0, 1: no rows: the loss became nan in epoch 1\n" in said
+
+
+def test_a_mistake_of_which_all_trials_fail_ends_the_search_and_not_the_run(tmp_path, monkeypatch):
+    real = steps.unlearn
+
+    def forgets_to_return(model, given, config, *, seed):
+        if type(config).__name__ == "SSD":
+            raise ConfigError("ssd returned None. Return the model.")
+        return real(model, given, config, seed=seed)
+
+    monkeypatch.setattr(steps, "unlearn", forgets_to_return)
+    with pytest.raises(IncompleteRun, match=r"(?s)tune ssd .*: ssd returned None. Return the model"):
+        run(TINY, tmp_path)
+    done = experiments.evaluated(TINY, [0], Store(tmp_path))
+    assert {stage.contender.name for stage in done} == {"original", "retrain", "retrain again", "reload"}
 
 
 def test_a_run_says_whose_model_is_destroyed(tmp_path):

@@ -1,5 +1,6 @@
 """What scenarios make of data: who is given which records, and what is judged."""
 
+import csv
 from dataclasses import replace
 
 import pytest
@@ -182,3 +183,26 @@ def test_everything_of_the_grid_runs_from_training_to_rows(tmp_path):
             assert torch.equal(samples[f"{scenario.name}/{part} labels"], labels)
         measured = {row.metric for row in rows if (row.scenario, row.method) == (scenario.name, "reload")}
         assert measured == {*judging.metrics_of(scenario)}
+
+
+def test_a_page_calls_tasks_what_they_are_called_and_records_what_was_done_to_them(tmp_path):
+    flipped = Scenario(kind="flipped-labels", amount=0.5, pairs=((0, 2), (3, 5)))
+    removed = replace(DIGITS, train=100, called="digits, uncorrected CNN", scenario=Scenario(kind="class"))
+    mended = replace(DIGITS, train=100, called="MLP-8", model="mlp", settings=(("widths", (64, 8, 10)),))
+    mended = replace(mended, scenario=flipped)
+    mine = (Contender(name="mine", entry="fine-tune", tuned=False),)
+    folder = run(tiny(removed, mended, contenders=mine), tmp_path)
+    page = write_page(folder).read_text(encoding="utf-8")
+    first, second = page.partition('id="scenario-mlp-8')[::2]
+    assert ">Digits, uncorrected CNN<" in first
+    assert "Do the removed records stand out?" in first
+    assert "for mine" in first  # in the figure of losses, though it is not RELOAD
+    assert "Some of the corrected records" in second
+    assert "removed records stand out" not in second
+    assert "convnet, widths (4, 8); digits, 100 training images, mlp" in page
+    with (folder / "losses.csv").open(newline="", encoding="utf-8") as file:
+        lines = [
+            each for each in csv.DictReader(file) if (each["method"], each["scenario"]) == ("mine", removed.called)
+        ]
+    unseen = records_of(removed, 0, None).unseen
+    assert sum(each["split"] == "test" for each in lines) == len(unseen)  # of the removed class, as the attack has them

@@ -18,7 +18,8 @@ from expunge.metrics import stats
 from expunge.report import comparison, latex_table, markdown, rich_tables, summarise, tables, write_table
 from expunge.report.summaries import number
 from expunge.report.verdicts import verdicts
-from expunge.rows import EVALUATION
+from expunge.report.written import write
+from expunge.rows import EVALUATION, write_rows
 from tests.reported import clear_rows, row, some_rows
 
 
@@ -244,6 +245,19 @@ def test_latex_is_balanced_and_escapes_what_it_must():
     assert r"12.00~$>$" in text
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
     assert not re.search("[^\\x00-\\x7f]", text)
+
+
+def test_captions_in_latex_say_of_which_scenario_they_are(tmp_path):
+    write_rows(tmp_path / "rows.csv", clear_rows())
+    for name in ("config.json", "env.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    text = write(tmp_path, "latex").read_text(encoding="utf-8")
+    assert r"\caption{Distance to retraining, removal. Mean" in text
+
+
+def test_names_do_not_break_a_markdown_table():
+    rows = [replace(r, method="a|b") if r.method == "reload" else r for r in clear_rows()]
+    assert r"| a\|b " in markdown(rows, "removal")
 
 
 def test_csv_holds_every_digit(tmp_path):

@@ -98,9 +98,12 @@ def find(metric: str) -> str:
     raise ConfigError(f"there is no metric {metric!r}. The closest: {nearest}. `expunge explain` lists all.")
 
 
-def split_names(scenario: str) -> dict[str, str]:
-    """What the records of each split are called in a scenario, in the order to name them."""
-    if "correct" in scenario:
+CORRECTED = "Accuracy on corrected"  # the metric that every correction has, and no removal
+
+
+def split_names(corrects: bool) -> dict[str, str]:
+    """What the records of each split are called, after a correction or a removal, in the order to name them."""
+    if corrects:
         return {"retain": "training", "forget": "corrected", "test": "test"}
     return {"retain": "retained", "forget": "removed", "test": "test"}
 

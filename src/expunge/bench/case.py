@@ -113,8 +113,8 @@ def measure(experiment: str, situation: Situation, results: Mapping[str, Result]
             case.add(method, result, distances(found, truth))
         if result.seconds:
             case.add(method, result, [Measured("Cost", result.seconds / reference.seconds, "ratio", "", 1)])
-        if method in judging.DRAWN:
-            case.losses += [(method, s, loss) for s in ("forget", "test") for loss in found.splits[s].losses.tolist()]
+        if method in judging.drawn(list(results)):
+            case.losses += [(method, *each) for each in judging.attacked(found.splits)]
     return case
 
 

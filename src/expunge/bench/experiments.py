@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from expunge.bench import samples
 from expunge.bench.entries import SHORT, entries
 from expunge.bench.fit import require_fit
-from expunge.bench.judging import TABLES, metrics_of
+from expunge.bench.judging import TABLES, drawn, metrics_of
 from expunge.bench.records import NONE_TO_SPARE
 from expunge.bench.required import require
 from expunge.bench.stages import PSEUDO_SETS, STANDARDS, Contender, Effort, Stage, tuning_of
@@ -244,6 +244,8 @@ def _gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: st
         for name in TABLES:
             with (store.folder(stage) / f"{name}.csv").open(newline="", encoding="utf-8") as file:
                 lines[name] += list(csv.reader(file))[1:]
+    shown = drawn([*STANDARDS, *(each.name for each in experiment.contenders)])
+    lines["losses"] = [line for line in lines["losses"] if line[1] in shown]  # of everyone they are many
     write_rows(folder / "rows.csv", rows_of(experiment, done, store, note))
     for name, columns in TABLES.items():
         write_csv(folder / f"{name}.csv", columns, lines[name])

@@ -1,6 +1,6 @@
 """How models of an experiment are judged: outputs, the score of a rehearsal, and rows with costs."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +16,7 @@ from expunge.bench.tasks import Scenario
 from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
 from expunge.metrics.compare import Measured, Profile, distances, profile
 from expunge.metrics.outputs import Outputs, outputs
+from expunge.report.overview import subject
 from expunge.report.summaries import ORIGINAL, REFERENCE
 from expunge.rows import Row, write_csv, write_rows
 
@@ -27,7 +28,6 @@ UNSEEN = "unseen"
 _ALWAYS = ("NA", "TA", "NSKL", "FSKL", "Cost", "Work")
 _OF_REMOVED = ("FA", "FE", "FMIA", "AUC")  # after a correction they say nothing, see `profile_of`
 SPENT = "spent"  # in a trace: seconds that count as cost
-DRAWN = (ORIGINAL, REFERENCE, "reload")  # whose single losses are kept, for the figures
 Splits = dict[str, Outputs]
 TABLES = {
     "facts": ("scenario", "method", "seed", "fact", "value"),
@@ -141,9 +141,19 @@ def write(
     write_csv(folder / "facts.csv", TABLES["facts"], [(*key, *each) for each in facts] if stage.effort else [])
     resets = [(*key, part, share, done["sizes"][part]) for part, share in done.get("reset", {}).items()]
     write_csv(folder / "reset.csv", TABLES["reset"], resets)
-    kept = {s: own[s].losses.tolist() for s in ("forget", "test")} if own is not None and name in DRAWN else {}
-    lines = [(*key, split, loss) for split, losses in kept.items() for loss in losses]
+    lines = [] if own is None else [(*key, split, loss) for split, loss in attacked(own)]
     write_csv(folder / "losses.csv", TABLES["losses"], lines)
+
+
+def attacked(found: Mapping[str, Outputs]) -> Iterator[tuple[str, float]]:
+    """Single losses that an attack has, by split: "test" are unseen records like the removed ones, where those are."""
+    for split, each in (("forget", found["forget"]), ("test", found.get(UNSEEN, found["test"]))):
+        yield from ((split, loss) for loss in each.losses.tolist())
+
+
+def drawn(methods: Sequence[str]) -> tuple[str | None, ...]:
+    """Whose single losses the figures of a report show."""
+    return (ORIGINAL, subject(methods), REFERENCE)
 
 
 def passes(trace: Mapping[str, Any]) -> float:

@@ -27,7 +27,7 @@ STEPS: tuple[Step, ...] = get_args(Step)
 # Raise one when the code of a step, or what it calls, gives other results than before: its stages are then done anew.
 # Only the file of a method counts by itself. A hash of the whole library would throw away days of training after a
 # change of a comment; env.json of every stage has that hash, and `bench status` says when results mix.
-VERSIONS: dict[Step, int] = dict.fromkeys(STEPS, 1)
+VERSIONS: dict[Step, int] = dict.fromkeys(STEPS, 1) | {"evaluate": 2}
 LOSSES = {name_of(loss): loss for loss in (cross_entropy, logit_margin)}  # that gradients are cached of
 PSEUDO_SETS = 2  # that a blind tuning tries every setting on
 STANDARDS = ("original", "retrain", "retrain again")  # models that are evaluated beside those that unlearned

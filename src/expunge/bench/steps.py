@@ -1,10 +1,11 @@
 """What each stage does: results of the stages it needs in, files in its folder out."""
 
 import importlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
         journal=store.journal(stage),
         about={"stage": stage.key},
     )
+    if trials[0].score == math.inf:
+        with suppress(NotFinite):  # that a method breaks down is a result; what else it raises ends the stage
+            _forgiving(objective)(trials[0].settings)
     write_json(folder / TRIALS, {"units": units, "best": trials[0].settings, "trials": list(map(plain, trials))})
 
 

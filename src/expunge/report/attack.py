@@ -14,7 +14,7 @@ from expunge.report.svg import FORGET, INK, MUTED, RULE, TEST, Figure, draw
 _RATES = (0.001, 0.01, 0.1)  # false-positive rates; the least for which there are records enough is stated
 
 
-def roc(losses: Iterable[Loss], scenario: str, subject: str) -> Drawing | None:
+def roc(losses: Iterable[Loss], scenario: str, subject: str, *, corrects: bool = False) -> Drawing | None:
     """ROC curves of the attack that calls a record a member if its loss is small: original, subject, retrained."""
     stored: dict[str, dict[int, dict[str, list[float]]]] = {}
     for loss in losses:
@@ -32,7 +32,7 @@ def roc(losses: Iterable[Loss], scenario: str, subject: str) -> Drawing | None:
     curves = {m: np.mean([true_positives(*pair, rates) for pair in pairs[m]], axis=0) for m in methods}
     members = min(sum(len(forget) for forget, _ in pairs[method]) for method in methods)
     stated = next((rate for rate in _RATES if rate * unseen >= 10 and rate * members >= 0.5), None)
-    name = split_names(scenario)["forget"]
+    name = split_names(corrects)["forget"]
 
     def plot(figure: Figure) -> None:
         ax = figure.subplots()

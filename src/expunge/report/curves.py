@@ -16,7 +16,9 @@ _COLOURS = {"forget": FORGET, "test": TEST, "retain": RETAIN}
 _STAGES = {"original": "trained", "difference": "trained", "ascend": "ascended", "re-initialise": "re-initialised"}
 
 
-def steps(points: Iterable[Point], losses: Iterable[Loss], scenario: str, subject: str) -> Drawing | None:
+def steps(
+    points: Iterable[Point], losses: Iterable[Loss], scenario: str, subject: str, *, corrects: bool = False
+) -> Drawing | None:
     """Mean loss on every split at every stage and after every epoch, over seeds."""
     mine = [point for point in points if (point.scenario, point.method) == (scenario, subject)]
     if not mine:
@@ -27,7 +29,7 @@ def steps(points: Iterable[Point], losses: Iterable[Loss], scenario: str, subjec
     curves = {split: _over_seeds(mine, split, [*stages, *later]) for split in _COLOURS}
     curves = {split: curve for split, curve in curves.items() if len(curve)}
     levels = _levels(losses, scenario)
-    names = split_names(scenario)
+    names = split_names(corrects)
 
     def plot(figure: Figure) -> None:
         ax = figure.subplots()

@@ -114,7 +114,7 @@ def resets(stored: Iterable[Reset], scenario: str, subject: str) -> Drawing | No
     )
 
 
-def histograms(losses: Iterable[Loss], scenario: str, subject: str) -> Drawing | None:
+def histograms(losses: Iterable[Loss], scenario: str, subject: str, *, corrects: bool = False) -> Drawing | None:
     """The losses of removed and of test records side by side, before and after."""
     stored: dict[tuple[str, str], list[float]] = {}
     for loss in losses:
@@ -125,7 +125,7 @@ def histograms(losses: Iterable[Loss], scenario: str, subject: str) -> Drawing |
     if not methods:
         return None
     shown = [value for (method, _), values in stored.items() if method in methods for value in values]
-    name = split_names(scenario)["forget"]
+    name = split_names(corrects)["forget"]
     edges = np.geomspace(min(shown) / 1.01, max(shown) * 1.01, BINS + 1)
     heights = {
         (method, split): np.histogram(stored[method, split], edges)[0] / len(stored[method, split]) * 100

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from expunge.report.overview import subject
+from expunge.report.overview import subject, title
 from expunge.report.stored import Run
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
 from expunge.report.verdicts import verdicts
@@ -27,7 +27,7 @@ def outcomes(summaries: Sequence[Summary], scenario: str, method: str | None) ->
         "beyond": "further from retraining than δ on",
         "open": "undecided on",
     }
-    name = scenario.replace("-", " ").capitalize()
+    name = title(scenario)
     return [f"{name}: {label(method or '')} is {words[state]} {', '.join(on)}." for state, on in states.items() if on]
 
 
@@ -45,7 +45,7 @@ def gaps(
         "this evidence was written. Sign evidence.json, or lodge its SHA-256 where it cannot be changed.",
     ]
     for scenario in dict.fromkeys(summary.scenario for summary in summaries):
-        name = scenario.replace("-", " ").capitalize()
+        name = title(scenario)
         mine = [summary for summary in summaries if summary.scenario == scenario]
         found += [f"{name}: {gap}" for gap in _of_scenario(run, mine)]
     if not any("salted_records" in entry for entry in data):

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from expunge.definitions import FACTS, define, split_names
+from expunge.definitions import CORRECTED, FACTS, define, split_names
 from expunge.report.stored import Fact
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
 from expunge.report.verdicts import verdicts
 from expunge.rows import Row
 
-_LEADING = ("Accuracy on corrected", "FA")  # the number a reader asks for first
+_LEADING = (CORRECTED, "FA")  # the number a reader asks for first
 
 _SPACE = "\N{NO-BREAK SPACE}"
 
@@ -52,13 +52,23 @@ def sentences(summaries: Sequence[Summary], scenario: str, method: str) -> str:
     return " ".join(sentence.rstrip(".") + "." for sentence in said)
 
 
-def sizes(rows: Iterable[Row], scenario: str) -> str:
+def corrects(rows: Iterable[Row], scenario: str) -> bool:
+    """Whether records were corrected in a scenario, and not removed."""
+    return any(row.metric == CORRECTED and row.scenario == scenario for row in rows)
+
+
+def title(scenario: str) -> str:
+    """A scenario as a heading; what somebody called it stays as it is, but for its first letter."""
+    return scenario[:1].upper() + scenario[1:]
+
+
+def sizes(rows: Sequence[Row], scenario: str) -> str:
     """On how many records the numbers of a scenario stand, each seed."""
     counts: dict[str, set[int]] = {}
     for row in rows:
         if row.scenario == scenario and row.split:
             counts.setdefault(row.split, set()).add(row.n)
-    names = split_names(scenario)
+    names = split_names(corrects(rows, scenario))
     parts = [
         f"{min(found):,} {names.get(split, split)}"
         if len(found) == 1

@@ -1,5 +1,6 @@
 """One self-contained HTML page from the files of a run: no network, no scripts, the same bytes for the same files."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from expunge.definitions import define, slug
 from expunge.files import write_text
 from expunge.report.gaps import ATTACKS
 from expunge.report.html import flat, render
-from expunge.report.overview import findings, sentences, sizes, subject
+from expunge.report.overview import corrects, findings, sentences, sizes, subject, title
 from expunge.report.stored import Run, read_run
 from expunge.report.summaries import Summary, label, repetitions, summarise
 from expunge.report.tables import Table, comparison, tables
@@ -57,13 +58,13 @@ def _context(run: Run) -> dict[str, Any]:
     metrics = list(dict.fromkeys(summary.metric for summary in summaries))
     return {
         "experiment": first.experiment,
-        "dataset": first.dataset,
-        "model": first.model,
+        "dataset": _all(row.dataset for row in run.rows if row.source == "measured"),
+        "model": _all(row.model for row in run.rows if row.source == "measured"),
         "repetitions": repetitions(summaries),
         "date": run.environment.get("date", ""),
         "sections": [_section(run, summaries, name) for name in dict.fromkeys(s.scenario for s in summaries)],
         "series": series(summaries),
-        "findings": {(_title(s), label(m)): found for (s, m), found in findings(run.facts).items()},
+        "findings": {(title(s), label(m)): found for (s, m), found in findings(run.facts).items()},
         "definitions": {metric: define(metric) for metric in metrics},
         "config": list(flat(run.config)),
         "environment": list(flat(run.environment)),
@@ -78,6 +79,7 @@ def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
     summaries = [summary for summary in summaries if summary.scenario == scenario]
     about = subject(summary.method for summary in summaries)
     drawings: list[figures.Drawing | None] = []
+    corrected = corrects(run.rows, scenario)
     metrics = frontier.drawable(summaries)
     if metrics:
         drawings = [frontier.frontier(summaries, scenario, metrics)]
@@ -85,16 +87,16 @@ def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
         drawings = [
             figures.distances(summaries, scenario, about),
             tradeoff.tradeoff(summaries, scenario, about),
-            curves.steps(run.curves, run.losses, scenario, about),
+            curves.steps(run.curves, run.losses, scenario, about, corrects=corrected),
             figures.resets(run.resets, scenario, about),
-            figures.histograms(run.losses, scenario, about),
-            attack.roc(run.losses, scenario, about),
+            figures.histograms(run.losses, scenario, about, corrects=corrected),
+            attack.roc(run.losses, scenario, about, corrects=corrected),
         ]
     drawings.append(samples.samples(run.samples, scenario))
     compared = comparison(run.rows, scenario, about) if about else None
     return Section(
         slug=f"scenario-{slug(scenario)}",
-        title=_title(scenario),
+        title=title(scenario),
         summary=sentences(summaries, scenario, about) if about else "",
         about=about,
         sizes=sizes(run.rows, scenario) + (f" a seed, {repetitions(summaries)}" if summaries[0].over == "seed" else ""),
@@ -103,5 +105,6 @@ def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
     )
 
 
-def _title(scenario: str) -> str:
-    return scenario.replace("-", " ").capitalize()
+def _all(names: Iterable[str]) -> str:
+    """What all tasks of a run are about."""
+    return "; ".join(dict.fromkeys(names))

@@ -26,7 +26,7 @@ def samples(stored: Mapping[str, np.ndarray], scenario: str) -> Drawing | None:
                 ax.set_xticks([])
                 ax.set_yticks([])
 
-    heading = f"Some of the {split_names(scenario)['forget']} records"
+    heading = f"Some of the {split_names(bool(rows[1:]))['forget']} records"
     how = ": above as the original was trained on them, below as they are after the correction" if rows[1:] else ""
     caption = f"The first of them in one seed, each with its class number{how}."
     return Drawing(heading, draw(f"samples-{scenario}", heading, (9.0, 1.35 * len(rows)), plot), "", caption)

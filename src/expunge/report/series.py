@@ -57,7 +57,7 @@ def series(summaries: Sequence[Summary]) -> Drawing | None:
 
     said = "; ".join(_said(lines[metric], metric, at) for metric in metrics)
     return Drawing(
-        title.capitalize(),
+        title[:1].upper() + title[1:],
         draw("series", f"{title}. {said}", (3.6 * len(metrics), 3.4), plot),
         f"{said}.",
         "Mean over repetitions, with the sample standard deviation.",

@@ -28,7 +28,10 @@ def markdown_table(table: Table, *, intervals: bool = False) -> str:
     """One table, with 95 % intervals in place of standard deviations if asked for."""
     headings = (f"{metric} ({unit})" for metric, unit in zip(table.metrics, table.units, strict=True))
     body = [("method", "blind", *headings)]
-    body += [(line.label, line.blind, *(_marked(cell, intervals) for cell in line.cells)) for line in table.lines]
+    body += [
+        (line.label.replace("|", r"\|"), line.blind, *(_marked(cell, intervals) for cell in line.cells))
+        for line in table.lines
+    ]
     if table.margins:
         body.append(("δ", "", *table.margins))
     widths = [max(len(line[column]) for line in body) for column in range(len(body[0]))]

@@ -1,5 +1,6 @@
 """A report in the format that was asked for, written into the folder of its run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,5 +61,7 @@ def _markdown(run: Run) -> str:
 def _latex(run: Run) -> str:
     parts = [HEAD]
     for scenario, listed in _tables(run).items():
-        parts += [latex_table(table, f"{slug(scenario)}-{slug(table.title)}") for table in listed]
+        for table in listed:
+            named = replace(table, title=f"{table.title}, {scenario}")
+            parts.append(latex_table(named, f"{slug(scenario)}-{slug(table.title)}"))
     return "\n\n".join(parts) + "\n"
