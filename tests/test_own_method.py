@@ -265,6 +265,13 @@ def test_a_mistake_in_somebody_s_own_method_is_called_theirs(known, tmp_path, mo
     assert "AttributeError in your own code or data" in said
 
 
+def test_who_asks_a_blind_view_for_the_removed_records_is_told_how_to_get_them():
+    given = world().blind()
+    with pytest.raises(AttributeError, match=r"Blind has no forget. A method that needs .* annotates .* as Sighted"):
+        _ = given.forget
+    assert not hasattr(given, "retained")
+
+
 def test_a_method_that_forgets_to_return_the_model_is_told(known, tmp_path):
     known("mine = twice:METHOD", package="broken")
     (tmp_path / "site" / "twice.py").write_text(USABLE.replace("    return model", "    del model"), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,13 @@ class Blind:
 
     def __post_init__(self) -> None:
         require_reiterable(self.retain, "retain")
+
+    if not TYPE_CHECKING:  # or a type checker would take any attribute for one that is there
+
+        def __getattr__(self, name):
+            cure = " A method that needs the removed records annotates its second argument as Sighted."
+            said = f"{type(self).__name__} has no {name}.{cure if name == 'forget' else ''}"
+            raise AttributeError(said, name=name, obj=self)
 
     def cached(self) -> Gradient:
         """The cached gradient, for a method that cannot do without.

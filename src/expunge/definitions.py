@@ -95,7 +95,10 @@ def find(metric: str) -> str:
     parts = [key for key in slugs if wanted and wanted in key]
     close = difflib.get_close_matches(wanted, slugs, n=3, cutoff=0.4)
     nearest = ", ".join(slugs[key] for key in list(dict.fromkeys(parts + close))[:5]) or ", ".join(METRICS)
-    raise ConfigError(f"there is no metric {metric!r}. The closest: {nearest}. `expunge explain` lists all.")
+    raise ConfigError(
+        f"there is no metric {metric!r}. The closest: {nearest}. `expunge explain` lists all; methods are explained by "
+        "`expunge methods` and their pages."
+    )
 
 
 CORRECTED = "Accuracy on corrected"  # the metric that every correction has, and no removal

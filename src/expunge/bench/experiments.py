@@ -73,8 +73,8 @@ class Experiment:
             if contender.tuned == "blind" and whole:
                 raise ConfigError(
                     f"contender {contender.name!r}, tuned='blind', on {whole[0].dataset}, train={whole[0].train}: "
-                    f"{NONE_TO_SPARE}. Set train to a part of what there is (of the digits the rest is for testing), "
-                    "or leave tuned out."
+                    f"{NONE_TO_SPARE}. Of other datasets set train to a part of what there is; of the digits all that "
+                    "is not trained on is for testing, so leave tuned out."
                 )
             large = [t for t in self.tasks if t.scenario.amount < 1 and t.scenario.amount * (1 + PSEUDO_SETS) >= 1]
             if contender.tuned == "blind" and large:
@@ -98,7 +98,10 @@ class Experiment:
         seeds = list(seeds)
         tuned = sorted({*seeds} & {*self.effort.rehearsals})
         if tuned:
-            raise ConfigError(f"seed {tuned[0]} is one that settings are tuned on: what it gives may not be reported.")
+            raise ConfigError(
+                f"seed {tuned[0]} is one that settings are tuned on: what it gives may not be reported. Ask for fewer "
+                f"seeds, or tune on others, as Effort(…, rehearsals=({max(seeds) + 1001},))."
+            )
         everyone = [*(Contender(name=name, entry=name) for name in STANDARDS), *self.contenders]
         return [
             Stage(

@@ -308,7 +308,10 @@ def _entries() -> dict[str, Entry]:
 
 def _require_entry(entry: str) -> None:
     if entry not in _entries():
-        raise ConfigError(f"contenders: no entry {entry}. There are {', '.join(_entries())}.")
+        raise ConfigError(
+            f"contenders: no entry {entry}. There are {', '.join(_entries())}. (A method of another package that could "
+            "not be used is left out, with a warning that says why.)"
+        )
 
 
 @cache  # stages make contenders by the thousand
