@@ -144,6 +144,12 @@ def test_there_is_no_verdict_without_a_spread_of_finite_distances(values):
     rows += [row("reload", seed, "ΔFA", 1.0, "points") for seed in range(3)]
     assert verdicts(summarise(rows)) == {}
     assert tables(rows, "removal")[0].margins == ()
+    rows += [
+        row(method, seed, "NSKL", 1.0 + seed, "nats") for method in ("retrain again", "reload") for seed in range(3)
+    ]
+    (table,) = tables(rows, "removal")
+    assert table.margins[0] == "" != table.margins[1]
+    assert "On ΔFA there is no δ and no mark" in table.marked
 
 
 def test_methods_are_compared_by_paired_tests_of_scipy():

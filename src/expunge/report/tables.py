@@ -136,7 +136,7 @@ def _table(title: str, found: Found, papers: Mapping[tuple[str, str], Printed], 
     return Table(
         title=title,
         note=f"{spread} over {repetitions(shown)}" + (f"; {', '.join(arrows)} is good." if arrows else "."),
-        marked=_marked(judged),
+        marked=_marked(judged, [m for m in metrics if m not in margins and define(m).kind == "distance"]),
         source=attribution(papers[key] for key in found if key in papers and key[1] in metrics),
         metrics=tuple(metrics),
         units=tuple(f"{unit} {ARROWS[define(metric).good]}".strip() for metric, unit in units.items()),
@@ -175,7 +175,7 @@ def _interval(interval: tuple[float, float] | None, unit: str) -> str:
     return f"{number(interval[0], unit)} to {number(interval[1], unit)}"
 
 
-def _marked(judged: Mapping[tuple[str, str], Verdict]) -> str:
+def _marked(judged: Mapping[tuple[str, str], Verdict], unjudged: list[str]) -> str:
     """What the marks say, and on which metrics they say nothing."""
     if not judged:
         return ""
@@ -184,6 +184,10 @@ def _marked(judged: Mapping[tuple[str, str], Verdict]) -> str:
         f"({_PERCENT} %, Holm over all distances of the scenario; δ is the 95 % quantile of the noise floor)."
     )
     blunt = [metric for (method, metric), verdict in judged.items() if method == ORIGINAL and verdict.state == "within"]
+    if unjudged:
+        text += (
+            f" On {', '.join(unjudged)} there is no δ and no mark: retrained models do not differ, or too few have it."
+        )
     if blunt:
         text += (
             f" On {', '.join(blunt)} even the original is within δ: with these records, that cannot tell a model that "
