@@ -6,7 +6,7 @@ on records one may keep does.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ STABLE, UNSTABLE = 0.9, 0.5  # overlap of the reset set with itself under its ro
 COARSE = 2.0**-20  # storage roundoff above which stability says nothing of the truth, see docs/audits.md
 LEAST = 30  # removed terms from which on few can be computed back, see docs/audits.md
 DRAWS = 3
-MEMORISED = 0.1  # by how much more unseen records must lose than those that are left, as a share of their loss
+MEMORISED = 0.1  # of what was learned: the share that does not hold for unseen records, from which ascents helped
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def preflight(
     full: Gradient,
     *,
     unseen: Batches | None = None,
+    fresh: Callable[[int], nn.Module] | None = None,
     reset_fraction: float = 0.1,
 ) -> Preflight:
     """Look at the difference that an unlearning would start from.
@@ -81,8 +82,9 @@ def preflight(
         loss_terms: The loss of the cache.
         retain: What is left.
         full: The cached gradient.
-        unseen: Records like the training data that nothing was trained on: they tell whether there is anything to
-            forget.
+        unseen: Records like the training data that nothing was trained on: with ``fresh`` they tell whether there is
+            anything to forget.
+        fresh: Builds an untrained model from a seed.
         reset_fraction: The share of entries that RELOAD will re-initialise; 0 for methods that re-initialise none,
             and the choice of entries is not looked at.
 
@@ -97,7 +99,11 @@ def preflight(
     has = evidence(model, loss_terms, retain, full)
     removed = has.removed
     choice = [_stability(removed, full, reset_fraction)] if reset_fraction else []
-    gap = [] if unseen is None else [_memorised(*(mean_loss(model, data, loss_terms) for data in (retain, unseen)))]
+    gap = []
+    if unseen is not None and fresh is not None:
+        untrained = fresh(0).to(next(model.parameters()).device)
+        pairs = ((model, retain), (model, unseen), (untrained, unseen))
+        gap = [_memorised(*(mean_loss(each, data, loss_terms) for each, data in pairs))]
     return Preflight(
         [
             Check("validity", "go", "The cache is undamaged and belongs to these weights, buffers and loss."),
@@ -210,15 +216,17 @@ def _stability(removed: Gradient, full: Gradient, fraction: float) -> Check:
     return Check("stability of the choice", advice, words, {"overlap": stable})
 
 
-def _memorised(left: float, unseen: float) -> Check:
-    numbers = {"loss_on_what_is_left": left, "loss_on_unseen": unseen}
-    words = f"The model loses {left:.3g} nats a term on what is left and {unseen:.3g} on test()"
-    if unseen > left + MEMORISED * abs(left):
-        return Check("something to forget", "go", f"{words}.", numbers)
-    words += (
-        ": it knows its own records hardly better than any others. There is little to forget, and an unlearning may do "
-        "more harm than good. Rehearse against retrained models (expunge rehearse --retrain 3)."
+def _memorised(left: float, unseen: float, untrained: float) -> Check:
+    gained = untrained - left
+    share = (unseen - left) / gained if gained > 0 else 0.0
+    numbers = {"loss_on_what_is_left": left, "loss_on_unseen": unseen, "loss_untrained": untrained}
+    words = (
+        f"The loss a term is {left:.3g} on what is left, {unseen:.3g} on test(), and {untrained:.3g} for an untrained "
+        f"model: of what was learned of its own records {max(share, 0):.0%} does not hold for others"
     )
+    if share >= MEMORISED:
+        return Check("something to forget", "go", f"{words}.", numbers)
+    words += ". There is little to forget, and an unlearning may do more harm than good: rehearse it, or retrain."
     return Check("something to forget", "go with care", words, numbers)
 
 

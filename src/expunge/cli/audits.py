@@ -107,7 +107,13 @@ def audit_preflight(
     try:
         full = cache_file.load(cache, model, loaded.cached_terms)
         result = preflight(
-            model, loaded.cached_terms, retain, full, unseen=_split(loaded, "test"), reset_fraction=reset_fraction
+            model,
+            loaded.cached_terms,
+            retain,
+            full,
+            unseen=_split(loaded, "test"),
+            fresh=loaded.model,
+            reset_fraction=reset_fraction,
         )
     except (CorruptCache, MismatchError, NonDeterministicLoss, NotFinite, NotInformative) as error:
         result = Preflight([Check("validity", "do not", str(error), {"error": type(error).__name__})])
