@@ -297,7 +297,10 @@ def test_language_terms_are_tokens_and_add_up_over_paddings():
 def test_a_language_loss_says_what_it_takes(loss):
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     for batch, said in (
-        ((tokens, tokens), "a batch is a tuple, and this loss takes a dictionary with input_ids and labels"),
+        (
+            (tokens, tokens),
+            r"a batch is a tuple \(int64 \(2, 3\), int64 \(2, 3\)\), and this loss takes a dictionary with",
+        ),
         ({"input_ids": tokens, "target": tokens}, "a batch has input_ids, target, and this loss takes"),
     ):
         with pytest.raises(ConfigError, match=said):

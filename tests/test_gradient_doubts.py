@@ -28,10 +28,11 @@ def below_zero(model, batch):
     ("gone", "now", "said"),
     [
         (range(3), cross_entropy, ""),
-        (range(3), twice, "the loss of all data was "),
+        (range(3), twice, "none of 4 micro-batches with as many terms as in the cache has the loss that it had"),
         (range(3), half, "none of 4 micro-batches with as many terms as in the cache has the loss that it had"),
         (range(0, 20, 4), cross_entropy, ""),  # each micro-batch lost one
         (range(0, 20, 4), twice, "the loss of all data was "),
+        (range(0, 20, 4), half, ""),  # which nobody can tell
     ],
 )
 def test_a_loss_that_was_edited_is_noticed_by_what_it_gives(gone, now, said):
@@ -61,3 +62,13 @@ def test_an_unlearning_warns_of_positions_that_were_counted_anew():
         given = Blind(retain=left, loss_terms=cross_entropy, fresh=lambda _: network("mlp", 1), full=full)
         warned = unlearn(model, given, Reload(fine_tune=Recipe(epochs=0, lr=0.1))).trace.warnings
         assert any("Were positions counted anew" in text for text in warned) == doubted
+
+
+def test_corrections_beside_a_deletion_raise_no_doubts():
+    model = network("mlp")
+    full = gradient(model, cross_entropy, DATA, micro_batch=4)
+    labels = DATA.tensors[1].clone()
+    labels[8:16] = model(DATA.tensors[0][8:16]).argmin(1)  # as wrong as can be: what is left loses more than all did
+    left = gradient(model, cross_entropy, Examples(DATA.tensors[0], labels).without(torch.arange(2)), micro_batch=4)
+    assert left.loss > full.loss
+    assert full.doubts(left) == ""  # a micro-batch is as it was

@@ -120,7 +120,7 @@ def by_scenario(name: str, metric: str, decimals: int = 1) -> str:
     found = {
         (each.scenario, each.method): f"{each.mean:.{decimals}f} ± {each.sd:.{decimals}f}" for each in summarise(rows)
     }
-    columns = [re.sub(".* corrected, | of .*", "", scenario) for scenario in scenarios]
+    columns = [re.sub(".* (corrected|removed), | of .*", "", scenario) for scenario in scenarios]
     lines = [f"| {metric} | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     lines += [
         f"| {label(method)} | {' | '.join(found[scenario, method] for scenario in scenarios)} |"
@@ -333,8 +333,10 @@ MEASURED: dict[str, Callable[[], str]] = {
     "finding-amounts-loss": functools.partial(by_scenario, "amounts", "ΔFE"),
     "finding-amounts-attack": functools.partial(by_scenario, "amounts", "ΔFMIA", 2),
     "finding-amounts-left": functools.partial(by_scenario, "amounts", "NSKL", 2),
-    **{f"finding-transfer-{what}": functools.partial(by_scenario, "transfer", metric, decimals)
-       for what, metric, decimals in (("removed", "FA", 1), ("loss", "ΔFE", 2), ("left", "NA", 1), ("test", "TA", 1))},
+    **{
+        f"finding-transfer-{what}": functools.partial(by_scenario, "transfer", metric, decimals)
+        for what, metric, decimals in (("removed", "FA", 1), ("loss", "ΔFE", 2), ("left", "NA", 1), ("test", "TA", 1))
+    },
     "finding-sequence-left": functools.partial(by_scenario, "sequential", "NA"),
     "finding-sequence-removed": functools.partial(by_scenario, "sequential", "FA"),
     "rehearsal-value": rehearsal_table,

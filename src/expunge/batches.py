@@ -259,6 +259,19 @@ def micro_batches(
     return len(rows), zip((numbers[at] for at in wanted), known.fetch(rows), strict=True)
 
 
+def described(batch: object) -> str:
+    """What a batch is, for a message: types and shapes, keys of a dictionary."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        parts = ", ".join(f"{key!r}: {described(value)}" for key, value in batch.items())
+        return f"{kind} {{{parts}}}"
+    if isinstance(batch, tuple | list):
+        return f"{kind} ({', '.join(map(described, batch))})"
+    return kind
+
+
 def in_rows(data: Batches, size: int) -> Iterator[Batch]:
     """Batches of so many examples in their order, wherever gaps are; of data without positions its own batches."""
     known = indexed(data)

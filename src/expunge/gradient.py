@@ -150,29 +150,31 @@ class Gradient:
     def doubts(self, part: "Gradient") -> str:
         """Why the difference to a part may be void or coarse, though all that can be required holds; "" for no reason.
 
-        No loss that is never negative sums up to more over a part. And micro-batches from which no term is missing read
-        as they did, but for some that were corrected: where none has the loss that it had, and most are off by more
-        than a thousandth (rounding on another machine is far below), it is another loss of the same name, or the
-        records are not where they were. Nothing is told of corrections, and by the second where each micro-batch lost a
-        term.
+        Micro-batches from which no term is missing read as they did, but for some that were corrected. Where none has
+        the loss that it had, and most are off by more than a thousandth (rounding on another machine is far below), it
+        is another loss of the same name, or the records are not where they were. Where each micro-batch lost a term,
+        the sum is all there is to go by: no loss that is never negative has a larger one over a part, unless records
+        were corrected as well. Nothing is told where terms were corrected and none removed.
         """
         mine, theirs = self.micro_batches, part.micro_batches
         if mine is None or theirs is None or mine.size != theirs.size or self.count == part.count:
             return ""
-        if self.loss < part.loss and bool((mine.losses >= 0).all() and (theirs.losses >= 0).all()):
-            return (
-                f"the loss of all data was {self.loss:.4g} when it was cached, and that of what is left is "
-                f"{part.loss:.4g}: the difference means nothing. It is another loss of the name "
-                f"{self.origin.loss_terms!r}, or the data changed. Use the loss and the data of the cache."
-            )
         before, now = mine.losses_of_as_many(theirs)
         off = (before - now).abs()
+        name = self.origin.loss_terms
         if len(before) > 1 and bool(off.all()) and bool((off > 1e-3 * before.abs()).double().mean() > 0.5):
             return (
                 f"none of {len(before)} micro-batches with as many terms as in the cache has the loss that it had (the "
                 f"first {float(before[0]):.4g}, now {float(now[0]):.4g}). Were positions counted anew after the "
-                "deletion? Then nothing cancels exactly: give what is left with the positions it had. If the loss "
-                f"{self.origin.loss_terms!r} or the data is another, the difference means nothing."
+                f"deletion? Then nothing cancels exactly: give what is left with the positions it had. If the loss "
+                f"{name!r} or the data is another, the difference means nothing."
+            )
+        never_negative = bool((mine.losses >= 0).all() and (theirs.losses >= 0).all())
+        if not len(before) and never_negative and self.loss < part.loss:
+            return (
+                f"the loss of all data was {self.loss:.4g} when it was cached, and that of what is left is "
+                f"{part.loss:.4g}. Unless records were corrected as well, it is another loss of the name {name!r}, or "
+                "the data changed, and the difference means nothing: use the loss and the data of the cache."
             )
         return ""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expunge import params
-from expunge.batches import Batch
+from expunge.batches import Batch, described
 from expunge.errors import ConfigError, MismatchError
 
 
@@ -28,7 +28,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
     logits = model(inputs)
     if logits.ndim < 2:
         raise ConfigError(
-            f"the model returned logits {_described(logits)}, and cross_entropy needs one for each class, shape "
+            f"the model returned logits {described(logits)}, and cross_entropy needs one for each class, shape "
             "(examples, classes). For a model with one logit write a loss of your own, with "
             "torch.nn.functional.binary_cross_entropy_with_logits(…, reduction='none'); docs/own-model.md shows it."
         )
@@ -38,7 +38,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
         raise
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"labels {_described(labels)} do not fit logits {_described(logits)}: {str(error).splitlines()[0]} Give "
+            f"labels {described(labels)} do not fit logits {described(logits)}: {str(error).splitlines()[0]} Give "
             "class numbers, int64 of shape (examples,), counted from 0, and a model with a logit for each class."
         ) from error
 
@@ -58,12 +58,12 @@ def logit_margin(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
     logits = model(inputs)
     if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ConfigError(
-            f"labels {_described(labels)} do not fit logits {_described(logits)}: a margin takes class numbers, int64 "
+            f"labels {described(labels)} do not fit logits {described(logits)}: a margin takes class numbers, int64 "
             "of shape (examples,), and a model with logits for two classes or more."
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         raise ConfigError(
-            f"labels from {int(labels.min())} to {int(labels.max())} do not fit logits {_described(logits)}: a margin "
+            f"labels from {int(labels.min())} to {int(labels.max())} do not fit logits {described(logits)}: a margin "
             f"is one of a class, 0 to {logits.shape[1] - 1}. Leave records without a class out."
         )
     wide = _wide(logits)
@@ -121,7 +121,7 @@ def causal_lm_documents(model: nn.Module, batch: Batch) -> Float[Tensor, " terms
 def _of_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss at each position of each document, and which positions have a target."""
     if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
-        got = f"has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"is a {_described(batch)}"
+        got = f"has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"is a {described(batch)}"
         raise ConfigError(
             f"a batch {got}, and this loss takes a dictionary with input_ids and labels, each (examples, tokens). Let "
             "the dataset return such dictionaries, or write a loss_terms for your batches."
@@ -139,18 +139,11 @@ def _of_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
     pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(each, Tensor) for each in batch)
     if not pair:
-        parts = [_described(each) for each in batch] if isinstance(batch, tuple | list) else _described(batch)
         raise ConfigError(
-            f"a batch is {parts}, and this loss takes two tensors, (inputs, targets). Give Examples(inputs, targets) "
-            "or a loader of such pairs, or write a loss_terms for your batches."
+            f"a batch is {described(batch)}, and this loss takes two tensors, (inputs, targets). Give Examples(inputs, "
+            "targets) or a loader of such pairs, or write a loss_terms for your batches."
         )
     return batch[0], batch[1]
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    return type(value).__name__
 
 
 def _wide(logits: Tensor) -> Tensor:

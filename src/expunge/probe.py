@@ -7,7 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from expunge import sharding
-from expunge.batches import Batch, Batches, LossTerms, indexed, length_of, plain, rows_of, tensors_of, to_device
+from expunge.batches import (
+    Batch,
+    Batches,
+    LossTerms,
+    described,
+    indexed,
+    length_of,
+    plain,
+    rows_of,
+    tensors_of,
+    to_device,
+)
 from expunge.errors import ConfigError, ExpungeError, NonDeterministicLoss
 
 EXAMPLES = 8  # of a batch
@@ -74,24 +85,12 @@ def _terms(loss_terms: LossTerms, model: nn.Module, batch: Batch) -> Tensor:
     except ExpungeError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        note = f"The loss was called with a few examples, in the form of your data: {_described(batch)}."
+        note = f"The loss was called with a few examples, in the form of your data: {described(batch)}."
         if isinstance(batch, Mapping):
             note += f" To unpack it gives its keys: take batch[{next(iter(batch), '…')!r}]."
         error.add_note(note)
         raise
     return checked_terms(terms)
-
-
-def _described(batch: Batch) -> str:
-    if isinstance(batch, Tensor):
-        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
-    kind = type(batch).__name__
-    if isinstance(batch, Mapping):
-        parts = ", ".join(f"{key!r}: {_described(value)}" for key, value in batch.items())
-        return f"{kind} {{{parts}}}"
-    if isinstance(batch, tuple | list):
-        return f"{kind} ({', '.join(map(_described, batch))})"
-    return kind
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float = 0) -> bool:

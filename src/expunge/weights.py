@@ -69,10 +69,11 @@ def _require_same_types(stored: Mapping[str, Tensor], state: Mapping[str, Tensor
     ]
     if others:
         there, here = stored[others[0]].dtype, state[others[0]].dtype
-        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        alike = [name for name in others if (stored[name].dtype, state[name].dtype) == (there, here)]
         raise MismatchError(
-            f"parameter {others[0]!r}{more} is {there} in {path} and {here} in the model. Build the model in the type "
-            f"of its weights: let model(seed) return ….to({there}), or save the weights as {here}."
+            f"{path} has {params.listed(alike)} as {there}, and the model as {here}. Build the model in the types of "
+            f"its weights: in model(seed) cast it, or the modules of these, with .to({there}). Or save the weights as "
+            f"{here}."
         )
 
 

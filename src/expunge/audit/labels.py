@@ -188,7 +188,7 @@ def _require_class_numbers(logits: Tensor, own: Tensor, classes: int, records: i
             f"logits of shape {tuple(logits.shape)}, labels of shape {tuple(own.shape)}, and a last linear layer of "
             f"{classes} outputs: classes are counted where a record has a logit for each output, and one class number."
         )
-    if len(own) != records:
+    if records is not None and len(own) != records:
         raise UnsupportedModule(
             f"{len(own)} labels of {records} records: classes are counted where each record has one; tokens are none."
         )

@@ -287,6 +287,8 @@ def _matters(stage: Stage) -> dict[str, Any]:
     if stage.step == "tune":
         # What pseudo-forget sets are like is a part of the key: they were random before, or of any class.
         how = {"tuned": "blind", "like": "removed"} if stage.contender.tuned == "blind" else {}
+        if not method_of(_entries()[stage.contender.entry].start).of_expunge:  # ours are known by VERSIONS
+            how["space"] = repr(_entries()[stage.contender.entry].space)
         return {**found, **code, **how, "entry": stage.contender.entry, "effort": _chosen(stage.effort)}
     choice = {name: value for name, value in _chosen(stage.contender).items() if name != "name"}
     return {**found, **code, "contender": choice, "budget": _chosen(stage.effort.budget)}

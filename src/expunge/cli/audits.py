@@ -22,6 +22,7 @@ from expunge.errors import (
     NotFinite,
     NotInformative,
 )
+from expunge.metrics.outputs import outputs
 from expunge.setup import Setup, load_setup
 
 FOUND = 3  # exit code: a record can be recovered, an unlearning should not be done, a trace is left
@@ -112,7 +113,7 @@ def audit_preflight(
             retain,
             full,
             unseen=_split(loaded, "test"),
-            fresh=loaded.model,
+            fresh=loaded.model if _classifies(loaded, model) else None,
             reset_fraction=reset_fraction,
         )
     except (CorruptCache, MismatchError, NonDeterministicLoss, NotFinite, NotInformative) as error:
@@ -219,6 +220,15 @@ def audit(run: Chosen) -> None:
     Args:
         run: Which.
     """
+
+
+def _classifies(setup: Setup, model: nn.Module) -> bool:
+    """Whether test() has class numbers: of other losses nobody knows how much there is to lose."""
+    try:
+        outputs(model, setup.data("test"), setup.logits)
+    except (ConfigError, NotFinite):
+        return False
+    return True
 
 
 def _split(setup: Setup, name: str) -> Batches | None:

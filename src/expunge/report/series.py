@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from expunge.definitions import ARROWS, define
+from expunge.report import overview
 from expunge.report.figures import Drawing
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
 from expunge.report.svg import FORGET, INK, MUTED, RETAIN, RULE, TEST, Axes, Figure, draw
@@ -57,7 +58,7 @@ def series(summaries: Sequence[Summary]) -> Drawing | None:
 
     said = "; ".join(_said(lines[metric], metric, at) for metric in metrics)
     return Drawing(
-        title[:1].upper() + title[1:],
+        overview.title(title),
         draw("series", f"{title}. {said}", (3.6 * len(metrics), 3.4), plot),
         f"{said}.",
         "Mean over repetitions, with the sample standard deviation.",

@@ -11,7 +11,7 @@ from expunge.definitions import define
 from expunge.metrics.stats import equivalence, floor_margin, holm, non_inferiority, paired
 from expunge.report.summaries import FLOOR, REFERENCE, Summary
 
-LEVEL = 0.05  # of every test, after Holm's correction over the tests of one table
+LEVEL = 0.05  # of every test, after Holm's correction over the distances of one scenario
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def verdicts(summaries: Iterable[Summary]) -> dict[tuple[str, str], Verdict]:
         if method == FLOOR or floor is None or define(metric).kind != "distance":
             continue
         if _testable(summary) and _testable(floor):
-            shape: Literal["gap", "divergence"] = "gap" if metric.startswith("Δ") else "divergence"
+            a_gap = metric.startswith("Δ") and summary.unit != "floors"  # which are means of distances
+            shape: Literal["gap", "divergence"] = "gap" if a_gap else "divergence"
             margin = floor_margin(floor.values, shape=shape).delta
             if margin > 0:
                 values = np.array(summary.values)
