@@ -32,6 +32,7 @@ from expunge.unlearn import unlearn
 from expunge.weights import save_weights
 from tests.cli import SETUP
 from tests.contract import world
+from tests.tiny_bench import BRIEF, DIGITS
 
 EXAMPLE = Path("examples/own_method").resolve()
 EXPERIMENT = """from expunge.bench.stages import Contender
@@ -237,6 +238,20 @@ def test_settings_that_are_called_like_ours_mean_what_their_owner_means(known, t
     assert found.start.recipe.epochs == 5
     assert dict(found.space) == twice.SPACE | {"recipe.epochs": Choice((2,))}  # the budget holds for recipes alone
     assert entries(replace(SHORT, epochs=5), layers=2)["cf-k"].space["k"] == Range(1, 1)
+
+
+def test_another_space_of_somebody_s_own_method_is_another_search(known, tmp_path):
+    known("mine = twice:METHOD", package="broken")
+    (tmp_path / "site" / "twice.py").write_text(OWN_NAMES, encoding="utf-8")
+    mine = stages.Contender(name="mine", entry="mine")
+    search = stages.Stage(step="tune", task=DIGITS, seed=0, contender=mine, effort=BRIEF)
+    before = search.key
+    import twice
+
+    twice.SPACE["epochs"] = Range(5, 60)  # what imports of the file change, its own hash does not tell
+    for each in (stages._entries, stages._key):
+        each.cache_clear()
+    assert search.key != before
 
 
 def test_the_search_space_may_hold_only_what_the_settings_take(known, tmp_path):

@@ -135,6 +135,22 @@ def test_records_without_a_class_number_each_are_refused(logits, message):
         removed_of_each_class(model, given, cached - given.full, logits)
 
 
+def test_batches_in_which_nobody_can_count_records_are_taken_at_their_labels():
+    names = facts()
+    model, whole = names["model"](0), names["original"]().tensors
+    extra = torch.zeros(30)  # with a tensor of another length a batch has none
+    loaded = [(images, labels, extra) for images, labels in zip(*(each.split(20) for each in whole), strict=True)]
+
+    def loss(model, batch):
+        return cross_entropy(model, batch[:2])
+
+    cached = gradient(model, loss, loaded)
+    left = [(images[5:], labels[5:], extra) for images, labels, _ in loaded]
+    given = Blind(retain=left, loss_terms=loss, fresh=names["model"], full=gradient(model, loss, left))
+    found = removed_of_each_class(model, given, cached - given.full, lambda m, b: (m(b[0]), b[1]))
+    assert found.sum() == pytest.approx(15, abs=2)
+
+
 def test_a_cache_from_which_nothing_was_removed_tells_no_classes():
     names = facts()
     model = names["model"](0)

@@ -102,6 +102,14 @@ def test_a_destroyed_model_is_beyond_however_its_divergences_spread():
     assert verdicts([floor, once_equal])["wreck", "NSKL"].state == "open"
 
 
+def test_means_of_distances_are_judged_as_distances():
+    values = {"retrain again": (0.8, 1.0, 1.3), "wreck": (9.0, 70.0, 200.0)}
+    rows = [row(who, seed, "Δ removal", each[seed], "floors") for who, each in values.items() for seed in range(3)]
+    found = verdicts(summarise(rows))["wreck", "Δ removal"]
+    assert found.state == "beyond"
+    assert found.margin == stats.floor_margin(values["retrain again"], shape="divergence").delta
+
+
 def test_differences_on_both_sides_of_retraining_are_not_beyond():
     rows = [row("retrain again", seed, "ΔFA", 1.0 + seed % 2, "points") for seed in range(8)]
     for seed, sign in enumerate((1, -1) * 4):

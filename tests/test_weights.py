@@ -57,12 +57,25 @@ def test_weights_of_another_type_than_the_model_s_are_refused_and_it_stays_as_it
     model = layers().to(built)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     said = (
-        rf"parameter '0.weight' \(and 5 more\) is {stored} in .*w.safetensors and {built} in the model\. Build the "
-        rf".* let model\(seed\) return ….to\({stored}\), or save the weights as {built}"
+        rf"w.safetensors has '0.weight', .* and 1 more as {stored}, and the model as {built}\. Build the .* "
+        rf"in model\(seed\) cast it, or the modules of these, with .to\({stored}\)\. Or save the weights as {built}"
     )
     with pytest.raises(MismatchError, match=said):
         load_weights(model, tmp_path / "w.safetensors")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_of_weights_of_several_types_those_that_differ_are_named(tmp_path):
+    mixed = layers()
+    mixed[0].half()
+    save_weights(tmp_path / "w.safetensors", mixed)
+    with pytest.raises(
+        MismatchError, match=r"has '0.weight', '0.bias' as torch.float16, and the model as torch.float32"
+    ):
+        load_weights(layers(), tmp_path / "w.safetensors")
+    built = layers()
+    built[0].half()  # the cure
+    assert load_weights(built, tmp_path / "w.safetensors")[0].weight.dtype == torch.float16
 
 
 def test_weights_of_another_architecture_and_files_that_are_none_are_refused(tmp_path):

@@ -79,7 +79,11 @@ def test_a_mistake_of_the_user_is_said_ends_with_2_and_writes_nothing(folder, ca
         ("return data\n", "return 1 / 0\n", "original() failed with ZeroDivisionError"),
         ("import torch\n", "import torhc\n", "failed when it was run, with ModuleNotFoundError"),
         ("nn.Linear(8, 3)", "nn.Linear(8, 4)", "has shape"),
-        ("nn.Linear(8, 3))", "nn.Linear(8, 3)).half()", "is torch.float32 in w.safetensors and torch.float16 in the"),
+        (
+            "nn.Linear(8, 3))",
+            "nn.Linear(8, 3)).half()",
+            "as torch.float32, and the model as torch.float16. Build the model in",
+        ),
         ("return nn.Sequential(", "return list(", "model(0)"),
     ],
 )
