@@ -292,7 +292,7 @@ FINDINGS: dict[str, Finding] = {
     **{f"rehearsed-{kind}": Finding(
         "rehearsed",
         ("retrain again",
-         *(f"{name}{how}" for name in ("orthogonal-ascent", "class-orthogonal-ascent", "reload")
+         *(f"{name}{how}" for name in ("natural-ascent", "class-orthogonal-ascent", "reload")
            for how in ("", " (rehearsed blind)", " (defaults)"))),
         ("NA", "TA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL"),
         scenario=kind,
