@@ -258,10 +258,8 @@ def _read(path: Path | str) -> tuple[Header, dict[str, Tensor], shards.Index | N
     """The header, the tensors but for the gradients of groups, and the index if there is one."""
     file = file_of(path)
     if not file.exists():
-        raise FileNotFoundError(
-            f"{path}: no such cache. Make one with gradient() and cache.save(), on the command line with `expunge "
-            "cache`: at the trained weights, of all data, and before the deletion."
-        )
+        how = "with gradient() and cache.save(), or `expunge cache`: of all data, at its weights, before deletions"
+        raise FileNotFoundError(f"{path}: no such cache. Make one {how}.")
     if _is_index(file):
         return _read_parts(file)
     try:

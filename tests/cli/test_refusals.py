@@ -48,7 +48,10 @@ def test_a_checkpoint_that_could_run_code_is_refused(folder, capsys):
         (["cache", "setup.py", "--weights", "w.safetensors", "--out", "o", "--dtype", "int7"], "int7"),
         (["cache", "setup.py", "--weights", "w.safetensors", "--out", "o", "--device", "tpu9"], "device='tpu9'"),
         (["show", "w.safetensors"], "not a gradient cache"),
-        (["show", "nowhere"], "no such cache. Make one with gradient() and cache.save(), on the command line with"),
+        (
+            ["show", "nowhere"],
+            "no such cache. Make one with gradient() and cache.save(), or `expunge cache`: of all data, at",
+        ),
         (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "reload"], "--cache"),
         (["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "o", "gradient-ascent"], "defines no forget()"),
         (

@@ -76,8 +76,7 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
     share r that was removed s is step (10 r)^growth, r at most ¼.
 
     ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
-    difference), ascent_share (s), ascent (its
-    length).
+    difference), ascent_share (s), ascent (its length).
 
     Raises:
         NotInformative: The difference shows nothing of what was removed in W, or the curvature nothing at all.
