@@ -77,15 +77,20 @@ def test_the_work_of_reload_counts_both_gradients(unbroken):
     assert work == pytest.approx((3 * (40 + 36 + steps_taken) + trace["forwarded"]) / (3 * RECIPE.epochs * 36))
 
 
-def test_a_method_that_breaks_down_is_a_fact_and_not_a_row_and_the_run_says_so(tmp_path, monkeypatch, capsys):
+def but_for_ssd(error):
+    """Unlearning as it is, in which one method raises an error."""
     real = steps.unlearn
 
-    def breaks(model, given, config, *, seed):
+    def raises(model, given, config, *, seed):
         if type(config).__name__ == "SSD":
-            raise NotFinite("the loss became nan in epoch 1")
+            raise error
         return real(model, given, config, seed=seed)
 
-    monkeypatch.setattr(steps, "unlearn", breaks)
+    return raises
+
+
+def test_a_method_that_breaks_down_is_a_fact_and_not_a_row_and_the_run_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "unlearn", but_for_ssd(NotFinite("the loss became nan in epoch 1")))
     folder = run(TINY, tmp_path)
     assert "ssd" not in {row.method for row in read_rows(folder / "rows.csv")}
     assert "random 10 %,ssd,0,failed,the loss became nan in epoch 1" in (folder / "facts.csv").read_text(
@@ -99,14 +104,7 @@ def test_a_method_that_breaks_down_is_a_fact_and_not_a_row_and_the_run_says_so(t
 
 
 def test_a_mistake_of_which_all_trials_fail_ends_the_search_and_not_the_run(tmp_path, monkeypatch):
-    real = steps.unlearn
-
-    def forgets_to_return(model, given, config, *, seed):
-        if type(config).__name__ == "SSD":
-            raise ConfigError("ssd returned None. Return the model.")
-        return real(model, given, config, seed=seed)
-
-    monkeypatch.setattr(steps, "unlearn", forgets_to_return)
+    monkeypatch.setattr(steps, "unlearn", but_for_ssd(ConfigError("ssd returned None. Return the model.")))
     with pytest.raises(IncompleteRun, match=r"(?s)tune ssd .*: ssd returned None. Return the model"):
         run(TINY, tmp_path)
     done = experiments.evaluated(TINY, [0], Store(tmp_path))

@@ -105,8 +105,8 @@ def preflight(
     if unseen is not None and fresh is not None:
         untrained = Blind(retain=retain, loss_terms=loss_terms, fresh=fresh).fresh_model(0, model)
         untrained = untrained.to(next(model.parameters()).device)
-        pairs = ((model, retain), (model, unseen), (untrained, unseen))
-        losses = [mean_loss(each, data, loss_terms) for each, data in pairs]
+        left = (full.loss - removed.loss) / max(full.count - removed.count, 1)  # the second pass has seen what is left
+        losses = [left, *(mean_loss(each, unseen, loss_terms) for each in (model, untrained))]
         gap = [_memorised(*losses)] if all(map(math.isfinite, losses)) else []
     return Preflight(
         [

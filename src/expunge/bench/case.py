@@ -103,7 +103,7 @@ def measure(experiment: str, situation: Situation, results: Mapping[str, Result]
         situation: What the models are judged on.
         results: By method; `standards` are among them.
     """
-    case = Case(experiment, situation.scenario, situation.seed)
+    case, drawn = Case(experiment, situation.scenario, situation.seed), judging.drawn(list(results))
     reference = results[REFERENCE]
     truth = observe(situation, reference.model)
     for method, result in results.items():
@@ -113,7 +113,7 @@ def measure(experiment: str, situation: Situation, results: Mapping[str, Result]
             case.add(method, result, distances(found, truth))
         if result.seconds:
             case.add(method, result, [Measured("Cost", result.seconds / reference.seconds, "ratio", "", 1)])
-        if method in judging.drawn(list(results)):
+        if method in drawn:
             case.losses += [(method, *each) for each in judging.attacked(found.splits)]
     return case
 

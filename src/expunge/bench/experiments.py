@@ -243,12 +243,14 @@ def failures(done: Iterable[Stage], store: Store) -> list[str]:
 def _gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str, folder: Path) -> None:
     done = evaluated(experiment, seeds, store)
     lines: dict[str, list[list[str]]] = {name: [] for name in TABLES}
+    seen = drawn([*STANDARDS, *(each.name for each in experiment.contenders)])
     for stage in done:
+        assert stage.contender is not None
         for name in TABLES:
+            if name == "losses" and stage.contender.name not in seen:  # of everyone they are many
+                continue
             with (store.folder(stage) / f"{name}.csv").open(newline="", encoding="utf-8") as file:
                 lines[name] += list(csv.reader(file))[1:]
-    shown = drawn([*STANDARDS, *(each.name for each in experiment.contenders)])
-    lines["losses"] = [line for line in lines["losses"] if line[1] in shown]  # of everyone they are many
     write_rows(folder / "rows.csv", rows_of(experiment, done, store, note))
     for name, columns in TABLES.items():
         write_csv(folder / f"{name}.csv", columns, lines[name])

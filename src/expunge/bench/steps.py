@@ -99,9 +99,10 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
     assert stage.contender is not None
     entry = entry_of(stage, _records(stage, store))
     objective, units = (_on_what_is_left if stage.contender.tuned == "blind" else _on_rehearsals)(stage, store, entry)
+    tried = _forgiving(objective)
     trials = tune(
         entry.space,
-        _forgiving(objective),
+        tried,
         trials=stage.effort.trials,
         seed=stage.seed,
         journal=store.journal(stage),
@@ -109,7 +110,7 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
     )
     if trials[0].score == math.inf:
         with suppress(NotFinite):  # that a method breaks down is a result; what else it raises ends the stage
-            _forgiving(objective)(trials[0].settings)
+            tried(trials[0].settings)
     write_json(folder / TRIALS, {"units": units, "best": trials[0].settings, "trials": list(map(plain, trials))})
 
 

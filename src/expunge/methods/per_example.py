@@ -134,9 +134,8 @@ def _squares_by_vmap(
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "There is a performance drop"
-            )  # of attention: it asks for issues at torch
+            # Of attention, which asks for issues at torch.
+            warnings.filterwarnings("ignore", "There is a performance drop")
             squares, terms = vmap(of_one)(*tensors_of(batch))
     except torch.OutOfMemoryError:
         raise
