@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from expunge import cli, methods
+from expunge.audit.manners import manners
 from expunge.bench import stages
 from expunge.bench.compare import config
 from expunge.bench.entries import SHORT, entries
@@ -86,6 +87,13 @@ def test_it_takes_part_everywhere_and_gets_what_it_asks_for(known):
     w = world()
     with pytest.raises(ForgetSetAccessed, match="neggrad-plus needs the removed records"):
         unlearn(w.model, w.blind(), neggrad_plus.NegGradPlus())
+
+
+def test_the_example_has_the_manners_of_our_own(known):
+    known()
+    import neggrad_plus
+
+    assert [each for each in manners(neggrad_plus.NegGradPlus()) if not each.kept] == []
 
 
 def test_the_example_forgets_and_without_weight_is_fine_tuning(known):

@@ -1,7 +1,8 @@
-"""The audits: what a cache gives away, whether an unlearning can work, what a model still remembers."""
+"""The audits: what a cache gives away, whether an unlearning can work, what a model still remembers, and of methods."""
 
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from expunge.batches import Batches
 from expunge.bench import evaluation
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, Maybe, SetupFile
-from expunge.cli.own_model import trained_model
+from expunge.cli.own_model import method_argument, trained_model
 from expunge.errors import (
     ConfigError,
     CorruptCache,
@@ -22,6 +23,8 @@ from expunge.errors import (
     NotFinite,
     NotInformative,
 )
+from expunge.methods import all_methods
+from expunge.methods.retrain import Retrain
 from expunge.metrics.outputs import outputs
 from expunge.setup import Setup, load_setup
 
@@ -199,10 +202,42 @@ def audit_residual(
         raise SystemExit(FOUND)
 
 
+if TYPE_CHECKING:
+    Checkable = object
+else:
+    Checkable = method_argument(each for each in all_methods().values() if each.config is not Retrain)
+
+
+def audit_method(config: Checkable, *, json: Flag = False) -> None:
+    """Try whether a method has the manners that deletions, tables and searches rely on. Exit code 3 if one is missing.
+
+    Sixty records and a small network: some seconds.
+
+    Args:
+        config: Which method, with which settings.
+        json: Print JSON.
+    """
+    from expunge.audit.manners import manners
+
+    found = manners(config)
+    if json:
+        print(printing.as_json([asdict(each) for each in found]))
+    else:
+        from rich.table import Table
+
+        table = Table("manner", "kept", "in words")
+        for each in found:
+            table.add_row(each.name, "yes" if each.kept else "no", each.words)
+        printing.show(table)
+    if not all(each.kept for each in found):
+        raise SystemExit(FOUND)
+
+
 _AUDITS: dict[str, Callable[..., Any]] = {
     "cache": audit_cache,
     "preflight": audit_preflight,
     "residual": audit_residual,
+    "method": audit_method,
 }
 if TYPE_CHECKING:
     Chosen = object
@@ -215,7 +250,7 @@ else:
 
 
 def audit(run: Chosen) -> None:
-    """Audits: what a cache gives away, whether an unlearning can work, what a model still remembers.
+    """What a cache gives away, whether an unlearning can work, what a model still remembers, a method's manners.
 
     Args:
         run: Which.
