@@ -57,7 +57,7 @@ def passes() -> Iterator[Result]:
     gradient to a dictionary. It is in eval mode here, like ours.
     """
     for name, model, data in (
-        ("ResNet-18 of width 16, 1,024 images of 3 x 32 x 32", ResNet18(width=16), images(1024, 3, 32)),
+        ("ResNet-18 of width 16, 4,096 images of 3 x 32 x 32", ResNet18(width=16), images(4096, 3, 32)),
         ("the demo's network, 16,384 images of 1 x 8 x 8", ConvNet(widths=(16, 32)), images(16384, 1, 8)),
     ):
         inputs, labels = data.tensors

@@ -19,12 +19,12 @@ from expunge.bench.tables import REMOVAL
 from expunge.bench.tasks import Scenario
 
 DELETIONS, SHARE = 10, 0.02
-METHODS = ("reload", "class-orthogonal-ascent", "fine-tune", "control: random reset")
+METHODS = ("reload", "class-orthogonal-ascent", "natural-ascent", "fine-tune", "control: random reset")
 RELATIVE = Contender(name="reload (relative ascent)", entry="reload", settings=(("priming_length", 0.08),))
 
 
 def experiment(profile: str) -> Experiment:
-    """Five contenders, deletion after deletion."""
+    """Six contenders, deletion after deletion."""
     scenarios = (Scenario(kind="sequence", amount=SHARE, round=number) for number in range(1, DELETIONS + 1))
     situations = tuple(task(profile, "cifar100", scenario) for scenario in scenarios)
     return Experiment(
