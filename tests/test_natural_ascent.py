@@ -19,6 +19,7 @@ from expunge import (
     causal_lm_documents,
     cross_entropy,
     gradient,
+    logit_margin,
     seeded,
     squared_error,
     train,
@@ -224,3 +225,25 @@ def test_removed_records_that_show_in_no_weight_are_refused():
     blind = given(model, data, fresh=lambda seed: network("mlp", seed + 100)[0])
     with pytest.raises(NotInformative, match="in the weights, no more than its rounding floor"):
         unlearn(model, blind, NaturalAscent(rounds=1, fine_tune=ONCE))
+
+
+@pytest.mark.parametrize(("loss", "warned"), [(cross_entropy, True), (logit_margin, False)])
+def test_a_correction_of_faults_that_have_no_gradient_left_is_warned_of(loss, warned, recwarn):
+    inputs, labels = classification(60).tensors
+    faulty, model = Examples(inputs, labels.where(torch.arange(60) >= 6, (labels + 1) % CLASSES)), network("mlp")
+    train(model, faulty, cross_entropy, Recipe(epochs=800, lr=0.3, batch_size=60, weight_decay=0.0), seed=0)
+    before, after = (gradient(model, loss, data, micro_batch=8) for data in (faulty, Examples(inputs, labels)))
+    blind = given(model, faulty, retain=Examples(inputs, labels), full=before, cached_loss=loss)
+    trace = unlearn(model, blind, NaturalAscent(rounds=1, fine_tune=ONCE)).trace
+    one, other = (
+        flat([each[name] for name in ("0.weight", "3.weight")]) for each in ((after - before).total, after.total)
+    )
+    along = float(one @ other / one.norm() / other.norm())
+    assert trace.facts["along_left"] == pytest.approx(along, rel=1e-9)
+    assert any("cache the gradient of expunge.logit_margin" in str(each.message) for each in recwarn) == warned
+    assert (along > 0.9) == warned
+
+
+def test_of_a_removal_nobody_asks_where_the_difference_points():
+    model, data = network("mlp"), classification(40)
+    assert "along_left" not in unlearn(model, given(model, data), NaturalAscent(rounds=1, fine_tune=ONCE)).trace.facts

@@ -26,6 +26,7 @@ from expunge import params
 from expunge.access import Blind
 from expunge.batches import Batches, indexed, only_rows
 from expunge.errors import ConfigError, NotInformative
+from expunge.losses import logit_margin, name_of
 from expunge.methods.difference import difference
 from expunge.methods.kronecker import kronecker_fisher
 from expunge.methods.turns import in_turns, moved_weights, require_turns
@@ -36,6 +37,9 @@ from expunge.trace import Trace
 from expunge.training import Recipe
 
 LEAST = 256  # records that a curvature is measured on, if there are so many
+ALONG_LEFT = (
+    0.9  # cosine of a correction's difference and -g_new beyond which the faults have no part in it to speak of
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,7 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
     share r that was removed s is step (10 r)^growth, r at most ¼.
 
     ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
-    difference), ascent_share (s), ascent (its length).
+    difference), ascent_share (s), ascent (its length); of a correction along_left (cosine of g_new - g_D and g_new).
 
     Raises:
         NotInformative: The difference shows nothing of what was removed in W, or the curvature nothing at all.
@@ -86,7 +90,7 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
     """
     weights = moved_weights(model, given.cached().total)
     with trace.stage("difference", model):
-        removed, _ = difference(model, given, trace)
+        removed, left = difference(model, given, trace)
         assert removed.noise is not None
         own, noise = ({name: each[name] for name in weights} for each in (removed.total, removed.noise))
         if params.norm(own) <= params.norm(noise):
@@ -94,9 +98,26 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
                 f"the gradient difference has norm {params.norm(own):.3g} in the weights, no more than its rounding "
                 f"floor, {params.norm(noise):.3g}. Delete more records at once, or cache in float64."
             )
+    if not removed.count:
+        _warn_of_faults_without_gradient(own, {name: left.total[name] for name in weights}, given, trace)
     with trace.stage("curvature", model):
         direction = _direction(model, own, given, config, seed, trace)
     return in_turns(model, direction, given, config, seed=seed, trace=trace)
+
+
+def _warn_of_faults_without_gradient(difference: Params, left: Params, given: Blind, trace: Trace) -> None:
+    """The difference of a correction is the gradient of the faults less that of what they were corrected to."""
+    product = params.total({name: each * left[name] for name, each in difference.items()})
+    along = -product / max(params.norm(difference) * params.norm(left), torch.finfo(torch.float64).tiny)
+    trace.facts["along_left"] = along
+    if along > ALONG_LEFT and given.cached_terms is not logit_margin:
+        trace.warn(
+            f"{trace.method}: records were corrected, and the difference of gradients is nearly the negative gradient "
+            f"of what is left (cosine {along:.4f}): faults that a model fits have next to no gradient of "
+            f"{name_of(given.cached_terms)}. To ascend along it is what fine-tuning does anyway, and a trigger may go "
+            "on working. For corrections of a classifier cache the gradient of expunge.logit_margin, in which faults "
+            "count."
+        )
 
 
 def _direction(
