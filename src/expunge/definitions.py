@@ -64,7 +64,7 @@ FACTS: dict[str, str] = {
     "kronecker_share": "share of the weights whose curvature is in blocks of one layer, the others' on a diagonal",
     "failed": "why there is no model, and are no rows",
     "warning": "what the method warned of",
-    "target_loss": "the original's mean loss, at which fine-tuning may end, in nats",
+    "target_loss": "the original's mean loss, at which fine-tuning may end, in the unit of the loss",
     "stopped": "why training ended",
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 from expunge.errors import ConfigError, CorruptData
 from expunge.files import replacing
 
+SQUARED = "units²"  # the squared unit of a regression's targets, summed over the numbers of a target
 EVALUATION = "evaluate"  # the experiment in which a "seed" numbers a retrained model, or a pair of them
 
 
@@ -30,7 +31,7 @@ class Row:
     split: str  # retain, forget, test, or "" where none applies
     metric: str
     value: float
-    unit: str  # "%", "points", "nats", "fraction", "ratio", "s"
+    unit: str  # "%", "points", "nats", "units²", "fraction", "ratio", "s"
     n: int  # examples the number was measured on
     seconds: float  # wall time of the method, 0 where none applies
     source: str = "measured"  # or "paper, Table 3"

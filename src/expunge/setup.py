@@ -4,7 +4,8 @@ It defines ``model(seed)`` and ``loss_terms``, and of the following what a comma
 ``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``validation()`` for SCRUB's
 rewind, ``test()`` for evaluation, ``candidates()`` and ``triggered()`` for audits, ``recipe`` to retrain, also in
 rehearsals, ``persons()`` for rehearsals with whole persons, ``logits(model, batch)`` where a batch is not (inputs,
-labels), ``cached_loss`` if gradients are cached of another loss than that of training. Only what is needed is called.
+labels) or (inputs, targets), ``cached_loss`` if gradients are cached of another loss than that of training. Only what
+is needed is called.
 """
 
 import importlib.util

@@ -15,7 +15,7 @@ from expunge.bench.stages import Stage
 from expunge.bench.tasks import Scenario
 from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
 from expunge.metrics.compare import Measured, Profile, distances, profile
-from expunge.metrics.outputs import Outputs, outputs
+from expunge.metrics.outputs import Answers, Outputs, outputs
 from expunge.report.overview import subject
 from expunge.report.summaries import ORIGINAL, REFERENCE
 from expunge.rows import Row, write_csv, write_rows
@@ -145,7 +145,7 @@ def write(
     write_csv(folder / "losses.csv", TABLES["losses"], lines)
 
 
-def attacked(found: Mapping[str, Outputs]) -> Iterator[tuple[str, float]]:
+def attacked(found: Mapping[str, Answers]) -> Iterator[tuple[str, float]]:
     """Single losses that an attack has, by split: "test" are unseen records like the removed ones, where those are."""
     for split, each in (("forget", found["forget"]), ("test", found.get(UNSEEN, found["test"]))):
         yield from ((split, loss) for loss in each.losses.tolist())

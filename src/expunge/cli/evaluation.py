@@ -11,7 +11,7 @@ from expunge.cli.arguments import Flag, Maybe, SetupFile
 from expunge.cli.own_model import trained_model
 from expunge.errors import ConfigError
 from expunge.metrics.compare import Profile, profile
-from expunge.metrics.outputs import outputs
+from expunge.metrics.outputs import answers
 from expunge.report import rich_tables, summarise
 from expunge.report.overview import sizes
 from expunge.report.summaries import FLOOR, ORIGINAL
@@ -36,7 +36,8 @@ def evaluate(
     about the removed records is nothing.
 
     Args:
-        setup: Python file with model(seed) and the splits; logits(model, batch) if a batch is not (inputs, labels).
+        setup: Python file with model(seed) and the splits; logits(model, batch) if a batch is neither (inputs, labels)
+            nor, of a regression, (inputs, targets).
         weights: The model to measure.
         retrained: Weights of retrained models, each from a seed of its own. From two on, how far they are apart is the
             noise floor; from three on, there are verdicts.
@@ -71,7 +72,7 @@ def evaluate(
 
     def measured(path: Path) -> Profile:
         model = architecture if path == weights else trained_model(loaded, path, device)
-        return profile({split: outputs(model, data[split], loaded.logits) for split in splits}, full=True)
+        return profile(answers(model, data, loaded.logits), full=True)
 
     found = evaluation.Evaluation(
         setup=setup,

@@ -6,7 +6,7 @@ Every function takes stored `Outputs` and returns one number. Symbols are those 
 import numpy as np
 
 from expunge.errors import MismatchError
-from expunge.metrics.outputs import Outputs
+from expunge.metrics.outputs import Answers, Outputs, Predictions
 
 
 def accuracy(split: Outputs) -> float:
@@ -43,14 +43,17 @@ def symmetric_kl(a: Outputs, b: Outputs) -> float:
     return float(((np.exp(log_p) - np.exp(log_q)) * (log_p - log_q)).sum(axis=1).mean())
 
 
-def same_examples(a: Outputs, b: Outputs) -> None:
-    """Refuse to compare outputs of other examples.
+def same_examples(a: Answers, b: Answers) -> None:
+    """Refuse to compare outputs, or predictions, of other examples.
 
     Raises:
         MismatchError: The two were not measured on the same examples.
     """
-    if a.logits.shape != b.logits.shape or not np.array_equal(a.labels, b.labels):
+    (one, truth), (other, meant) = (
+        (each.values, each.targets) if isinstance(each, Predictions) else (each.logits, each.labels) for each in (a, b)
+    )
+    if type(a) is not type(b) or one.shape != other.shape or not np.array_equal(truth, meant):
         raise MismatchError(
-            f"outputs of shape {a.logits.shape} and {b.logits.shape}, or with other labels, cannot be compared. "
-            "Measure both models on the same split."
+            f"outputs of shape {one.shape} and {other.shape}, or with other labels, cannot be compared. Measure both "
+            "models on the same split."
         )

@@ -13,28 +13,28 @@ from jaxtyping import Float
 
 from expunge.errors import ConfigError
 from expunge.metrics.classification import same_examples
-from expunge.metrics.outputs import Outputs
+from expunge.metrics.outputs import Answers, Outputs
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Two distances, neither of which can hide the other. Nats, 0 or more."""
+    """Two distances, neither of which can hide the other. In the unit of the losses, 0 or more."""
 
     under: float  # mean over records of what the loss lacks to that of a model that never saw them
     over: float  # mean over records of what it has too much
 
 
-def signed_forgetting(model: Outputs, retrained: Sequence[Outputs]) -> Forgetting:
+def signed_forgetting(model: Answers, retrained: Sequence[Answers]) -> Forgetting:
     """Under- and over-forgetting, record by record against retrained models.
 
     Formula: with d = loss under the model - mean loss under the retrained models, a record: under = mean of
-    max(0, -d), over = mean of max(0, d). Unit: nats. Direction: low. 0 means: no record is remembered (or: is
-    conspicuous). over - under is the signed ΔFE, over + under the mean |d|. Misses: two retrained models are not at 0
-    either; compare with theirs.
+    max(0, -d), over = mean of max(0, d). Unit: nats, of a regression squared units. Direction: low. 0 means: no
+    record is remembered (or: is conspicuous). over - under is the signed ΔFE, over + under the mean |d|. Misses: two
+    retrained models are not at 0 either; compare with theirs.
 
     Args:
-        model: Outputs on the removed records.
-        retrained: Outputs of one or more retrained models on the same records.
+        model: Outputs, or predictions, on the removed records.
+        retrained: Those of one or more retrained models on the same records.
 
     Raises:
         MismatchError: Outputs of other examples.
@@ -52,12 +52,12 @@ def against_unseen(forget: Float[np.ndarray, " removed"], unseen: Float[np.ndarr
     """The same without a retrained model: removed records against unseen ones of the same kind.
 
     Formula: quantile by quantile, under = ∫ max(0, Q_unseen - Q_forget), over = ∫ max(0, Q_forget - Q_unseen) of the
-    two distributions of losses; the sum is their Wasserstein-1 distance. Unit: nats. Direction: low. 0 means: removed
-    records are no easier (no harder) than unseen ones. Misses: only removed records drawn like the unseen ones have the
-    same losses after retraining; a few records differ from many by chance.
+    two distributions of losses; the sum is their Wasserstein-1 distance. Unit: that of the losses. Direction: low. 0
+    means: removed records are no easier (no harder) than unseen ones. Misses: only removed records drawn like the
+    unseen ones have the same losses after retraining; a few records differ from many by chance.
 
     Args:
-        forget: Losses of the removed records, nats.
+        forget: Losses of the removed records.
         unseen: Losses of records that were never trained on, best of the same classes (`matched_by_class`).
 
     Raises:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from expunge.errors import ConfigError, MissingExtra
+from expunge.metrics.outputs import Answers, Predictions
 from expunge.metrics.roc import Attack, area, balanced, judge, placements
 from expunge.metrics.stats import Interval, require_finite
 from expunge.seeds import derive
@@ -90,6 +91,14 @@ def _of_the_loss(members: Float[np.ndarray, " members"], unseen: Float[np.ndarra
     smaller, found = area(below, above)  # above 0.5: losses of members are the smaller ones
     low, high = (found.low, found.high) if smaller >= 0.5 else (1 - found.high, 1 - found.low)
     return Interval(min(low, auc), max(high, auc), found.level)
+
+
+def unit_of_losses(unseen: Answers) -> float:
+    """What to divide losses by for `loss_attack`: the mean squared error of unseen records, of a classifier 1 (nat).
+
+    The regression of the attack is drawn towards 0, so that it would be another one of targets in cents than in euros.
+    """
+    return (float(unseen.losses.mean()) or 1.0) if isinstance(unseen, Predictions) else 1.0
 
 
 def matched_by_class(

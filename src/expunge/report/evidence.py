@@ -8,13 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from expunge.definitions import define
 from expunge.errors import ConfigError, MismatchError
 from expunge.files import write_text
 from expunge.provenance import file_hash, sources
 from expunge.report.gaps import gaps, outcomes
 from expunge.report.html import render
-from expunge.report.overview import sizes, subject
+from expunge.report.overview import defined, sizes, subject
 from expunge.report.stored import Run, read_json, read_run
 from expunge.report.summaries import summarise
 from expunge.report.text import COLUMNS, lines
@@ -53,9 +52,8 @@ def write_evidence(folder: Path | str, *, replace: bool = False) -> Path:
     named = [entry for each in given for entry in each.get("files", [])]
     data = [entry for each in given for entry in each.get("data", [])]
     evidence = _evidence(run, data, _files(folder, named))
-    metrics = list(dict.fromkeys(summary.metric for summary in summarise(run.rows)))
-    definitions = {metric: define(metric) for metric in metrics}
-    page = render("evidence.html.j2", {"evidence": evidence, "definitions": definitions}, metrics)
+    definitions = defined(summarise(run.rows))
+    page = render("evidence.html.j2", {"evidence": evidence, "definitions": definitions}, definitions)
     evidence["page"] = {"path": PAGE, "sha256": hashlib.sha256(page.encode()).hexdigest()}
     evidence["digest"] = digest(evidence)
     write_text(folder / PAGE, page)

@@ -15,7 +15,7 @@ from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label,
 from expunge.report.svg import FORGET, INK, MUTED, RULE, TEST, Axes, Figure, LogLocator, draw
 from expunge.report.verdicts import verdicts
 
-LEAST_LOSS, BINS = 1e-6, 18  # of the histograms; a smaller loss, in nats, counts as this one
+LEAST_LOSS, BINS = 1e-6, 18  # of the histograms; a smaller loss, in nats or of the largest, counts as this one
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,21 @@ def resets(stored: Iterable[Reset], scenario: str, subject: str) -> Drawing | No
     )
 
 
-def histograms(losses: Iterable[Loss], scenario: str, subject: str, *, corrects: bool = False) -> Drawing | None:
+def histograms(
+    losses: Iterable[Loss], scenario: str, subject: str, *, corrects: bool = False, unit: str = "nats"
+) -> Drawing | None:
     """The losses of removed and of test records side by side, before and after."""
     stored: dict[tuple[str, str], list[float]] = {}
     for loss in losses:
         if loss.scenario == scenario and math.isfinite(loss.loss):
-            stored.setdefault((loss.method, loss.split), []).append(max(loss.loss, LEAST_LOSS))
+            stored.setdefault((loss.method, loss.split), []).append(loss.loss)
     wanted = (ORIGINAL, subject, REFERENCE)
     methods = [m for m in wanted if (m, "forget") in stored and (m, "test") in stored]
     if not methods:
         return None
+    largest = max(value for values in stored.values() for value in values)
+    least = LEAST_LOSS * (1 if unit == "nats" else largest or 1)
+    stored = {key: [max(value, least) for value in values] for key, values in stored.items()}
     shown = [value for (method, _), values in stored.items() if method in methods for value in values]
     name = split_names(corrects)["forget"]
     edges = np.geomspace(min(shown) / 1.01, max(shown) * 1.01, BINS + 1)
@@ -138,6 +143,7 @@ def histograms(losses: Iterable[Loss], scenario: str, subject: str, *, corrects:
         axes: Sequence[Axes] = figure.subplots(1, len(methods), sharey=True, squeeze=False).flatten().tolist()
         for ax, method in zip(axes, methods, strict=True):
             _histogram(ax, edges, heights[method, "forget"], heights[method, "test"], f"{name} records")
+            ax.set_xlabel(f"loss, {unit}")
             ax.set_title(f"{label(method)}: overlap {overlap[method]:.0f} %")
         axes[0].set_ylabel("% of the records")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
@@ -223,4 +229,3 @@ def _histogram(
     ax.xaxis.set_major_locator(LogLocator(numticks=5))  # of a narrow panel: more would run into each other
     ax.minorticks_off()
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_xlabel("loss, nats")

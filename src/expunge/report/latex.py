@@ -10,7 +10,7 @@ _SPECIAL = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "±": r"$\pm$", "Δ": r"$\Delta$",
     "δ": r"$\delta$", "ε": r"$\varepsilon$", "θ": r"$\theta$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
     "≈": r"$\approx$", "\N{MINUS SIGN}": r"$-$", "\N{EN DASH}": "--", "\N{NO-BREAK SPACE}": "~", "‖": r"$\|$",
-    "|": r"$|$",
+    "|": r"$|$", "²": "$^2$",
 }  # fmt: skip
 HEAD = "% Needs \\usepackage{booktabs}."
 

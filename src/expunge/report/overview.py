@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
-from expunge.definitions import CORRECTED, FACTS, define, split_names
+from expunge.definitions import CORRECTED, FACTS, Definition, define, split_names
 from expunge.report.stored import Fact
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number
 from expunge.report.verdicts import verdicts
 from expunge.rows import Row
 
-_LEADING = (CORRECTED, "FA")  # the number a reader asks for first
+_LEADING = (CORRECTED, "FA", "Forget MSE")  # the number a reader asks for first
 
 _SPACE = "\N{NO-BREAK SPACE}"
 
@@ -60,6 +60,11 @@ def corrects(rows: Iterable[Row], scenario: str) -> bool:
 def title(scenario: str) -> str:
     """A scenario as a heading; what somebody called it stays as it is, but for its first letter."""
     return scenario[:1].upper() + scenario[1:]
+
+
+def defined(summaries: Iterable[Summary]) -> dict[str, Definition]:
+    """What every metric of a run means, in the unit that it has there: losses of a regression are in no nats."""
+    return {summary.metric: replace(define(summary.metric), unit=summary.unit) for summary in summaries}
 
 
 def sizes(rows: Sequence[Row], scenario: str) -> str:

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.definitions import define, slug
+from expunge.definitions import slug
 from expunge.files import write_text
 from expunge.report.gaps import ATTACKS
 from expunge.report.html import flat, render
-from expunge.report.overview import corrects, findings, sentences, sizes, subject, title
+from expunge.report.overview import corrects, defined, findings, sentences, sizes, subject, title
 from expunge.report.stored import Run, read_run
 from expunge.report.summaries import Summary, label, repetitions, summarise
 from expunge.report.tables import Table, comparison, tables
+from expunge.rows import SQUARED
 
 NAME = "report.html"
 
@@ -65,7 +66,7 @@ def _context(run: Run) -> dict[str, Any]:
         "sections": [_section(run, summaries, name) for name in dict.fromkeys(s.scenario for s in summaries)],
         "series": series(summaries),
         "findings": {(title(s), label(m)): found for (s, m), found in findings(run.facts).items()},
-        "definitions": {metric: define(metric) for metric in metrics},
+        "definitions": defined(summaries),
         "config": list(flat(run.config)),
         "environment": list(flat(run.environment)),
         "on_removed": any(row.split == "forget" for row in run.rows),
@@ -81,6 +82,7 @@ def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
     drawings: list[figures.Drawing | None] = []
     corrected = corrects(run.rows, scenario)
     metrics = frontier.drawable(summaries)
+    unit = SQUARED if any(summary.unit == SQUARED for summary in summaries) else "nats"
     if metrics:
         drawings = [frontier.frontier(summaries, scenario, metrics)]
     elif about is not None:
@@ -89,7 +91,7 @@ def _section(run: Run, summaries: list[Summary], scenario: str) -> Section:
             tradeoff.tradeoff(summaries, scenario, about),
             curves.steps(run.curves, run.losses, scenario, about, corrects=corrected),
             figures.resets(run.resets, scenario, about),
-            figures.histograms(run.losses, scenario, about, corrects=corrected),
+            figures.histograms(run.losses, scenario, about, corrects=corrected, unit=unit),
             attack.roc(run.losses, scenario, about, corrects=corrected),
         ]
     drawings.append(samples.samples(run.samples, scenario))

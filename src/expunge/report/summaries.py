@@ -10,7 +10,7 @@ import numpy as np
 
 from expunge.errors import ConfigError
 from expunge.metrics.stats import t_interval
-from expunge.rows import EVALUATION, Row
+from expunge.rows import EVALUATION, SQUARED, Row
 
 ORIGINAL, REFERENCE, FLOOR = "original", "retrain", "retrain again"
 LABELS = {
@@ -126,6 +126,8 @@ def number(value: float, unit: str) -> str:
     """A number with the decimals of its unit; fewer for large ones, and small ones do not pass for zero."""
     if abs(value) >= LARGE:
         return f"{value:.3g}"
+    if unit == SQUARED and abs(value) < 100:  # of an unknown scale
+        return f"{value:#.3g}".rstrip(".")
     decimals = _DECIMALS.get(unit, 3) if abs(value) < 100 or unit == "%" else 0
     least = 10.0**-decimals
     return f"<{least:.{decimals}f}" if 0 < value < least / 2 else f"{value:.{decimals}f}"

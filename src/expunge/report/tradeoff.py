@@ -9,8 +9,9 @@ from expunge.report.figures import Drawing
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE, Summary, label, number, order
 from expunge.report.svg import INK, MUTED, RULE, Axes, Figure, LogLocator, draw
 
-_FORGETTING = ("FSKL", "ΔFE", "ΔFMIA", "ΔFA", "NSKL")  # the first that is there; a mean that cannot cancel is best
-_USE = ("TA", "NA")
+# The first that is there; a mean that cannot cancel is best
+_FORGETTING = ("FSKL", "Forget MSD", "ΔFE", "ΔForget MSE", "ΔFMIA", "ΔFA", "NSKL", "Retain MSD")
+_USE = ("TA", "Test MSE", "NA", "Retain MSE")
 _STANDARDS = (ORIGINAL, REFERENCE, FLOOR)
 _REACHES, _ENOUGH = (8, 16, 25, 35), 8.5  # of a number from its dot, and what it needs around itself; points
 _ANGLES = [math.pi * turn / 8 for turn in range(16)]
@@ -56,15 +57,19 @@ def tradeoff(summaries: Iterable[Summary], scenario: str, subject: str) -> Drawi
     finding = f"{label(subject)}: {', '.join(values)}."
     height = max(3.2, 0.6 + 0.155 * len(methods))
     sides = (" (left panel)", " (right panel, logarithmic)") if len(across) > 1 else ("", " (logarithmic)")
-    rightwards = [f"{'slower' if metric == 'Cost' else 'more accurate'}{sides[metric == 'Cost']}" for metric in across]
+    rightwards = [f"{_rightwards(metric)}{sides[metric == 'Cost']}" for metric in across]
     return Drawing(
         heading,
         draw(f"tradeoff-{scenario}", f"{heading}. {finding}", (9.0, height), plot),
         finding,
         f"Each dot is a method, mean over repetitions, with its number from the list. Upwards: the {definition.name} "
         f"to the retrained model. Low is closer to retraining, and right is {' or '.join(rightwards)}. Dashed: the "
-        "noise floor, and the accuracy of the retrained model.",
+        "noise floor, and what the retrained model has.",
     )
+
+
+def _rightwards(metric: str) -> str:
+    return "slower" if metric == "Cost" else "more accurate" if define(metric).good == "high" else "less accurate"
 
 
 def _panel(ax: Axes, found: Found, methods: Sequence[str], metrics: tuple[str, str], subject: str) -> list[Dot]:
