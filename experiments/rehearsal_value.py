@@ -39,7 +39,7 @@ from expunge.gradient import gradient
 from expunge.methods import reload
 from expunge.methods.reload import Reload
 from expunge.methods.retrain import Retrain
-from expunge.metrics.classification import cross_entropy, symmetric_kl
+from expunge.metrics.compare import divergence
 from expunge.metrics.outputs import outputs
 from expunge.rows import write_csv
 from expunge.space import with_settings
@@ -110,8 +110,8 @@ def distances(ones: Sequence[Seen], others: Sequence[Seen] | None = None) -> tup
     """Mean ΔFE and NSKL, nats: of each to each, or within."""
     pairs = [(a, b) for a in ones for b in others] if others is not None else list(combinations(ones, 2))
     return (
-        float(np.mean([abs(cross_entropy(a.forget) - cross_entropy(b.forget)) for a, b in pairs])),
-        float(np.mean([symmetric_kl(a.left, b.left) for a, b in pairs])),
+        float(np.mean([abs(a.forget.losses.mean() - b.forget.losses.mean()) for a, b in pairs])),
+        float(np.mean([divergence(a.left, b.left) for a, b in pairs])),
     )
 
 

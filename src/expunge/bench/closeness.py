@@ -10,32 +10,36 @@ import numpy as np
 from jaxtyping import Float
 
 from expunge.errors import ConfigError
-from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
-from expunge.metrics.outputs import Outputs
+from expunge.metrics.classification import accuracy
+from expunge.metrics.compare import divergence
+from expunge.metrics.outputs import Answers, Outputs, Predictions
+from expunge.metrics.regression import mean_squared_error, variance
 
-MAY_LOSE = 0.01  # share of what is left that may be told wrongly after an unlearning and was not before
+# Share of what is left that may be told wrongly after an unlearning and was not before; of a regression the share of
+# the variance of its targets by which its squared error there may rise
+MAY_LOSE = 0.01
 
 
 class Seen(NamedTuple):
     """What a model says of the parts of a rehearsal."""
 
-    left: Outputs
-    forget: Outputs  # the pseudo-forget set
-    unseen: Outputs | None
+    left: Answers
+    forget: Answers  # the pseudo-forget set
+    unseen: Answers | None
 
 
 class Score(NamedTuple):
     """How far from what was wanted; low is good.
 
-    Against unseen records: nats; the total is the sum unless too much was lost, and 0 is perfect. Against retrained
-    models: noise floors; the total is the mean, and 1 is as close as another retrained model: what is below it is
-    chance.
+    Against unseen records: in the unit of the losses; the total is the sum unless too much was lost, and 0 is perfect.
+    Against retrained models: noise floors; the total is the mean, and 1 is as close as another retrained model: what is
+    below it is chance.
     """
 
     total: float
     forgetting: float  # of the pseudo-forget sets: from never having been seen
     usefulness: float  # of the rest: from what it should be
-    lost: float = 0.0  # against unseen records: accuracy on what is left, points
+    lost: float = 0.0  # against unseen records: accuracy on what is left, points; of a regression R², points
 
 
 def against_unseen(before: Sequence[Seen], after: Sequence[Seen], may_lose: float = MAY_LOSE) -> Score:
@@ -44,36 +48,58 @@ def against_unseen(before: Sequence[Seen], after: Sequence[Seen], may_lose: floa
     Formula: forgetting = |mean over all records of all sets of (loss - mean loss of the unseen records of its class)|:
     the sign is kept until the sets are averaged, since a set may be easier or harder by chance. usefulness = mean over
     sets of the rise of the mean loss on what is left, plus that on the unseen records, over the trained model's (a fall
-    counts as 0). Unit: nats. Where the accuracy on what is left falls by more than may_lose, mean over sets, the total
-    is no less than without unlearning, and a nat more for every point beyond: a model that knows its data by heart has
-    nats to forget, and would else give up what is left for them.
+    counts as 0). Unit: nats, of a regression squared units. Where the accuracy on what is left falls by more than
+    may_lose, mean over sets, the total is no less than without unlearning, and a nat more for every point beyond: a
+    model that knows its data by heart has nats to forget, and would else give up what is left for them. Of a regression
+    R² takes the place of accuracy, 1 - squared error / variance of the targets, and that variance the place of a nat.
 
     Misses: a class that was removed whole, whose unseen records are known as well as the removed ones.
 
     Raises:
-        ConfigError: A class of which there are no unseen records.
+        ConfigError: A class of which there are no unseen records, or a regression whose targets are all the same.
     """
     forgetting = _apart(after)
     rises = [
-        max(0.0, cross_entropy(one) - cross_entropy(other))
+        max(0.0, _loss(one) - _loss(other))
         for own, trained in zip(after, before, strict=True)
         for one, other in ((own.left, trained.left), (own.unseen, trained.unseen))
         if one is not None and other is not None
     ]
     usefulness = sum(rises) / len(after)
-    lost = fmean(accuracy(each.left) - accuracy(own.left) for each, own in zip(before, after, strict=True))
+    lost = fmean(_lost(each.left, own.left) for each, own in zip(before, after, strict=True))
     total, beyond = forgetting + usefulness, lost - 100 * may_lose
-    return Score(max(total, _apart(before)) + beyond if beyond > 0 else total, forgetting, usefulness, lost)
+    if beyond > 0:
+        total = max(total, _apart(before)) + beyond * _large(before[0].left)
+    return Score(total, forgetting, usefulness, lost)
+
+
+def _loss(answers: Answers) -> float:
+    """The mean loss: FE of a set, its mean squared error."""
+    return float(answers.losses.mean())
+
+
+def _lost(trained: Answers, own: Answers) -> float:
+    """By how many points accuracy, or R², fell."""
+    if isinstance(trained, Outputs) and isinstance(own, Outputs):
+        return accuracy(trained) - accuracy(own)
+    assert isinstance(trained, Predictions)
+    assert isinstance(own, Predictions)
+    return 100 * (mean_squared_error(own) - mean_squared_error(trained)) / variance(trained)
+
+
+def _large(answers: Answers) -> float:
+    """What is a large loss: a nat, or the error of a model that knows the mean of the targets alone."""
+    return variance(answers) if isinstance(answers, Predictions) else 1.0
 
 
 def _apart(models: Sequence[Seen]) -> float:
-    """How far the sets are from never having been seen, nats."""
+    """How far the sets are from never having been seen, in the unit of the losses."""
     return abs(float(np.concatenate([excess(each) for each in models]).mean()))
 
 
 def excess(seen: Seen) -> Float[np.ndarray, " forget"]:
-    """The loss of each record of a set above the mean loss of the unseen records of its class, nats."""
-    means = np.full(seen.forget.logits.shape[1], math.nan)
+    """The loss of each record of a set above the mean loss of the unseen records of its class."""
+    means = np.full(seen.forget.labels.max() + 1, math.nan)
     for label in np.unique(seen.forget.labels):
         means[label] = _unseen_loss(seen, int(label))
     result: Float[np.ndarray, " forget"] = seen.forget.losses - means[seen.forget.labels]
@@ -81,7 +107,7 @@ def excess(seen: Seen) -> Float[np.ndarray, " forget"]:
 
 
 def _unseen_loss(seen: Seen, label: int) -> float:
-    """The mean loss of the unseen records of a class, nats."""
+    """The mean loss of the unseen records of a class."""
     assert seen.unseen is not None
     own = seen.unseen.losses[seen.unseen.labels == label]
     if not len(own):
@@ -93,7 +119,7 @@ def _unseen_loss(seen: Seen, label: int) -> float:
 
 
 def chance(before: Sequence[Seen]) -> float:
-    """By how much the forgetting of perfect settings would miss 0 by chance, nats: a standard error.
+    """By how much the forgetting of perfect settings would miss 0 by chance: a standard error.
 
     From how much losses of unseen records differ within a class, under the trained model, and the number of records.
     """
@@ -107,7 +133,7 @@ def chance(before: Sequence[Seen]) -> float:
 
 
 def to_forget(before: Sequence[Seen]) -> float:
-    """How much better the trained model knows its records than unseen ones, nats: what forgetting has to undo.
+    """How much better the trained model knows its records than unseen ones: what forgetting has to undo.
 
     Formula: mean over the classes of the sets' records of (mean loss of the class's unseen records - that of all that
     were trained on). From all records of a class, so that it does not depend on which few are in a set.
@@ -143,8 +169,9 @@ def records_needed(before: Sequence[Seen]) -> int | None:
 def against_retrained(references: Sequence[Sequence[Seen]], after: Sequence[Seen]) -> Score:
     """How far from retrained models, in distances of two of them from each other.
 
-    Formula: forgetting = ΔFE on the sets, usefulness = NSKL on what is left, both means over sets and retrained models,
-    divided by the same between two retrained models.
+    Formula: forgetting = ΔFE on the sets, usefulness = NSKL on what is left (of a regression the differences of squared
+    error and of predictions), both means over sets and retrained models, divided by the same between two retrained
+    models.
 
     Args:
         references: For each set the retrained models, two or more.
@@ -157,8 +184,5 @@ def against_retrained(references: Sequence[Sequence[Seen]], after: Sequence[Seen
 
 
 def _distances(one: Seen, other: Seen) -> tuple[float, float]:
-    """ΔFE and NSKL, nats."""
-    return (
-        abs(cross_entropy(one.forget) - cross_entropy(other.forget)),
-        symmetric_kl(one.left, other.left),
-    )
+    """ΔFE and NSKL, of a regression ΔForget MSE and Retain MSD."""
+    return abs(_loss(one.forget) - _loss(other.forget)), divergence(one.left, other.left)

@@ -19,7 +19,7 @@ from expunge.bench.closeness import MAY_LOSE, Score, Seen, against_retrained, ag
 from expunge.bench.pseudo_sets import Rows
 from expunge.errors import ConfigError
 from expunge.methods.retrain import Retrain
-from expunge.metrics.outputs import Logits, images_and_labels, outputs
+from expunge.metrics.outputs import Logits, answers, images_and_labels
 from expunge.seeds import derive
 from expunge.training import Recipe
 from expunge.unlearn import unlearn
@@ -106,9 +106,10 @@ def _without(given: Blind, rows: Rows) -> tuple[Blind, Batches]:
 
 
 def see(problem: Problem, model: nn.Module, left: Batches, forget: Batches) -> Seen:
-    """The outputs of a model on the parts of a rehearsal."""
-    unseen = None if problem.unseen is None else outputs(model, problem.unseen, problem.logits)
-    return Seen(outputs(model, left, problem.logits), outputs(model, forget, problem.logits), unseen)
+    """What a model says of the parts of a rehearsal."""
+    parts = {"left": left, "forget": forget} | ({} if problem.unseen is None else {"unseen": problem.unseen})
+    found = answers(model, parts, problem.logits)
+    return Seen(found["left"], found["forget"], found.get("unseen"))
 
 
 def rehearse(problem: Problem, rehearsals: Sequence[Rehearsal], config: object) -> list[Seen]:

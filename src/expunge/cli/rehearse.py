@@ -22,7 +22,7 @@ from expunge.cli.rehearsed import Stage
 from expunge.errors import ConfigError
 from expunge.gradient import MICRO_BATCH, gradient
 from expunge.methods import all_methods, method_of
-from expunge.metrics.outputs import outputs
+from expunge.metrics.outputs import Predictions, answers
 from expunge.setup import Setup, load_setup
 from expunge.space import settings_of, with_settings
 
@@ -110,8 +110,9 @@ def rehearse(
             Of whole persons the least size, of the classes that were removed the most.
         sets: Pseudo-forget sets to tune on, at least 2; one more is drawn to confirm.
         retrain: Models to retrain for each set as references, at least 2; 0 judges against test() instead.
-        may_lose: Share of what is left that a model may tell wrongly after an unlearning and did not before: settings
-            that cost more are no better than none. Not used with --retrain.
+        may_lose: Share of what is left that a model may tell wrongly after an unlearning and did not before; of a
+            regression, of the variance of its targets, by which the squared error there may rise. Settings that cost
+            more are no better than none. Not used with --retrain.
         trials: Settings to try, those given among them.
         minutes: No trial begins later than this.
         journal: Where finished trials are kept; by default beside OUT.
@@ -204,7 +205,13 @@ def _stage(loaded: Setup, weights: Path, device: str, asked: _Asked) -> Stage:
         unseen=loaded.data("test") if loaded.has("test") and not asked.retrain else None,
         logits=loaded.logits,
     )
-    labels = outputs(model, retain, loaded.logits).labels
+    seen = answers(model, {"retain": retain}, loaded.logits)["retain"]
+    if isinstance(seen, Predictions) and asked.like not in ("random", "person"):
+        raise ConfigError(
+            f"like={asked.like!r}: the targets in retain() are those of a regression, which has no classes to "
+            "draw from. Take --like random, or --like person."
+        )
+    labels = seen.labels
     known = indexed(retain)
     if known is not None and len(known.positions) != len(labels):
         raise ConfigError(

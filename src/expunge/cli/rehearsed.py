@@ -14,6 +14,7 @@ from expunge.bench.rehearsal import Problem, Rehearsal
 from expunge.bench.tuning import Trial
 from expunge.cli import printing
 from expunge.errors import NotFinite
+from expunge.metrics.outputs import Predictions
 from expunge.space import Range, Space
 
 NOTHING, GIVEN, CHOSEN = "no unlearning", "settings as given", "settings chosen"
@@ -57,8 +58,8 @@ def warn_of_chance(stage: Stage) -> None:
     else:
         cure = f"Use --records {needed}."
     warnings.warn(
-        f"{size} records are too few to rehearse: there are {gain:.2g} nats to forget, and by chance alone the "
-        f"forgetting of {len(before)} sets misses 0 by about {error:.2g}. {cure}",
+        f"{size} records are too few to rehearse: there are {gain:.2g} {before[0].left.unit} to forget, and by chance "
+        f"alone the forgetting of {len(before)} sets misses 0 by about {error:.2g}. {cure}",
         stacklevel=2,
     )
 
@@ -105,10 +106,12 @@ def show(stage: Stage, space: Space, found: Sequence[Trial], scores: Confirmed, 
     for trial in found[:SHOWN]:
         values = [f"{value:g}" if isinstance(value, float) else str(value) for value in trial.settings.values()]
         tried.add_row(str(trial.number), f"{trial.score:.3g}", *values, f"{trial.seconds:.1f}")
-    unit = "nats; 0 is perfect"
+    before = stage.held[0].before
+    unit = f"{before.left.unit}; 0 is perfect"
     if stage.held[0].references:
         unit = "noise floors; 1 is as close as another retrained model"
-    columns = ["tuned on", "forgetting", "usefulness", "points lost"][: 3 if stage.held[0].references else 4]
+    points = "points of R² lost" if isinstance(before.left, Predictions) else "points lost"
+    columns = ["tuned on", "forgetting", "usefulness", points][: 3 if stage.held[0].references else 4]
     compared = Table("", *columns, "held out", title=f"Scores, {unit}")
     for who, each in scores.items():
         shown = (*each["tuned on"][: len(columns)], each["held out"].total)

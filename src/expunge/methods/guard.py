@@ -119,8 +119,7 @@ def note_what_was_lost(before: nn.Module, after: nn.Module, given: Blind, trace:
     elif now - was >= 0.1 * (untrained - was):
         trace.warn(
             f"{went}: {(now - was) / (untrained - was):.0%} of what training had gained there is lost. Fine-tune for "
-            "longer, as the model was trained, or choose weaker settings; of a classifier `expunge rehearse` finds "
-            "some."
+            "longer, as the model was trained, or choose weaker settings: `expunge rehearse` finds some."
         )
 
 
