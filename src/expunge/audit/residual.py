@@ -15,10 +15,11 @@ from torch import nn
 from expunge.audit.quantise import quantised
 from expunge.batches import Batches, LossTerms
 from expunge.errors import NotFinite
-from expunge.metrics.classification import accuracy, cross_entropy
-from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched
-from expunge.metrics.outputs import Logits, Outputs, images_and_labels, outputs
+from expunge.metrics.classification import accuracy
+from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched, unit_of_losses
+from expunge.metrics.outputs import Answers, Logits, Outputs, answers, forward, images_and_labels, outputs
 from expunge.metrics.relearning import Relearning, relearn_time
+from expunge.metrics.roc import Attack
 from expunge.training import Recipe, mean_loss
 
 Memory = Literal["a trace was found", "cannot tell", "no trace found"]
@@ -56,7 +57,7 @@ class Subject:
 
 
 def membership(subject: Subject, forget: Batches, test: Batches, *, seed: int = 0) -> Remembered:
-    """Are removed records told from unseen ones of the same classes by their loss?
+    """Are removed records told from unseen ones, of a classifier of the same classes, by their loss?
 
     Args:
         subject: With retrained models, the yardstick: records that are easy are told there, too.
@@ -65,29 +66,33 @@ def membership(subject: Subject, forget: Batches, test: Batches, *, seed: int = 
         seed: Of the attack, and of which unseen records are compared.
     """
     name = "membership by loss"
-    removed, pool = (outputs(subject.unlearned, data, subject.logits) for data in (forget, test))
+    both = answers(subject.unlearned, {"forget": forget, "test": test}, subject.logits)
+    removed, pool = both["forget"], both["test"]
     sizes = {"removed": len(removed.labels), "unseen": len(pool.labels)}
     if min(sizes.values()) < FOLDS:
         words = f"{sizes['removed']} removed and {sizes['unseen']} unseen records: the attack needs {FOLDS} of each."
         return Remembered(name, "cannot tell", words, sizes)
     if not times_matched(removed.labels, pool.labels):
-        words = (
-            "Of some class fewer unseen records were given than removed ones, and an attack on other classes tells "
-            "classes apart. Let test() return more records, or forget() fewer."
-        )
+        words = "Fewer unseen records were given than removed ones"
+        if isinstance(pool, Outputs):
+            words += " of some class, and an attack on other classes tells classes apart"
+        words += ". Let test() return more records, or forget() fewer."
         return Remembered(name, "cannot tell", words, sizes)
     rows = matched_by_class(removed.labels, pool.labels, times=None, seed=seed)
-    attack = loss_attack(removed.losses, pool.losses[rows], seed=seed)
+
+    def attacked(members: Answers, unseen: Answers) -> Attack:
+        unit = unit_of_losses(unseen)
+        return loss_attack(members.losses / unit, unseen.losses[rows] / unit, seed=seed)
+
+    attack = attacked(removed, pool)
     references = [
-        loss_attack(
-            outputs(model, forget, subject.logits).losses, outputs(model, test, subject.logits).losses[rows], seed=seed
-        ).auc
-        for model in subject.retrained
+        attacked(*(forward(model, data, subject.logits) for data in (forget, test))).auc for model in subject.retrained
     ]
     low, high = attack.auc_interval.low, attack.auc_interval.high
     numbers = sizes | {"AUC": attack.auc, "AUC interval": [low, high], "AUC of retrained": references}
     numbers["unseen compared"] = len(rows)
-    words = f"AUC {attack.auc:.2f} [{low:.2f}, {high:.2f}] against unseen records of the same classes"
+    like = " of the same classes" if isinstance(pool, Outputs) else ""
+    words = f"AUC {attack.auc:.2f} [{low:.2f}, {high:.2f}] against unseen records{like}"
     if low <= max([*references, 0.5]):
         against = f"that of retrained models, up to {max(references):.2f}" if references else "chance, 0.50"
         return Remembered(name, "no trace found", f"{words}: not clearly above {against}.", numbers)
@@ -115,7 +120,13 @@ def relearning(subject: Subject, forget: Batches, *, recipe: Recipe = RELEARN, s
     mean = mean_loss(subject.original, forget, subject.loss_terms)
     target = mean + MARGIN * abs(mean)
     limit = recipe.epochs
-    own, *others = _relearned(subject, forget, recipe, target, seed)
+    try:
+        own, *others = _relearned(subject, forget, recipe, target, seed)
+    except NotFinite as error:
+        words = (
+            f"A learning rate of {recipe.lr:g} is too large for this loss, so that nothing is learned again: {error}"
+        )
+        return Remembered(name, "cannot tell", words, {"learning rate": recipe.lr})
     lr = recipe.lr
     for faster in FASTER:
         if any(each.epochs is not None for each in (own, *others)):
@@ -166,40 +177,35 @@ def _relearned(subject: Subject, forget: Batches, recipe: Recipe, target: float,
     ]
 
 
-def quantisation(subject: Subject, forget: Batches) -> Remembered:
+def quantisation(subject: Subject, forget: Batches, test: Batches | None = None) -> Remembered:
     """Does rounding the weights to 8 or 4 bits bring the removed records back?
 
     Args:
         subject: With retrained models, the yardstick.
         forget: The removed records.
+        test: Records that were never in the data. Where the few removed targets of a regression are all 0 or 1, these
+            tell that it is one.
     """
     name, rows = "quantisation", []
     worst_excess, at = -math.inf, ""
-    before = outputs(subject.unlearned, forget, subject.logits)
-    base = [outputs(model, forget, subject.logits) for model in subject.retrained]
+    splits = {"forget": forget} | ({} if test is None else {"test": test})
+    before = answers(subject.unlearned, splits, subject.logits)["forget"]
+    base = [forward(model, forget, subject.logits) for model in subject.retrained]
     for bits, per_channel in GRIDS:
         own = _rounded(subject.unlearned, bits, per_channel, forget, subject)
         drops = [
-            cross_entropy(now) - cross_entropy(_rounded(model, bits, per_channel, forget, subject))
+            _loss(now) - _loss(_rounded(model, bits, per_channel, forget, subject))
             for model, now in zip(subject.retrained, base, strict=True)
         ]
         grid = f"{bits} bits, per {'channel' if per_channel else 'tensor'}"
-        drop = cross_entropy(before) - cross_entropy(own)
-        rows.append(
-            {
-                "grid": grid,
-                "forget loss": cross_entropy(own),
-                "forget accuracy": accuracy(own),
-                "loss fell by": drop,
-                "of retrained": drops,
-            }
-        )
+        drop = _loss(before) - _loss(own)
+        rows.append({"grid": grid, **_fit(own), "loss fell by": drop, "of retrained": drops})
         excess = drop - max([*drops, 0.0])
         if excess > worst_excess:
             worst_excess, at = excess, grid
-    numbers = {"forget loss": cross_entropy(before), "forget accuracy": accuracy(before), "grids": rows}
-    margin = max(0.1 * cross_entropy(before), 2 * _standard_error(before))
-    words = f"The loss on removed records is {cross_entropy(before):.3g} nats, and "
+    numbers = {**_fit(before), "grids": rows}
+    margin = max(0.1 * _loss(before), 2 * _standard_error(before))
+    words = f"The loss on removed records is {_loss(before):.3g} {before.unit}, and "
     if worst_excess > margin:
         words += f"falls by {worst_excess:.3g} more than it should when weights are rounded to {at}."
         return Remembered(name, "a trace was found", words, numbers)
@@ -209,12 +215,15 @@ def quantisation(subject: Subject, forget: Batches) -> Remembered:
 
 
 def trigger(subject: Subject, triggered: Batches, test: Batches | None) -> Remembered:
-    """Does a corrected backdoor still open?
+    """Does a corrected backdoor of a classifier still open?
 
     Args:
         subject: With retrained models, the yardstick; without, accuracy on ``test``.
         triggered: Inputs with the trigger, and their true labels.
         test: Inputs without it.
+
+    Raises:
+        ConfigError: The model is a regression.
     """
     name = "trigger"
     own = outputs(subject.unlearned, triggered, subject.logits)
@@ -235,9 +244,18 @@ def trigger(subject: Subject, triggered: Batches, test: Batches | None) -> Remem
     return Remembered(name, "a trace was found" if found else "no trace found", words, numbers)
 
 
-def _rounded(model: nn.Module, bits: int, per_channel: bool, forget: Batches, subject: Subject) -> Outputs:
-    return outputs(quantised(model, bits, per_channel=per_channel), forget, subject.logits)
+def _rounded(model: nn.Module, bits: int, per_channel: bool, forget: Batches, subject: Subject) -> Answers:
+    return forward(quantised(model, bits, per_channel=per_channel), forget, subject.logits)
 
 
-def _standard_error(measured: Outputs) -> float:
+def _loss(measured: Answers) -> float:
+    return float(measured.losses.mean())
+
+
+def _fit(measured: Answers) -> dict[str, float]:
+    accurate = {"forget accuracy": accuracy(measured)} if isinstance(measured, Outputs) else {}
+    return {"forget loss": _loss(measured), **accurate}
+
+
+def _standard_error(measured: Answers) -> float:
     return float(measured.losses.std() / math.sqrt(len(measured.losses)))

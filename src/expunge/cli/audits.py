@@ -183,7 +183,7 @@ def audit_residual(
     if forget is not None:
         if test is not None:
             traces.append(residual.membership(subject, forget, test, seed=seed))
-        traces += [residual.relearning(subject, forget, seed=seed), residual.quantisation(subject, forget)]
+        traces += [residual.relearning(subject, forget, seed=seed), residual.quantisation(subject, forget, test)]
     if triggered is not None:
         traces.append(residual.trigger(subject, triggered, test))
     verdict = min((trace.verdict for trace in traces), key=residual.MEMORY.index)
