@@ -274,10 +274,9 @@ def test_labels_that_are_no_class_numbers_are_refused(labels):
         outputs(nn.Linear(4, 3), Examples(torch.zeros(2, 4), torch.tensor([0, -100])))
 
 
-@pytest.mark.parametrize("targets", [torch.tensor([-1.65, 0.2]), torch.tensor([[-1.65], [0.2]]), torch.tensor([0, 1])])
-def test_a_regression_is_told_that_metrics_are_for_classifiers_and_what_works(targets):
-    with pytest.raises(ConfigError, match=r"are for classifiers\. Of a regression, .* compare losses of your own"):
-        outputs(nn.Linear(4, 1), Examples(torch.zeros(2, 4), targets))
+def test_class_numbers_for_one_output_are_told_what_a_classifier_and_a_regression_give():
+    with pytest.raises(ConfigError, match=r"Of a regression .* floating point .* one logit let logits.* return two"):
+        outputs(nn.Linear(4, 1), Examples(torch.zeros(2, 4), torch.tensor([0, 1])))
     with pytest.raises(ConfigError) as refused:  # no regression: nothing is said of one
         outputs(nn.Linear(4, 3), Examples(torch.zeros(2, 4), torch.tensor([0, 3])))
     assert "regression" not in str(refused.value)
