@@ -62,6 +62,7 @@ FACTS: dict[str, str] = {
     "ascent": "the same in the units of the weights",
     "alignment": "cosine of the gradient difference and the ascent (of orthogonal ascent: and what is left)",
     "kronecker_share": "share of the weights whose curvature is in blocks of one layer, the others' on a diagonal",
+    "along_left": "of a correction, the cosine of the difference and the negative gradient of what is left",
     "failed": "why there is no model, and are no rows",
     "warning": "what the method warned of",
     "target_loss": "the original's mean loss, at which fine-tuning may end, in the unit of the loss",
