@@ -3,6 +3,7 @@
 import ast
 import csv
 import functools
+import itertools
 import json
 import re
 import statistics
@@ -120,12 +121,29 @@ def by_scenario(name: str, metric: str, decimals: int = 1) -> str:
     found = {
         (each.scenario, each.method): f"{each.mean:.{decimals}f} ± {each.sd:.{decimals}f}" for each in summarise(rows)
     }
-    columns = [re.sub(".* (corrected|removed), | of .*", "", scenario) for scenario in scenarios]
+    columns = [re.sub(".* (corrected|removed), | of .*| corrected$", "", scenario) for scenario in scenarios]
     lines = [f"| {metric} | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     lines += [
         f"| {label(method)} | {' | '.join(found[scenario, method] for scenario in scenarios)} |"
         for method in dict.fromkeys(row.method for row in rows)
     ]
+    return "\n".join(lines)
+
+
+def fault_gradients_table() -> str:
+    """Whose gradients the difference after a correction is made of."""
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    with (ROOT / "results" / "fault_gradients.csv").open(newline="", encoding="utf-8") as file:
+        for scenario, _, loss, *numbers in itertools.islice(csv.reader(file), 1, None):
+            found.setdefault((scenario, loss), []).append([float(number) for number in numbers])
+    lines = [
+        "| faults | cached loss | ‖faults‖ | ‖corrections‖ | cosine with faults | with what is left, reversed |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for (scenario, loss), seeds in found.items():
+        faults, corrections, along, against = map(statistics.mean, zip(*seeds, strict=True))
+        sizes = f"{faults:,.0f} | {corrections:,.0f} | {along:.2f}"
+        lines.append(f"| {scenario.removesuffix(' corrected')} | {loss} | {sizes} | {against:.5f} |")
     return "\n".join(lines)
 
 
@@ -326,6 +344,16 @@ MEASURED: dict[str, Callable[[], str]] = {
     "compare-paired": paired_table,
     "ablation": ablation_table,
     "results": results,
+    **{
+        f"finding-corrections-{kind}": functools.partial(by_scenario, "corrections", metric, decimals)
+        for kind, metric, decimals in (
+            ("trigger", "TA with trigger", 1),
+            ("test", "TA", 1),
+            ("faults", "FSKL", 2),
+            ("left", "NSKL", 2),
+        )
+    },
+    "finding-fault-gradients": fault_gradients_table,
     **{f"finding:{name}": functools.partial(finding, name) for name in FINDINGS},
     "finding-frontier": frontier_table,
     "finding-by-share": functools.partial(by_scenario, "gamma", "TA with trigger"),

@@ -215,6 +215,19 @@ def test_scrub_rewinds_to_the_validation_records_of_the_setup_file(folder, capsy
     assert 0 <= trace["facts"]["rewind_reference"] <= 1
 
 
+def test_a_second_setup_file_of_two_lines_caches_another_loss(folder, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("setup.py").write_text(f"import expunge\n{SETUP}", encoding="utf-8")
+    Path("corrections.py").write_text("from setup import *\ncached_loss = expunge.logit_margin\n", encoding="utf-8")
+    weights = ["--weights", "w.safetensors"]
+    assert main(["cache", "corrections.py", *weights, "--out", "margins.safetensors"]) == 0
+    settings = ["--out", "u.safetensors", "natural-ascent", "--fine-tune.epochs", "2"]
+    own = ["--cache", "margins.safetensors"]
+    assert main(["unlearn", "corrections.py", *weights, *own, *settings]) == 0
+    assert main(["unlearn", "setup.py", *weights, *own, "--replace", *settings]) == 2
+    sys.modules.pop("setup", None)
+
+
 def test_what_lies_beside_a_setup_file_can_be_imported(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (folder / "own_network_of_a_test.py").write_text("LAYERS = 2\n", encoding="utf-8")
