@@ -256,3 +256,31 @@ def test_a_summary_says_when_nobody_was_looked_for():
     alone, both = (CacheAudit(3, 0.1, findings).summary for findings in ([found], [found, listed]))
     assert "was not tried: that takes a list of candidates, from candidates() or forget()" in alone
     assert "was not tried" not in both
+
+
+@pytest.mark.parametrize("numbers", [1, 3])
+def test_the_target_of_one_record_of_a_regression_is_read_off_the_last_bias(numbers):
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = (torch.randn(40, size, generator=generator, dtype=torch.float64) for size in (5, numbers))
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, numbers)).double()
+    has, removed = seen(model, Examples(inputs, 100 * targets), torch.tensor([7]), squared_error)
+    for truth in (Truth(), Truth(forget=removed)):
+        (found,) = (each for each in audit_cache(has, truth).findings if each.attack == "target of one record")
+        assert found.verdict == "recoverable"
+        assert found.numbers["target"] == pytest.approx((100 * targets[7]).tolist(), rel=1e-4)
+    wrong = Truth(forget=Examples(removed.tensors[0], removed.tensors[1] + 9))
+    (found,) = (each for each in audit_cache(has, wrong).findings if each.attack == "target of one record")
+    assert found.verdict == "not shown"
+    assert "and it is" in found.words
+    two, _ = seen(model, Examples(inputs, targets), torch.tensor([7, 9]), squared_error)
+    assert not [each for each in audit_cache(two).findings if each.attack == "target of one record"]
+
+
+def test_without_a_bias_the_target_is_not_told():
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 1, bias=False)).double()
+    inputs = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    has, _ = seen(model, Examples(inputs, inputs[:, :1] ** 2), torch.tensor([7]), squared_error)
+    (found,) = (each for each in audit_cache(has).findings if each.attack == "target of one record")
+    assert found.verdict == "not shown"

@@ -120,7 +120,9 @@ class Reader(HTMLParser):
 
 def test_a_deletion_of_one_record_is_recoverable_ends_with_3_and_is_drawn(folder, capsys):
     assert audited("--out", "found") == 3
-    assert "Recoverable: A removed record can be recovered" in " ".join(capsys.readouterr().out.split())
+    assert "Recoverable: A removed record, or what it puts into a layer, can be recovered" in " ".join(
+        capsys.readouterr().out.split()
+    )
     names = {path.name for path in Path("found").iterdir()}
     assert {"audit.json", "audit.html", "ratio-with-bias-layers-linear1-the-model-s-input.png"} <= names
     stored = json.loads(Path("found/audit.json").read_text(encoding="utf-8"))
@@ -254,6 +256,16 @@ def test_a_residual_audit_compares_with_retrained_models(folder, capsys):
     report = json.loads(capsys.readouterr().out)
     assert [test["test"] for test in report["tests"]] == ["membership by loss", "relearning", "quantisation"]
     assert report["verdict"] != "a trace was found"
+
+
+def test_without_unseen_records_a_residual_audit_says_that_membership_was_not_tried(folder, capsys):
+    text = Path("many.py").read_text(encoding="utf-8")
+    Path("no_test.py").write_text(f"{text}\ndel test\n", encoding="utf-8")
+    capsys.readouterr()
+    assert residual("--json", setup="no_test.py") == 0
+    first = json.loads(capsys.readouterr().out)["tests"][0]
+    assert (first["test"], first["verdict"]) == ("membership by loss", "cannot tell")
+    assert "no_test.py defines no test()" in first["words"]
 
 
 def test_a_trace_that_is_left_ends_with_3(folder, capsys):

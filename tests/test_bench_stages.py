@@ -49,7 +49,7 @@ def test_a_rehearsal_is_scored_in_units_of_what_is_close_or_of_the_noise_floor()
     expected = (2.5 / 0.5 + 50 / 5 + 2 / unit["FE"] + gaps["FSKL"] / unit["FSKL"]) / 4
     assert judging.score([learned], [[one]], unit, corrects=False) == pytest.approx(expected)
     triggered = [{**each, judging.TRIGGERED: looks(right)} for each, right in ((one, 40), (other, 38))]
-    assert judging.units([triggered], corrects=True).keys() == {"NA", "FA", "NA with trigger", "FSKL"}
+    assert judging.units([triggered], corrects=True).keys() == {"NA", "FA", "NA with trigger"}
     assert judging.units([triggered], corrects=True)["NA with trigger"] == pytest.approx(5.0)
 
 

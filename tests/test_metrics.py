@@ -130,7 +130,10 @@ def test_an_empty_split_is_refused():
     ("logits", "shapes"),
     [
         (lambda model, batch: (model(batch[0])[None], batch[1]), r"\(1, 60, 3\) with labels of shape \(60,\)"),
-        (lambda model, batch: (model(batch[0])[:, 0], batch[1]), r"\(60,\) with labels of shape \(60,\)"),
+        (
+            lambda model, batch: (model(batch[0])[:, 0], batch[1]),
+            r"int64, of the shape .*\(60,\).*floating.*return two",
+        ),
         (lambda model, batch: (model(batch[0]), batch[1][:-1]), r"\(60, 3\) with labels of shape \(59,\)"),
         (lambda model, batch: (model(batch[0]), batch[1][:, None]), r"\(60, 3\) with labels of shape \(60, 1\)"),
     ],

@@ -176,12 +176,17 @@ import sys
 from dataclasses import dataclass
 from torch import nn
 from expunge.access import Blind
+from expunge.errors import ConfigError
 from expunge.methods import Method
 from expunge.space import Range
 
 @dataclass(frozen=True)
 class Mine:
     scale: float = 0.5
+
+    def __post_init__(self):
+        if self.scale > 1:
+            raise ConfigError(f"scale={self.scale}: must be at most 1.")
 
 def mine(model: nn.Module, given: Blind, config: Mine, *, seed, trace) -> nn.Module:
     return model
@@ -200,6 +205,7 @@ METHOD = Method("mine", Mine, mine, {"scale": Range(0.1, 0.9)})
         ("scale: float = 0.5", "scale = 0.5", "Mine.scale has no annotation, so it is no setting"),
         ('{"scale"', '{"sclae"', "its search space has 'sclae': .*Name one of scale"),
         ("Range(0.1, 0.9)", "(0.1, 0.9)", "its search space has 'scale': .*give a Range or a Choice"),
+        ("Range(0.1, 0.9)", "Range(0.1, 9.0)", r"its search space allows scale=9\.0, which it refuses itself: "),
         ("*, seed, trace", "*, trace", "mine must take .*does not: got an unexpected keyword argument 'seed'"),
         ("import sys", "import sys\nsys.exit(0)", "SystemExit: 0"),
     ],
@@ -264,11 +270,9 @@ def test_another_space_of_somebody_s_own_method_is_another_search(known, tmp_pat
 
 def test_the_search_space_may_hold_only_what_the_settings_take(known, tmp_path):
     known("mine = twice:METHOD", package="broken")
-    refusing = (
-        "    scale: float = 0.5\n    def __post_init__(self):\n        if self.scale > 0.8: raise ValueError('large')"
-    )
-    (tmp_path / "site" / "twice.py").write_text(USABLE.replace("    scale: float = 0.5", refusing), encoding="utf-8")
-    with pytest.warns(RuntimeWarning, match="is left out: ValueError: large"):
+    refusing = USABLE.replace("self.scale > 1", "self.scale > 0.8").replace("raise ConfigError", "raise ValueError")
+    (tmp_path / "site" / "twice.py").write_text(refusing, encoding="utf-8")
+    with pytest.warns(RuntimeWarning, match=r"is left out: ValueError: scale=0\.9"):
         all_methods()
 
 

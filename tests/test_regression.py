@@ -99,7 +99,13 @@ def test_errors_are_those_that_training_has(shape):
     [
         (torch.zeros(3, 1), torch.tensor([0.5, 1.5, 2.5]), r"float32 .* for 1 logits: .*of one shape"),
         (torch.zeros(3), torch.tensor([[0.5], [1.5], [2.5]]), r"\(3,\) with labels of shape \(3, 1\).*reshape one"),
-        (torch.zeros(3), torch.tensor([5, 6, 7]), r"Of a regression predictions and targets are floating point"),
+        (
+            torch.zeros(3),
+            torch.tensor([5, 6, 7]),
+            r"targets are torch\.int64, of the shape .* \(3,\).*targets\.float\(\)",
+        ),
+        (torch.zeros(3, 1), torch.tensor([[5], [6], [7]]), r"targets are torch\.int64, .* \(3, 1\).*floating point"),
+        (torch.zeros(3), torch.tensor([[5], [6], [7]]), r"\(3,\) with labels of shape \(3, 1\)"),
         (torch.zeros(3, 3), torch.tensor([0.5, 1.5, 2.5]), r"labels torch.float32 .* are class numbers"),
         (torch.zeros(3), torch.tensor([0.0, 1.0, 1.0]), r"all targets are 0 or 1: two classes.*return two"),
         (torch.zeros(3, 1), torch.tensor([[1.0], [-1.0], [1.0]]), r"all targets are -1 or 1: two classes.*return two"),
@@ -305,7 +311,7 @@ def test_a_regression_is_evaluated_reported_and_put_into_evidence(folder, capsys
     assert {link[1:] for link in page.links} <= set(page.ids)
     text = Path("run/report.html").read_text(encoding="utf-8")
     assert "changed the <a" in text
-    assert "right is less accurate" in text
+    assert "right is of a larger error" in text
     assert "loss, units²" in text
     assert main(["evidence", "run"]) == 0
     evidence = json.loads(Path("run/evidence.json").read_text(encoding="utf-8"))

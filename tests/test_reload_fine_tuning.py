@@ -94,7 +94,7 @@ def test_fine_tuning_ends_at_the_cap():
         (0.02, ""),
         (
             0.3,
-            r"went from 0.015 to 0.313 nats a term, and an untrained model has 1.17: 26% of what training had gained",
+            r"went from 0.015 to 0.313 a term, and an untrained model has 1.17: 26% of what training had gained",
         ),
         (0.5, "the model is destroyed"),
     ],

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
@@ -202,3 +202,17 @@ def test_fresh_values_have_the_type_of_the_model_and_only_the_names_asked_for():
 
 def test_a_sighted_is_also_a_blind():
     assert issubclass(Sighted, Blind)
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Sequential, lambda model: model.register_buffer("extra", torch.zeros(1)) or model]
+)
+def test_a_model_of_another_architecture_is_refused(change, monkeypatch):
+    method = METHODS["fine-tune"]
+
+    def wrapping(model: nn.Module, given: Blind, config: object, *, seed: int, trace: object) -> nn.Module:
+        return change(model)
+
+    monkeypatch.setitem(METHODS, "fine-tune", replace(method, run=wrapping))
+    with pytest.raises(MismatchError, match=r"fine-tune returned a model of another architecture, .* \((0\.|extra)"):
+        unlearn(world().model, world().blind(), quick("fine-tune"))

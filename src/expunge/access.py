@@ -37,7 +37,7 @@ class Blind:
 
         def __getattr__(self, name):
             cure = " A method that needs the removed records annotates its second argument as Sighted."
-            said = f"{type(self).__name__} has no {name}.{cure if name == 'forget' else ''}"
+            said = f"{type(self).__name__} has no {name}.{cure if name in ('forget', 'original') else ''}"
             raise AttributeError(said, name=name, obj=self)
 
     def cached(self) -> Gradient:

@@ -129,5 +129,6 @@ def _require_additive(whole: Tensor, first: Tensor, second: Tensor, tolerance: f
         raise NonDeterministicLoss(
             f"a few examples have a summed loss of {sums:.7g} together and {parts:.7g} in two halves: the loss of "
             "an example depends on its batch. Look for BatchNorm without running statistics, a mean over the "
-            "batch, or other examples of the batch used as negatives."
+            "batch, other examples of the batch used as negatives, or outputs (examples, 1) less targets (examples,), "
+            "which compares each with all."
         )

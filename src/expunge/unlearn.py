@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from expunge import distributed, params, sharding
 from expunge.access import Blind
-from expunge.errors import ConfigError, ForgetSetAccessed, UnsupportedModule
+from expunge.errors import ConfigError, ForgetSetAccessed, MismatchError, UnsupportedModule
 from expunge.gradient import Origin
 from expunge.methods import Method, method_of
 from expunge.methods.guard import note_what_was_lost
@@ -44,7 +44,8 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
 
     Raises:
         ForgetSetAccessed: The method needs the removed records and was given none.
-        MismatchError: The cached gradient was not taken at this model's weights and buffers.
+        MismatchError: The cached gradient was not taken at this model's weights and buffers, or the method returned
+            another architecture.
         NotFinite: NaN or infinity in the model, or in what came out.
         UnsupportedModule: Sparse gradients; a sharded model, and a method that is not for them.
         ProcessFailed: Another process of the same job failed or died.
@@ -79,6 +80,13 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         unlearned = method.run(own, given, config, seed=seed, trace=trace)
     if not isinstance(unlearned, nn.Module):
         raise ConfigError(f"{method.name} returned {type(unlearned).__name__}, and not the model. Return it.")
+    if unlearned.state_dict().keys() != inner.state_dict().keys():
+        stray = sorted(unlearned.state_dict().keys() ^ inner.state_dict().keys())
+        raise MismatchError(
+            f"{method.name} returned a model of another architecture, with other tensors than the one it was given "
+            f"({', '.join(stray[:3])}{', …' if len(stray) > 3 else ''}): nobody could load its weights. Take "
+            "apart what was wrapped or added before it is returned."
+        )
     sharding.settle(unlearned)
     unlearned.zero_grad(set_to_none=True)
     params.require_finite(_tensors(unlearned, infinite), f"the result of {method.name}")

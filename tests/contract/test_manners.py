@@ -57,6 +57,27 @@ def writes_to_the_cache(model, given: Blind, config, *, seed, trace):
     return fine_tuned(model, given, config, seed, trace)
 
 
+def empties_the_cache(model, given: Blind, config, *, seed, trace):
+    """Takes what it does not need out."""
+    given.full.total.popitem()
+    return fine_tuned(model, given, config, seed, trace)
+
+
+def builds_a_model_of_its_own(model, given: Blind, config, *, seed, trace):
+    """With what the user gave, which draws from the global generator."""
+    new = given.fresh(seed)
+    new.load_state_dict(model.state_dict())
+    return fine_tuned(new, given, config, seed, trace)
+
+
+RUNS = iter(range(1, 100))
+
+
+def remembers_how_often_it_ran(model, given: Blind, config, *, seed, trace):
+    """And trains otherwise each time."""
+    return fine_tuned(model, given, config, seed + next(RUNS), trace)
+
+
 def writes_to_the_records(model, given: Sighted, config, *, seed, trace):
     """Wipes what was removed."""
     if isinstance(given.forget, Examples):
@@ -145,6 +166,9 @@ def test_every_method_keeps_all_of_them(name):
         (draws_from_a_global_generator, "repeats", "Draw from expunge.seeds.stream"),
         (moves_a_global_generator, "leaves the rest alone", "a global generator was moved on"),
         (writes_to_the_cache, "leaves the rest alone", "cached gradient were written to"),
+        (empties_the_cache, "leaves the rest alone", "cached gradient were written to"),
+        (builds_a_model_of_its_own, "leaves the rest alone", r"given\.fresh_model"),
+        (remembers_how_often_it_ran, "repeats", "keep nothing between runs"),
         (writes_to_the_records, "leaves the rest alone", "records or"),
         (does_nothing, "does something", "the weights are those of before"),
         (moves_everything, "keeps frozen parameters", r"hidden\.weight needs no gradient"),
@@ -152,7 +176,7 @@ def test_every_method_keeps_all_of_them(name):
         (counts_nothing, "counts its work", "no stage was timed.*; no example was counted"),
         (counts_no_examples, "counts its work", "^no example was counted"),
         (reads_in_the_order_of_the_loader, "reads a DataLoader", "led to other weights"),
-        (needs_positions, "reads batches", "it raised AttributeError: 'NoneType'"),
+        (needs_positions, "reads batches", "it raised AttributeError: 'NoneType'.*micro_batches"),
         (says_nothing, "is documented", "says_nothing has no docstring"),
     ],
 )

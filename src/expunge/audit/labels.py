@@ -22,6 +22,7 @@ from expunge.gradient import gradient
 from expunge.metrics.outputs import Logits, outputs
 from expunge.seeds import keeping_random_state
 
+SHOWN = 5  # numbers of a target
 LEAST = 64  # kept records of a class, of which an average one is computed
 # Share of the head's gradient above which counts say nothing: experiments/removed_classes.py measured 0.53 at most, and
 # 0.78 or more where all of a class went (CIFAR, ResNet-18 of width 8).
@@ -75,6 +76,40 @@ def _one(head: Layer, known: int | None) -> Finding:
         words=words + (" A label alone is a part of a record." if right else ""),
         numbers=numbers,
     )
+
+
+def target(evidence: Evidence, head: Layer, found: Finding, truth: Truth) -> Finding:
+    """The target of one removed record of a regression: the head's bias gradient is 2 (prediction - target).
+
+    Args:
+        evidence: With `squared_error`, one removed record, and a model whose last linear layer is its output.
+        head: That layer.
+        found: What gives the model's input back; without one the prediction is not known.
+        truth: ``forget`` to judge by, if there is one.
+    """
+    attack = "target of one record"
+    if head.bias is None or found.verdict != "recoverable" or found.recovered is None or found.shape is None:
+        words = "The record's input did not come back, or the last layer has no bias: its target cannot be told."
+        return Finding(attack=attack, place=head.name, verdict="not shown", words=words)
+    p = next(evidence.model.parameters())
+    with torch.no_grad():
+        evidence.model.eval()
+        prediction = evidence.model(found.recovered[:1].view(1, *found.shape).to(p)).flatten().double().cpu()
+    own = prediction - head.bias.double().cpu() / 2
+    words = f"The prediction for the input that came back, less half the bias gradient, is its target: {_listed(own)}"
+    numbers: dict[str, object] = {"target": own.tolist()}
+    right = True
+    if truth.forget is not None:
+        known = next(iter(micro_batches(truth.forget, 1)[1]))[1][1].flatten().double().cpu()
+        numbers["true target"] = known.tolist()
+        right = bool(((own - known).abs() <= 1e-2 * known.abs().clamp(min=1)).all())
+        words += "" if right else f", and it is {_listed(known)}"
+    verdict: Verdict = "recoverable" if right else "not shown"
+    return Finding(attack=attack, place=head.name, verdict=verdict, words=f"{words}.", numbers=numbers)
+
+
+def _listed(values: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in values[:SHOWN].tolist())
 
 
 class Composition(NamedTuple):

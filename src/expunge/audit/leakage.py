@@ -15,13 +15,14 @@ from expunge import params
 from expunge.audit.candidates import CANDIDATES, judged_list
 from expunge.audit.finding import Evidence, Finding, Truth, Verdict, worst
 from expunge.audit.inversion import invert
-from expunge.audit.labels import labels
+from expunge.audit.labels import labels, target
 from expunge.audit.layers import Inputs, Layer, first_tensor, layer_inputs, linear_layers
 from expunge.audit.ratio import with_bias, without_bias
 from expunge.audit.span import records_in_span, words_in_span
 from expunge.audit.words import bag_of_words
 from expunge.batches import micro_batches, tensors_of, to_device
 from expunge.errors import UnsupportedModule
+from expunge.losses import squared_error
 from expunge.metrics.outputs import images_and_labels
 from expunge.seeds import keeping_random_state
 
@@ -45,8 +46,8 @@ class CacheAudit:
         if self.verdict == "recoverable":
             where = next(f for f in self.findings if f.verdict == "recoverable")
             return (
-                f"A removed record can be recovered ({where.attack}, {where.place}). Until it is destroyed, the cache "
-                "holds the deleted data."
+                f"A removed record, or what it puts into a layer, can be recovered ({where.attack}, {where.place}). "
+                "Until it is destroyed, the cache holds the deleted data."
             )
         if self.verdict == "partly recoverable":
             where = next(f for f in self.findings if f.verdict == "partly recoverable")
@@ -105,14 +106,18 @@ def _attacks(evidence: Evidence, truth: Truth, seed: int) -> Iterator[Finding]:
         for data in (evidence.retain, truth.forget, truth.unseen)
     )
     count = evidence.removed.count
+    inputs: list[Finding] = []
     for layer in layers:
         if layer.bias is not None:
-            yield with_bias(layer, kept[layer.name], removed.get(layer.name), count)
+            inputs.append(with_bias(layer, kept[layer.name], removed.get(layer.name), count))
+            yield inputs[-1]
         yield without_bias(layer, kept[layer.name], removed.get(layer.name), count)
     label = None
     if layers and _is_classifier(evidence, layers[-1]):
         label = labels(evidence, layers[-1], truth)
         yield label
+    if count == 1 and inputs and layers[-1].last and loss is squared_error:
+        yield target(evidence, layers[-1], inputs[0], truth)
     if layers and label is not None and "label" in label.numbers and _is_image(evidence, layers[0], kept):
         yield invert(evidence, layers[0], label.numbers["label"], kept[layers[0].name].spread, truth)
     if bag is not None:

@@ -127,6 +127,8 @@ def _tried(name: str, tried: Callable[[_Case], str], case: _Case) -> Manner:
         wrong = tried(case)
     except Exception as error:  # whatever a stranger's code raises
         wrong = f"it raised {type(error).__name__}: {error}"
+        if tried in (_reads_a_loader, _reads_batches):
+            wrong += ". Records, a DataLoader or a list of batches are read alike with expunge.batches.micro_batches"
     return Manner(name=name, kept=not wrong, words=wrong or (inspect.getdoc(tried) or ""))
 
 
@@ -144,9 +146,9 @@ def _repeats(case: _Case) -> str:
     if _same(case.first.model, second.model):
         return ""
     return (
-        "with the same seed it came to other weights once the global generators of torch, NumPy and Python had been "
-        "set to something else. Draw from expunge.seeds.stream(seed, 'purpose'), or inside "
-        "expunge.seeds.seeded(seed, 'purpose')."
+        "a second run with the same seed, while the global generators of torch, NumPy and Python stood elsewhere, came "
+        "to other weights. Draw from expunge.seeds.stream(seed, 'purpose'), or inside expunge.seeds.seeded(seed, "
+        "'purpose'), keep nothing between runs, and ask no clock."
     )
 
 
@@ -155,11 +157,14 @@ def _spares(case: _Case) -> str:
     world = case.world()
     before, generators = copy.deepcopy(world.values()), _global_generators()
     world.unlearned(case.config)
-    found = []
-    if not all(map(torch.equal, before, world.values())):
+    after, found = world.values(), []
+    if len(before) != len(after) or not all(map(torch.equal, before, after)):
         found.append("records or cached gradient were written to; copy first (x = x + 1, and not x += 1)")
     if generators != _global_generators():
-        found.append("a global generator was moved on; draw from expunge.seeds.stream(seed, 'purpose')")
+        found.append(
+            "a global generator was moved on; draw from expunge.seeds.stream(seed, 'purpose'), and take an untrained "
+            "model from given.fresh_model(seed, like=model), since given.fresh() draws from it"
+        )
     return "; ".join(found)
 
 
@@ -217,12 +222,12 @@ def _reads_a_loader(case: _Case) -> str:
         name: DataLoader(Subset(dataset, part.positions.tolist()), shuffle=True) for name, part in world.parts.items()
     }
     with seeded(0):  # as the first was, so that who draws from global generators is not blamed for the loader
-        second = world.unlearned(case.config, **loaders)
-    if _same(case.first.model, second.model):
+        second, again = world.unlearned(case.config, **loaders), case.world().unlearned(case.config)
+    if _same(case.first.model, second.model) or not _same(case.first.model, again.model):  # then the loader is not why
         return ""
     return (
-        "a shuffling DataLoader over the same records led to other weights. Read data with micro_batches or shuffled "
-        "of expunge.batches, which know positions."
+        "a shuffling DataLoader over the same records led to other weights. Read data with expunge.batches."
+        "micro_batches, which knows positions."
     )
 
 
@@ -247,7 +252,7 @@ def _searchable(case: _Case) -> str:
 
 
 def _documented(case: _Case) -> str:
-    """Its file says from where it is and how it deviates, and its settings what it does."""
+    """Its file says from where it is and how it deviates, the class of its settings what it does."""
     method = case.method
     module = inspect.getmodule(method.run)
     header = (module and module.__doc__) or ""

@@ -68,14 +68,14 @@ def gaps(own: Mapping[str, Outputs], truth: Mapping[str, Outputs], corrects: boo
     """The distances to a retrained model that a rehearsal scores, by name.
 
     Of accuracies the differences: on what is left, on what was removed or corrected, and if inputs had faults on what
-    is left with the trigger. Of a removal also the difference in loss, and always the divergence on what was removed or
-    corrected. NSKL is not among them: two retrained models agree almost perfectly on what they learned by heart, and in
-    noise floors it would drown the rest.
+    is left with the trigger. Of a removal also the difference in loss and the divergence on what was removed. NSKL is
+    not among them, nor FSKL after a correction: two retrained models agree almost perfectly on what they learned by
+    heart, and in noise floors it would drown the rest.
     """
     splits = {"NA": "retain", "FA": "forget"} | ({"NA with trigger": TRIGGERED} if TRIGGERED in truth else {})
     found = {name: abs(accuracy(own[split]) - accuracy(truth[split])) for name, split in splits.items()}
-    found["FSKL"] = symmetric_kl(own["forget"], truth["forget"])
     if not corrects:
+        found["FSKL"] = symmetric_kl(own["forget"], truth["forget"])
         found["FE"] = abs(cross_entropy(own["forget"]) - cross_entropy(truth["forget"]))
     return found
 

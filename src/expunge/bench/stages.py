@@ -287,6 +287,8 @@ def _matters(stage: Stage) -> dict[str, Any]:
     if stage.step == "tune":
         # What pseudo-forget sets are like is a part of the key: they were random before, or of any class.
         how = {"tuned": "blind", "like": "removed"} if stage.contender.tuned == "blind" else {}
+        if stage.task.scenario.corrects:
+            how["scored"] = "accuracies"  # and not FSKL, as before
         if not method_of(_entries()[stage.contender.entry].start).of_expunge:  # ours are known by VERSIONS
             how["space"] = repr(_entries()[stage.contender.entry].space)
         return {**found, **code, **how, "entry": stage.contender.entry, "effort": _chosen(stage.effort)}

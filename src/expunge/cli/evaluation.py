@@ -98,6 +98,8 @@ def evaluate(
     print(f"Measured on {sizes(rows, evaluation.SCENARIO)}.")
     if "forget" not in splits:
         print(f"{setup} defines no forget(): nothing was measured on the removed records.")
+    elif "test" not in splits:
+        print(f"{setup} defines no test(): no attack was tried, which tells removed records from unseen ones.")
     if len(retrained) == 1:
         print("One retrained model is no reference: without a second, nobody knows how far two are apart.")
     if out is not None:

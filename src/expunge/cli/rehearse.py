@@ -52,7 +52,8 @@ class _Asked:
         if self.like == "class" and not self.retrain:
             raise ConfigError(
                 "like='class': unseen records of a class that was trained on are known as well as the removed ones, "
-                "and show nothing of a model that never saw the class. Retrain models to compare with: --retrain 2."
+                "and show nothing of a model that never saw the class. Retrain models to compare with: --retrain 2. "
+                "(A regression has no classes: take --like random.)"
             )
         if self.like == "class" and self.records is not None:
             raise ConfigError(

@@ -245,7 +245,12 @@ def _require_usable(method: Method) -> None:
                 "Choice"
             )
         for value in (values.low, values.high) if isinstance(values, Range) else values.options:
-            with_settings(start, {path: value})
+            try:
+                with_settings(start, {path: value})
+            except ConfigError as error:
+                raise ConfigError(
+                    f"its search space allows {path}={value!r}, which it refuses itself: {error}"
+                ) from error
     try:
         inspect.signature(method.run).bind(None, None, start, seed=0, trace=None)
     except TypeError as error:

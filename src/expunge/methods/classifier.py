@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from expunge import params
 from expunge.access import Sighted
-from expunge.batches import Batch, Batches, micro_batches, to_device
+from expunge.batches import Batch, Batches, described, micro_batches, to_device
 from expunge.errors import ConfigError, UnsupportedModule
 from expunge.seeds import keeping_random_state
 
@@ -31,8 +31,8 @@ def inputs_and_labels(batch: Batch, method: str) -> tuple[Tensor, Tensor]:
         ):
             return inputs, labels
     raise UnsupportedModule(
-        f"{method} works on classifiers: batches of (inputs, class numbers). Got a {type(batch).__name__}. For another "
-        "kind of model take a method that needs only its loss: reload, retrain, fine-tune, gradient-ascent."
+        f"{method} works on classifiers: batches of (inputs, class numbers). Got {described(batch)}. For another kind "
+        "of model take a method that needs only its loss, such as reload, natural-ascent, retrain or fine-tune."
     )
 
 

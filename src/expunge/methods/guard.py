@@ -106,7 +106,7 @@ def note_what_was_lost(before: nn.Module, after: nn.Module, given: Blind, trace:
     was, now = (mean_loss(model, few, given.loss_terms) for model in (before, after))
     if now <= 2 * was + 0.1:  # the rule; only in doubt is an untrained model built
         return
-    went = f"{trace.method}: the loss on what is left went from {was:.3g} to {now:.3g} nats a term"
+    went = f"{trace.method}: the loss on what is left went from {was:.3g} to {now:.3g} a term"
     try:
         fresh = given.fresh_model(trace.seed, before).to(next(before.parameters()).device)
         untrained = mean_loss(fresh, few, given.loss_terms)

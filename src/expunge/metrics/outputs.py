@@ -189,6 +189,12 @@ def _not_finite(values: Float[np.ndarray, "examples ..."]) -> int:
 
 
 def _require_classes(values: Tensor, labels: Tensor) -> None:
+    if not labels.is_floating_point() and labels.shape == values.shape and values.ndim > 0:
+        raise ConfigError(
+            f"targets are {labels.dtype}, of the shape of what the model returns, {tuple(values.shape)}. Of a "
+            "regression make them floating point, targets.float(); class numbers have the shape (examples,)."
+            + _ONE_LOGIT
+        )
     advice = _NUMBERS + _ONE_LOGIT if labels.is_floating_point() or values.ndim < 2 or values.shape[1] == 1 else ""
     if values.ndim != 2 or labels.shape != values.shape[:1]:
         raise ConfigError(

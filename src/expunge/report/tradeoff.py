@@ -69,7 +69,7 @@ def tradeoff(summaries: Iterable[Summary], scenario: str, subject: str) -> Drawi
 
 
 def _rightwards(metric: str) -> str:
-    return "slower" if metric == "Cost" else "more accurate" if define(metric).good == "high" else "less accurate"
+    return "slower" if metric == "Cost" else "more accurate" if define(metric).good == "high" else "of a larger error"
 
 
 def _panel(ax: Axes, found: Found, methods: Sequence[str], metrics: tuple[str, str], subject: str) -> list[Dot]:
