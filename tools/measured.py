@@ -294,9 +294,8 @@ FINDINGS: dict[str, Finding] = {
     "backdoor": Finding(
         "table3",
         ("original", "retrain", "retrain again", "reload", "control: random reset", "control: without ascent",
-         "control: recipe alone", "control: short retraining", "orthogonal-ascent", "class-orthogonal-ascent", "eu-k",
-         "fine-tune", "cf-k",
-         "l1-sparse", "ssd", "salun", "duck", "gar", "scrub"),
+         "control: recipe alone", "control: short retraining", "orthogonal-ascent", "class-orthogonal-ascent",
+         "natural-ascent", "eu-k", "fine-tune", "cf-k", "l1-sparse", "ssd", "salun", "duck", "gar", "scrub"),
         ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work"),
     ),
     "ablation": Finding(
