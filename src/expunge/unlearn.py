@@ -80,8 +80,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         unlearned = method.run(own, given, config, seed=seed, trace=trace)
     if not isinstance(unlearned, nn.Module):
         raise ConfigError(f"{method.name} returned {type(unlearned).__name__}, and not the model. Return it.")
-    if unlearned.state_dict().keys() != inner.state_dict().keys():
-        stray = sorted(unlearned.state_dict().keys() ^ inner.state_dict().keys())
+    if stray := sorted(unlearned.state_dict().keys() ^ inner.state_dict().keys()):
         raise MismatchError(
             f"{method.name} returned a model of another architecture, with other tensors than the one it was given "
             f"({', '.join(stray[:3])}{', …' if len(stray) > 3 else ''}): nobody could load its weights. Take "

@@ -103,9 +103,9 @@ def manners(config: object) -> list[Manner]:
     method = method_of(config)
     with warnings.catch_warnings(), keeping_random_state():
         warnings.simplefilter("ignore")  # of a network for sixty records
+        world = _world(method)
         with seeded(0):
-            first = _world(method).unlearned(config)
-        case = _Case(method, config, first)
+            case = _Case(method, config, world.model, world.unlearned(config))
         return [_tried(name, tried, case) for name, tried in _MANNERS.items()]
 
 
@@ -115,6 +115,7 @@ class _Case:
 
     method: Method
     config: Any
+    trained: nn.Module
     first: Unlearned
 
     def world(self, *, frozen: bool = False, marked: bool = False) -> _World:
@@ -170,7 +171,7 @@ def _spares(case: _Case) -> str:
 
 def _changes(case: _Case) -> str:
     """The weights change."""
-    here, there = case.world().model.parameters(), case.first.model.parameters()
+    here, there = case.trained.parameters(), case.first.model.parameters()
     changed = any(not torch.equal(a, b) for a, b in zip(here, there, strict=True))
     return "" if changed else "the weights are those of before. Are its settings such that nothing happens?"
 
@@ -191,10 +192,9 @@ def _keeps_frozen(case: _Case) -> str:
 
 def _spares_statistics(case: _Case) -> str:
     """Statistics of normalisation never see a removed record."""
-    world = case.world(marked=True)
-    before = world.seen.removed
+    world = case.world(marked=True)  # trained before its records were marked
     world.unlearned(case.config)
-    leaks = world.seen.removed - before
+    leaks = world.seen.removed
     if not leaks:
         return ""
     return (

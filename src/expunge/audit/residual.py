@@ -17,7 +17,7 @@ from expunge.batches import Batches, LossTerms
 from expunge.errors import NotFinite
 from expunge.metrics.classification import accuracy
 from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched, unit_of_losses
-from expunge.metrics.outputs import Answers, Logits, Outputs, answers, forward, images_and_labels, outputs
+from expunge.metrics.outputs import Answers, Logits, Outputs, answers, average_loss, forward, images_and_labels, outputs
 from expunge.metrics.relearning import Relearning, relearn_time
 from expunge.metrics.roc import Attack
 from expunge.training import Recipe, mean_loss
@@ -194,18 +194,18 @@ def quantisation(subject: Subject, forget: Batches, test: Batches | None = None)
     for bits, per_channel in GRIDS:
         own = _rounded(subject.unlearned, bits, per_channel, forget, subject)
         drops = [
-            _loss(now) - _loss(_rounded(model, bits, per_channel, forget, subject))
+            average_loss(now) - average_loss(_rounded(model, bits, per_channel, forget, subject))
             for model, now in zip(subject.retrained, base, strict=True)
         ]
         grid = f"{bits} bits, per {'channel' if per_channel else 'tensor'}"
-        drop = _loss(before) - _loss(own)
+        drop = average_loss(before) - average_loss(own)
         rows.append({"grid": grid, **_fit(own), "loss fell by": drop, "of retrained": drops})
         excess = drop - max([*drops, 0.0])
         if excess > worst_excess:
             worst_excess, at = excess, grid
     numbers = {**_fit(before), "grids": rows}
-    margin = max(0.1 * _loss(before), 2 * _standard_error(before))
-    words = f"The loss on removed records is {_loss(before):.3g} {before.unit}, and "
+    margin = max(0.1 * average_loss(before), 2 * _standard_error(before))
+    words = f"The loss on removed records is {average_loss(before):.3g} {before.unit}, and "
     if worst_excess > margin:
         words += f"falls by {worst_excess:.3g} more than it should when weights are rounded to {at}."
         return Remembered(name, "a trace was found", words, numbers)
@@ -248,13 +248,9 @@ def _rounded(model: nn.Module, bits: int, per_channel: bool, forget: Batches, su
     return forward(quantised(model, bits, per_channel=per_channel), forget, subject.logits)
 
 
-def _loss(measured: Answers) -> float:
-    return float(measured.losses.mean())
-
-
 def _fit(measured: Answers) -> dict[str, float]:
     accurate = {"forget accuracy": accuracy(measured)} if isinstance(measured, Outputs) else {}
-    return {"forget loss": _loss(measured), **accurate}
+    return {"forget loss": average_loss(measured), **accurate}
 
 
 def _standard_error(measured: Answers) -> float:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from expunge.errors import ConfigError
 from expunge.metrics.classification import accuracy
 from expunge.metrics.compare import divergence
-from expunge.metrics.outputs import Answers, Outputs, Predictions
+from expunge.metrics.outputs import Answers, Outputs, Predictions, average_loss
 from expunge.metrics.regression import mean_squared_error, variance
 
 # Share of what is left that may be told wrongly after an unlearning and was not before; of a regression the share of
@@ -60,7 +60,7 @@ def against_unseen(before: Sequence[Seen], after: Sequence[Seen], may_lose: floa
     """
     forgetting = _apart(after)
     rises = [
-        max(0.0, _loss(one) - _loss(other))
+        max(0.0, average_loss(one) - average_loss(other))
         for own, trained in zip(after, before, strict=True)
         for one, other in ((own.left, trained.left), (own.unseen, trained.unseen))
         if one is not None and other is not None
@@ -71,11 +71,6 @@ def against_unseen(before: Sequence[Seen], after: Sequence[Seen], may_lose: floa
     if beyond > 0:
         total = max(total, _apart(before)) + beyond * _large(before[0].left)
     return Score(total, forgetting, usefulness, lost)
-
-
-def _loss(answers: Answers) -> float:
-    """The mean loss: FE of a set, its mean squared error."""
-    return float(answers.losses.mean())
 
 
 def _lost(trained: Answers, own: Answers) -> float:
@@ -185,4 +180,4 @@ def against_retrained(references: Sequence[Sequence[Seen]], after: Sequence[Seen
 
 def _distances(one: Seen, other: Seen) -> tuple[float, float]:
     """ΔFE and NSKL, of a regression ΔForget MSE and Retain MSD."""
-    return abs(_loss(one.forget) - _loss(other.forget)), divergence(one.left, other.left)
+    return abs(average_loss(one.forget) - average_loss(other.forget)), divergence(one.left, other.left)

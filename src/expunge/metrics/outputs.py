@@ -90,6 +90,11 @@ class Predictions:
 Answers = Outputs | Predictions
 
 
+def average_loss(answers: Answers) -> float:
+    """The mean loss: the FE of a split, of a regression its mean squared error."""
+    return float(answers.losses.mean())
+
+
 def images_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits and labels for a batch that is (inputs, class numbers), predictions and targets for (inputs, targets).
 
