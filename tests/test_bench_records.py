@@ -73,6 +73,7 @@ def test_a_class_that_is_named_is_removed_whatever_the_seed():
         for seed in (3, 4):
             assert set(of(scenario, seed).forget.tensors[1].tolist()) == {7}
     assert Scenario(kind="in-class", amount=2, classes=(7,)).name == "in-class 2, class 7"  # a table of several
+    assert Scenario(kind="random-labels", amount=0.3).name == "random labels 30 %, corrected"
 
 
 def test_neighbours_are_nearer_to_each_other_than_records_at_random():

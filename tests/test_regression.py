@@ -18,7 +18,7 @@ from expunge.errors import ConfigError, MismatchError, NotFinite
 from expunge.metrics import membership
 from expunge.metrics.compare import Measured, distances, divergence, profile
 from expunge.metrics.outputs import Outputs, Predictions, answers, outputs
-from expunge.metrics.regression import mean_squared_difference, mean_squared_error, variance
+from expunge.metrics.regression import mean_squared_difference, mean_squared_error, r_squared, variance
 from expunge.report.summaries import number
 from expunge.rows import read_rows
 from tests.reported import Page
@@ -168,8 +168,10 @@ def test_errors_and_differences_worked_by_hand():
         divergence(one, of([[1, 1], [1, 1]], [[1, 0], [0, 2]]))
     with pytest.raises(MismatchError, match="the same split"):
         divergence(one, Outputs(np.zeros((2, 2)), np.zeros(2, dtype=int)))
+    assert r_squared(one) == 1 - 14.5 / 0.5
+    assert r_squared(of([[1, 0], [0, 1]], [[1, 0], [0, 1]])) == 1
     with pytest.raises(ConfigError, match=r"all 2 targets are \[3\.0\]: there is nothing to predict"):
-        variance(of([[0], [1]], [[3], [3]]))
+        r_squared(of([[0], [1]], [[3], [3]]))
 
 
 def test_a_profile_of_a_regression_worked_by_hand():
@@ -187,6 +189,8 @@ def test_a_profile_of_a_regression_worked_by_hand():
     ]
     other = profile(splits | {"forget": of([[3], [4]], [[0], [4]])}, full=True)  # errors of 3 and 0, and 2 if unseen
     assert [each.value for each in other.values] == [1, 4.5, 4, 2, 2.5]
+    varied = profile({"test": of([[2], [2]], [[0], [4]])}).values  # R² needs targets that differ
+    assert varied == [Measured("Test MSE", 4, "units²", "test", 2), Measured("Test R²", 0, "fraction", "test", 2)]
 
 
 def test_distances_of_a_regression_worked_by_hand():

@@ -121,7 +121,7 @@ def by_scenario(name: str, metric: str, decimals: int = 1) -> str:
     found = {
         (each.scenario, each.method): f"{each.mean:.{decimals}f} ± {each.sd:.{decimals}f}" for each in summarise(rows)
     }
-    columns = [re.sub(".* (corrected|removed), | of .*| corrected$", "", scenario) for scenario in scenarios]
+    columns = [re.sub(".* (corrected|removed), | of .*|,? corrected$", "", scenario) for scenario in scenarios]
     lines = [f"| {metric} | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     lines += [
         f"| {label(method)} | {' | '.join(found[scenario, method] for scenario in scenarios)} |"
@@ -143,7 +143,7 @@ def fault_gradients_table() -> str:
     for (scenario, loss), seeds in found.items():
         faults, corrections, along, against = map(statistics.mean, zip(*seeds, strict=True))
         sizes = f"{faults:,.0f} | {corrections:,.0f} | {along:.2f}"
-        lines.append(f"| {scenario.removesuffix(' corrected')} | {loss} | {sizes} | {against:.5f} |")
+        lines.append(f"| {re.sub(',? corrected$', '', scenario)} | {loss} | {sizes} | {against:.5f} |")
     return "\n".join(lines)
 
 

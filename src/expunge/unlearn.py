@@ -5,6 +5,7 @@ import importlib
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from expunge import distributed, params, sharding
@@ -80,9 +81,9 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         unlearned = method.run(own, given, config, seed=seed, trace=trace)
     if not isinstance(unlearned, nn.Module):
         raise ConfigError(f"{method.name} returned {type(unlearned).__name__}, and not the model. Return it.")
-    if stray := sorted(unlearned.state_dict().keys() ^ inner.state_dict().keys()):
+    if stray := sorted({name for name, _ in _shapes(inner) ^ _shapes(unlearned)}):
         raise MismatchError(
-            f"{method.name} returned a model of another architecture, with other tensors than the one it was given "
+            f"{method.name} returned a model of another architecture, with tensors other than the one it was given "
             f"({', '.join(stray[:3])}{', …' if len(stray) > 3 else ''}): nobody could load its weights. Take "
             "apart what was wrapped or added before it is returned."
         )
@@ -105,6 +106,10 @@ def _wrongly_given(method: Method, given: object) -> ConfigError | ForgetSetAcce
         f"{method.name} was given {type(given).__name__}, and takes data together with its loss and model. Wrap it: "
         f"{method.access.__name__}(retain=…, {more}loss_terms=…, fresh=…, full=…)."
     )
+
+
+def _shapes(model: nn.Module) -> set[tuple[str, torch.Size]]:
+    return {(name, tensor.shape) for name, tensor in params.state(model).items()}
 
 
 def _tensors(model: nn.Module, infinite: set[str]) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ class Scenario:
         if not self.corrects:
             return f"{self.kind}{size}" + "".join(f", class {label}" for label in self.classes)
         known = "" if self.mended else f", {100 * self.gamma:g} % known"
-        return f"{self.kind.replace('-', ' ')}{size} {self.known_are}{known}"
+        return f"{self.kind.replace('-', ' ')}{size}{',' if size else ''} {self.known_are}{known}"
 
     @property
     def corrects(self) -> bool:

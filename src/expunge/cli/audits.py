@@ -181,11 +181,7 @@ def audit_residual(
     )
     traces = []
     if forget is not None:
-        if test is not None:
-            traces.append(residual.membership(subject, forget, test, seed=seed))
-        else:
-            words = f"{setup} defines no test(): nobody knows how records look to the model that it never saw."
-            traces.append(residual.Remembered("membership by loss", "cannot tell", words, {}))
+        traces.append(residual.membership(subject, forget, test, seed=seed))
         traces += [residual.relearning(subject, forget, seed=seed), residual.quantisation(subject, forget, test)]
     if triggered is not None:
         traces.append(residual.trigger(subject, triggered, test))

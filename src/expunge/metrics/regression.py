@@ -48,3 +48,15 @@ def variance(split: Predictions) -> float:
             "what the setup file returns as targets."
         )
     return float(np.square(split.targets - split.targets.mean(axis=0)).sum(axis=1).mean())
+
+
+def r_squared(split: Predictions) -> float:
+    """Test R².
+
+    Formula: 1 - `mean_squared_error` / `variance`. Unit: a fraction. Direction: high. 1 means: every prediction is
+    exact; 0: no better than the mean target; below 0: worse.
+
+    Raises:
+        ConfigError: All targets are the same.
+    """
+    return 1 - mean_squared_error(split) / variance(split)
