@@ -42,10 +42,10 @@ def given(model: nn.Module, data: Examples, gone: Tensor = REMOVED, **changes) -
     return Blind(**own | {"full": gradient(model, loss, data, micro_batch=8)} | changes)
 
 
-def by_hand(model: nn.Module, data: Examples, damping: float) -> tuple[Tensor, Tensor]:
-    """(F + λ)⁻¹ g and g, the gradient of the removed records: each layer's F whole, turned into its Kronecker basis."""
+def by_hand(model: nn.Module, data: Examples, damping: float, gone: Tensor = REMOVED) -> tuple[Tensor, Tensor, float]:
+    """(F + λ)⁻¹ g, g and tr F(F + λ)⁻¹ of the removed gradient g: each layer's F whole, in its Kronecker basis."""
     first, last = model[0], model[-1]
-    inputs, labels = data.without(REMOVED).tensors
+    inputs, labels = data.without(gone).tensors
     hidden = first(inputs).tanh().detach()
     wrong = model(inputs).softmax(1).detach() - functional.one_hot(labels, CLASSES)
     both = {first: (inputs, wrong @ last.weight.detach() * (1 - hidden**2)), last: (hidden, wrong)}
@@ -55,14 +55,15 @@ def by_hand(model: nn.Module, data: Examples, damping: float) -> tuple[Tensor, T
         factors = (torch.linalg.eigh(each.T @ each)[1] for each in (slopes, entered))
         bases[layer] = torch.kron(*factors)
         eigenvalues[layer] = (bases[layer].T @ own.T @ own @ bases[layer]).diagonal()
-    floor = damping * torch.cat(list(eigenvalues.values())).mean()
-    loss = cross_entropy(model, data.only(REMOVED).tensors).sum()
+    every = torch.cat(list(eigenvalues.values()))
+    floor = damping * every.mean()
+    loss = cross_entropy(model, data.only(gone).tensors).sum()
     removed = torch.autograd.grad(loss, [first.weight, last.weight])
     solved = [
         bases[layer] @ ((bases[layer].T @ part.flatten()) / (eigenvalues[layer] + floor))
         for layer, part in zip((first, last), removed, strict=True)
     ]
-    return flat(solved), flat(removed)
+    return flat(solved), flat(removed), float((every / (every + floor)).sum())
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -73,7 +74,7 @@ def test_it_ascends_along_the_difference_over_the_curvature_and_fine_tunes_in_tu
     config = NaturalAscent(step=0.3, growth=0.0, rounds=rounds, damping=damping, fine_tune=recipe)
     result = unlearn(model, given(model, data), config, seed=3)
 
-    direction, removed = by_hand(own, data, damping)
+    direction, removed, parameters = by_hand(own, data, damping)
     step = 0.3 * flat(weights(own)).norm() * direction / direction.norm()
     for number in range(rounds):
         moved(own, step)
@@ -84,8 +85,33 @@ def test_it_ascends_along_the_difference_over_the_curvature_and_fine_tunes_in_tu
     facts = result.trace.facts
     assert facts["ascent"] == pytest.approx(float(step.norm()))
     assert facts["alignment"] == pytest.approx(float(direction @ removed / (direction.norm() * removed.norm())))
+    assert facts["information_share"] == pytest.approx(float(direction @ removed) / parameters)
     assert (facts["removed_count"], facts["kronecker_share"]) == (len(REMOVED), 1.0)
     assert result.trace.backwarded == 32 + 2 * 32 + 2 * 32
+
+
+@pytest.mark.parametrize("gone", [torch.tensor([3]), torch.arange(0, 40, 8), torch.arange(30)])
+def test_a_step_grows_with_what_was_removed_as_the_curvature_sees_it(gone):
+    model, data = network("mlp").eval(), classification(40)
+    found = unlearn(model, given(model, data, gone), NaturalAscent(step=0.1, rounds=1, fine_tune=ONCE)).trace.facts
+    direction, removed, parameters = by_hand(model, data, 0.3, gone)
+    share = float(direction @ removed) / parameters
+    assert found["ascent_share"] == pytest.approx(0.1 * (6 * min(share, 0.3)) ** (2 / 3))
+    assert (share > 0.3) == (len(gone) == 30)
+
+
+def test_records_that_pull_at_the_same_weights_count_for_more_than_their_number():
+    model, data, gone = network("mlp").eval(), classification(400), torch.arange(0, 400, 20)
+    inputs, labels = data.tensors
+    alike = Examples(inputs.index_copy(0, gone, inputs[:1].expand(20, -1)), labels.index_fill(0, gone, int(labels[0])))
+    shares = [
+        unlearn(model, given(model, each, gone), NaturalAscent(sample=sample, rounds=1, fine_tune=ONCE)).trace.facts
+        for each, sample in ((data, 1.0), (data, 0.7), (alike, 1.0))
+    ]
+    various, sampled, same = (each["information_share"] for each in shares)
+    assert 0.5 * 20 / 380 < various < 2 * 20 / 380
+    assert sampled == pytest.approx(various, rel=0.3)  # the share is of all that is left
+    assert same > 3 * various
 
 
 def test_without_curvature_it_would_be_the_difference_itself():

@@ -50,16 +50,7 @@ class Curvature:
             ConfigError: The damping is not positive.
             NotInformative: F is zero.
         """
-        if not damping > 0:
-            raise ConfigError(f"damping={damping}: must be positive; without it a flat direction has no solution.")
-        eigenvalues = [*self.diagonal.values(), *(block.moments for block in self.blocks)]
-        count = sum(each.numel() for each in eigenvalues)
-        floor = damping * sum(float(each.sum()) for each in eigenvalues) / max(count, 1)
-        if not floor > 0:
-            raise NotInformative(
-                "the Fisher information of what is left is zero: every gradient on it vanishes, so it says nothing "
-                "about which weights are free. Take a method or selector without it, as orthogonal-ascent or small-kv."
-            )
+        floor = self._floor(damping)
         solved = {name: (vector[name].to(f) / (f + floor)).to(vector[name]) for name, f in self.diagonal.items()}
         for block in self.blocks:
             matrix = joined([vector[name] for name in block.names], len(block.moments))
@@ -67,6 +58,27 @@ class Curvature:
             back = block.outputs @ (rotated / (block.moments + floor)) @ block.inputs.mT
             solved |= _split(back, vector, block)
         return {name: solved[name] for name in vector}
+
+    def effective_parameters(self, damping: float) -> float:
+        """tr F(F + λ)⁻¹, with the λ of `solve`: how many directions the data determines (MacKay, 1992)."""
+        floor = self._floor(damping)
+        return sum(float((each / (each + floor)).sum()) for each in self._eigenvalues)
+
+    def _floor(self, damping: float) -> float:
+        if not damping > 0:
+            raise ConfigError(f"damping={damping}: must be positive; without it a flat direction has no solution.")
+        count = sum(each.numel() for each in self._eigenvalues)
+        floor = damping * sum(float(each.sum()) for each in self._eigenvalues) / max(count, 1)
+        if not floor > 0:
+            raise NotInformative(
+                "the Fisher information of what is left is zero: every gradient on it vanishes, so it says nothing "
+                "about which weights are free. Take a method or selector without it, as orthogonal-ascent or small-kv."
+            )
+        return floor
+
+    @property
+    def _eigenvalues(self) -> list[Tensor]:
+        return [*self.diagonal.values(), *(block.moments for block in self.blocks)]
 
     @property
     def kronecker_share(self) -> float:

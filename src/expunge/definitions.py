@@ -61,6 +61,7 @@ FACTS: dict[str, str] = {
     "ascent_share": "length of each ascent, as a share of the norm of the weights",
     "ascent": "the same in the units of the weights",
     "alignment": "cosine of the gradient difference and the ascent (of orthogonal ascent: and what is left)",
+    "information_share": "what was removed, as a share of the Fisher information of what is left",
     "kronecker_share": "share of the weights whose curvature is in blocks of one layer, the others' on a diagonal",
     "along_left": "of a correction, the cosine of the difference and the negative gradient of what is left",
     "failed": "why there is no model, and are no rows",

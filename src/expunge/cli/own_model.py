@@ -241,7 +241,7 @@ def _tell(trace: Trace, config: Mapping[str, Any]) -> None:
     if "priming_length" in facts:
         print(f"length of the ascent: {facts['priming_length']:.3g} of the norm of the weights")
     if "ascent_share" in facts:  # of methods with a step and rounds
-        grown = f", for what was removed (step {config['step']:g}: for a tenth)" if config["growth"] else ""
+        grown = f", for what was removed (step: {config['step']:g})" if config["growth"] else ""
         print(
             f"length of each ascent, {config['rounds']} in turns with fine-tuning: {facts['ascent_share']:.3g} of the "
             f"norm of the weights{grown}"

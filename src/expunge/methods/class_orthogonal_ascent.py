@@ -26,7 +26,7 @@ from expunge.checkpointing import recomputing, repeated_modules
 from expunge.errors import MismatchError, NotFinite, NotInformative
 from expunge.gradient import spread
 from expunge.methods.classifier import inputs_and_labels
-from expunge.methods.turns import in_turns, moved_weights, require_turns
+from expunge.methods.turns import in_turns, moved_weights, require_turns, tenths
 from expunge.params import Params
 from expunge.passes import exact_kernels, only_gradients_of
 from expunge.probe import checked_terms
@@ -86,7 +86,7 @@ def class_orthogonal_ascent(
     weights = moved_weights(model, given.cached().total)
     with trace.stage("class gradients", model):
         direction = _direction(model, weights, given, trace)
-    return in_turns(model, direction, given, config, seed=seed, trace=trace)
+    return in_turns(model, direction, given, config, tenths(trace), seed=seed, trace=trace)
 
 
 def _direction(model: nn.Module, weights: dict[str, nn.Parameter], given: Blind, trace: Trace) -> Params:

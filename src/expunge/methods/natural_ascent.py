@@ -11,7 +11,9 @@ from RELOAD: nothing is re-initialised, and the ascent is another.
   * A step along g_D - g_new itself moves what all records share, and fine-tuning undoes it. Divided by the curvature of
     what is left, it is along what few other records depend on.
   * The length is a share of the norm of the weights, and biases and the scales of normalisation stay, as in orthogonal
-    ascent.
+    ascent. It grows with what was removed as the curvature sees it, and not with how many records it was: a hundred of
+    a class pull at the same weights. dᵀ(F + λ)⁻¹d is their influence on their own loss (Koh and Liang, "Understanding
+    Black-box Predictions via Influence Functions", 2017), tr F(F + λ)⁻¹ that of all that is left on its own.
 
 Needs: any loss that comes in terms of single examples; a cached gradient of the loss of training.
 """
@@ -37,6 +39,7 @@ from expunge.trace import Trace
 from expunge.training import Recipe
 
 LEAST = 256  # records that a curvature is measured on, if there are so many
+WIDEST = 0.3  # of the information, up to which a step grows: longer steps wrecked what was left
 # Cosine of a correction's difference and -g_new beyond which faults have no part in it to speak of: 0.9999 and more
 # where a backdoor stayed (docs/findings.md), 0.92 to 0.98 on the digits of the demo, whose labels it corrects well.
 ALONG_LEFT = 0.99
@@ -50,8 +53,8 @@ class NaturalAscent:
         ConfigError: A value that cannot work.
     """
 
-    step: float = 0.2  # length of each ascent, as a share of the norm of the weights; where a tenth was removed
-    growth: float = 2 / 3  # with which power of the share that was removed it grows; 0: the same step for all
+    step: float = 0.2  # length of each ascent, as a share of the norm of the weights; for a sixth of the information
+    growth: float = 2 / 3  # with which power of what was removed, as the curvature sees it; 0: the same step for all
     rounds: int = 2  # ascents, each followed by its share of the epochs
     damping: float = 0.3  # of the curvature, as a share of its mean eigenvalue
     sample: float = 0.1  # of what is left, for the curvature: 256 records at least; all, if data has no positions
@@ -76,11 +79,13 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
     """Steps W ← W + s ‖W‖ d / ‖d‖ and train(θ, D_new), in turns; d = (F + λ)⁻¹ (g_D - g_new).
 
     W are the parameters of two or more dimensions (all, if there are none). F is the sum of squared gradients of the
-    cached loss over a sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue. Of the
-    share r that was removed s is step (10 r)^growth, r at most ¼.
+    cached loss over a sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue. Of a
+    removal s is step (6 e)^growth, e = (g_D - g_new)ᵀ d / tr F(F + λ)⁻¹ with F of all that is left: of records whose
+    gradients have nothing in common e is next to their share. It is taken for at most `WIDEST`.
 
     ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
-    difference), ascent_share (s), ascent (its length); of a correction along_left (cosine of g_new - g_D and g_new).
+    difference), information_share (e), ascent_share (s), ascent (its length); of a correction along_left (cosine of
+    g_new - g_D and g_new).
 
     Raises:
         NotInformative: The difference shows nothing of what was removed in W, or the curvature nothing at all.
@@ -102,7 +107,9 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
         _warn_of_faults_without_gradient(own, {name: left.total[name] for name in weights}, given, trace)
     with trace.stage("curvature", model):
         direction = _direction(model, own, given, config, seed, trace)
-    return in_turns(model, direction, given, config, seed=seed, trace=trace)
+    share = trace.facts["information_share"]
+    sixths = 6 * min(share, WIDEST) if removed.count else 1.0
+    return in_turns(model, direction, given, config, sixths, seed=seed, trace=trace)
 
 
 def _warn_of_faults_without_gradient(difference: Params, left: Params, given: Blind, trace: Trace) -> None:
@@ -124,7 +131,7 @@ def _direction(
     model: nn.Module, removed: Params, given: Blind, config: NaturalAscent, seed: int, trace: Trace
 ) -> Params:
     """The unit vector along the natural gradient."""
-    some = _sample(given.retain, config.sample, seed)
+    some, share = _sample(given.retain, config.sample, seed)
     curvature = kronecker_fisher(model, given.cached_terms, some, removed, trace)
     solved = curvature.solve(removed, config.damping)
     length = params.norm(solved)
@@ -132,15 +139,16 @@ def _direction(
     trace.facts |= {
         "kronecker_share": curvature.kronecker_share,
         "alignment": product / length / params.norm(removed),
+        "information_share": share * product / curvature.effective_parameters(config.damping),
     }
     return {name: each / length for name, each in solved.items()}
 
 
-def _sample(data: Batches, share: float, seed: int) -> Batches:
-    """Records at random; data without positions is taken whole."""
+def _sample(data: Batches, share: float, seed: int) -> tuple[Batches, float]:
+    """Records at random, and which share they are; data without positions is taken whole."""
     known = indexed(data)
     if known is None:
-        return data
+        return data, 1.0
     count = min(max(round(share * len(known.positions)), LEAST), len(known.positions))
     rows = torch.randperm(len(known.positions), generator=stream(seed, "curvature"))[:count]
-    return only_rows(data, rows.sort().values)
+    return only_rows(data, rows.sort().values), count / len(known.positions)

@@ -24,7 +24,7 @@ from expunge.access import Blind
 from expunge.errors import ConfigError, NotInformative
 from expunge.methods.difference import difference
 from expunge.methods.reinitialise import normal
-from expunge.methods.turns import in_turns, moved_weights, require_turns
+from expunge.methods.turns import in_turns, moved_weights, require_turns, tenths
 from expunge.params import Params
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -86,8 +86,8 @@ def orthogonal_ascent(
             {name: each[name] for name in weights} for each in (removed.total, retain.total, removed.noise)
         )
         direction = _direction(own, left, params.norm(noise), config.direction, seed, trace)
-    # Longer steps than after a tenth wrecked what was left.
-    return in_turns(model, direction, given, config, widest=0.1, seed=seed, trace=trace)
+    most = tenths(trace, widest=0.1)  # longer steps than after a tenth wrecked what was left
+    return in_turns(model, direction, given, config, most, seed=seed, trace=trace)
 
 
 def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:

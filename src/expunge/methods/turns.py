@@ -22,11 +22,11 @@ class Turns(Protocol):
 
     @property
     def step(self) -> float:
-        """Length of each ascent, as a share of the norm of the weights that it moves, where a tenth was removed."""
+        """Length of each ascent, as a share of the norm of the weights that it moves."""
 
     @property
     def growth(self) -> float:
-        """With which power of the share that was removed a step grows."""
+        """With which power of how much was removed a step grows."""
 
     @property
     def rounds(self) -> int:
@@ -63,15 +63,10 @@ def moved_weights(model: nn.Module, cached: Params) -> dict[str, nn.Parameter]:
     return {name: p for name, p in theta.items() if p.ndim > 1} or theta
 
 
-def grown(config: Turns, widest: float, trace: Trace) -> float:
-    """The step for what was removed: step × (10 × its share)^growth; it does not grow beyond a share.
-
-    A unit vector that is the sum of few gradients has more of each of them. Were they all at right angles, a step
-    would have to grow as the root of their number; and where more was removed, fine-tuning brings back more of each.
-    Measured: docs/findings.md. Of a correction the share is not known, and is taken for a tenth.
-    """
+def tenths(trace: Trace, widest: float = WIDEST) -> float:
+    """How many tenths of the records were removed, up to a share; of a correction that is not known: 1."""
     removed, cached = trace.facts["removed_count"], trace.facts["cached_count"]
-    return config.step * (10 * min(removed / cached, widest)) ** config.growth if removed else config.step
+    return 10 * min(removed / cached, widest) if removed else 1.0
 
 
 def in_turns(
@@ -79,18 +74,29 @@ def in_turns(
     direction: Params,
     given: Blind,
     config: Turns,
+    removed: float,
     *,
-    widest: float = WIDEST,
     seed: int,
     trace: Trace,
 ) -> nn.Module:
     """Move parameters along a unit vector and train for a share of the epochs, so many times.
 
-    Each move is a `grown` step times the norm that the parameters have now, for which the method has found out
-    removed_count and cached_count. ``trace.facts``: ascent_share (that step), ascent (its length).
+    A unit vector that is the sum of few gradients has more of each of them. Were they all at right angles, a step
+    would have to grow as the root of their number; and where more was removed, fine-tuning brings back more of each.
+    Measured: docs/findings.md.
+
+    Args:
+        model: It is changed.
+        direction: A unit vector over some of its parameters.
+        given: What is left.
+        config: Step, growth, rounds and training.
+        removed: How much was removed, as a multiple of what the step is for. Each move is step × removed^growth
+            times the norm that the parameters have now.
+        seed: Of the training.
+        trace: ``facts``: ascent_share (the step), ascent (its length).
     """
     theta = params.named_parameters(model, direction)
-    share = grown(config, widest, trace)
+    share = config.step * removed**config.growth
     length = share * params.norm({name: p.detach() for name, p in theta.items()})
     trace.facts |= {"ascent_share": share, "ascent": length}
     rounds, fine_tune = config.rounds, config.fine_tune
