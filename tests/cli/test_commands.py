@@ -80,6 +80,25 @@ def test_retraining_takes_the_recipe_of_the_setup_file_and_goes_on_where_it_was(
     assert "setup.py does not define recipe. Add: recipe = expunge.Recipe(epochs=…, lr=…)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("trained", "more", "doubted"),
+    [
+        ("epochs=3, lr=0.05", (), False),
+        ("epochs=3, lr=0.001, optimizer='adamw', batch_size=20", (), True),
+        ("epochs=3, lr=0.05, batch_size=20", (), True),
+        ("epochs=3, lr=0.05, batch_size=20", ("--fine-tune.batch-size", "20"), False),
+        ("epochs=3, lr=0.05, batch_size=20", ("--fine-tune.lr", "0.01"), False),  # it was chosen
+    ],
+)
+def test_a_default_that_trains_otherwise_than_the_model_was_is_told(folder, capsys, trained, more, doubted):
+    Path("setup.py").write_text(SETUP.replace("epochs=3, lr=0.05", trained), encoding="utf-8")
+    cached()
+    assert unlearned("reload", "--reset-fraction", "0.2", *more) == 0
+    told = [w for w in json.loads(Path("u.trace.json").read_text(encoding="utf-8"))["warnings"] if "its default" in w]
+    assert len(told) == doubted
+    assert all("--fine-tune.batch-size 20" in each and each in capsys.readouterr().err for each in told)
+
+
 def test_the_hashes_of_a_trace_are_those_of_what_was_read(folder, monkeypatch):
     run, before = own_model.unlearn_model, file_hash("w.safetensors")
 
@@ -262,7 +281,7 @@ def test_how_much_was_removed_and_how_long_the_ascent_was_is_said(folder, capsys
     unlearned(*RELOAD)
     said = capsys.readouterr().out
     assert "removed or corrected: 6 of 60 cached loss terms\nlength of the ascent: " in said
-    unlearned("natural-ascent", "--step", "0.125", out="n.safetensors")  # a tenth was removed
+    unlearned("class-orthogonal-ascent", "--step", "0.125", out="n.safetensors")  # a tenth was removed
     said = capsys.readouterr().out
     assert "length of each ascent, 2 in turns with fine-tuning: 0.125 of the norm of the weights, for what was" in said
     unlearned("natural-ascent", "--growth", "0", "--step", "0.125", out="same.safetensors")

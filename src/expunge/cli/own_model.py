@@ -5,8 +5,8 @@ import inspect
 import operator
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,6 +29,7 @@ from expunge.methods.retrain import Retrain
 from expunge.seeds import keeping_random_state
 from expunge.setup import Setup, load_setup
 from expunge.trace import Trace
+from expunge.training import Recipe
 from expunge.unlearn import unlearn as unlearn_model
 from expunge.weights import load_weights, save_weights
 
@@ -189,6 +190,7 @@ def unlearn(
     doubts: list[str] = []  # for the trace, too
     if settings:
         method = chosen.read_settings(settings, method, doubts.append)
+    doubts += _not_as_trained(loaded, row, method)
     for doubt in doubts:
         warnings.warn(doubt, stacklevel=2)
     model = trained_model(loaded, weights, device)
@@ -230,6 +232,22 @@ def unlearn(
         print(
             f"The cache is personal data: cache again if more deletions may come, and destroy it now:{_listed(cache)}"
         )
+
+
+def _not_as_trained(setup: Setup, row: Method, config: Any) -> Iterator[str]:
+    """What to say of training that was left at its defaults and is of another kind than the model's own."""
+    for setting in fields(config) if setup.has("recipe") else ():
+        own, trained = getattr(config, setting.name), setup.recipe
+        if not isinstance(own, Recipe) or own != setting.default:
+            continue
+        if own.optimizer != trained.optimizer or own.batch_size > 2 * trained.batch_size:
+            ours, theirs = (f"{r.optimizer} at {r.lr:g} in batches of {r.batch_size}" for r in (own, trained))
+            flag = f"--{setting.name.replace('_', '-')}"
+            yield (
+                f"{row.name} trains with its default, {ours}, and {setup.path} has {theirs}. Give what suits it: "
+                f"{flag}.optimizer {trained.optimizer} {flag}.batch-size {trained.batch_size} {flag}.lr …, or the "
+                "settings of a rehearsal (--settings)."
+            )
 
 
 def _tell(trace: Trace, config: Mapping[str, Any]) -> None:
