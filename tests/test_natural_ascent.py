@@ -96,8 +96,8 @@ def test_a_step_grows_with_what_was_removed_as_the_curvature_sees_it(gone):
     found = unlearn(model, given(model, data, gone), NaturalAscent(step=0.1, rounds=1, fine_tune=ONCE)).trace.facts
     direction, removed, parameters = by_hand(model, data, 0.3, gone)
     share = float(direction @ removed) / parameters
-    assert found["ascent_share"] == pytest.approx(0.1 * (6 * min(share, 0.3)) ** (2 / 3))
-    assert (share > 0.3) == (len(gone) == 30)
+    assert found["ascent_share"] == pytest.approx(0.1 * (7 * min(share, 0.25)) ** (2 / 3))
+    assert (share > 0.25) == (len(gone) == 30)
 
 
 def test_records_that_pull_at_the_same_weights_count_for_more_than_their_number():

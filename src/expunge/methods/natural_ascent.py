@@ -39,7 +39,7 @@ from expunge.trace import Trace
 from expunge.training import Recipe
 
 LEAST = 256  # records that a curvature is measured on, if there are so many
-WIDEST = 0.3  # of the information, up to which a step grows: longer steps wrecked what was left
+WIDEST = 0.25  # of the information, up to which a step grows: longer steps wrecked what was left
 # Cosine of a correction's difference and -g_new beyond which faults have no part in it to speak of: 0.9999 and more
 # where a backdoor stayed (docs/findings.md), 0.92 to 0.98 on the digits of the demo, whose labels it corrects well.
 ALONG_LEFT = 0.99
@@ -53,7 +53,7 @@ class NaturalAscent:
         ConfigError: A value that cannot work.
     """
 
-    step: float = 0.2  # length of each ascent, as a share of the norm of the weights; for a sixth of the information
+    step: float = 0.2  # length of each ascent, as a share of the norm of the weights; for a seventh of the information
     growth: float = 2 / 3  # with which power of what was removed, as the curvature sees it; 0: the same step for all
     rounds: int = 2  # ascents, each followed by its share of the epochs
     damping: float = 0.3  # of the curvature, as a share of its mean eigenvalue
@@ -80,7 +80,7 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
 
     W are the parameters of two or more dimensions (all, if there are none). F is the sum of squared gradients of the
     cached loss over a sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue. Of a
-    removal s is step (6 e)^growth, e = (g_D - g_new)ᵀ d / tr F(F + λ)⁻¹ with F of all that is left: of records whose
+    removal s is step (7 e)^growth, e = (g_D - g_new)ᵀ d / tr F(F + λ)⁻¹ with F of all that is left: of records whose
     gradients have nothing in common e is next to their share. It is taken for at most `WIDEST`.
 
     ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
@@ -108,8 +108,8 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
     with trace.stage("curvature", model):
         direction = _direction(model, own, given, config, seed, trace)
     share = trace.facts["information_share"]
-    sixths = 6 * min(share, WIDEST) if removed.count else 1.0
-    return in_turns(model, direction, given, config, sixths, seed=seed, trace=trace)
+    sevenths = 7 * min(share, WIDEST) if removed.count else 1.0
+    return in_turns(model, direction, given, config, sevenths, seed=seed, trace=trace)
 
 
 def _warn_of_faults_without_gradient(difference: Params, left: Params, given: Blind, trace: Trace) -> None:
