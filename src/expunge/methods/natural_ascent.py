@@ -12,7 +12,7 @@ from RELOAD: nothing is re-initialised, and the ascent is another.
     what is left, it is along what few other records depend on.
   * The length is a share of the norm of the weights, and biases and the scales of normalisation stay, as in orthogonal
     ascent. It grows with what was removed as the curvature sees it, and not with how many records it was: a hundred of
-    a class pull at the same weights. dᵀ(F + λ)⁻¹d is their influence on their own loss (Koh and Liang, "Understanding
+    a class pull at the same weights. gᵀ(F + λ)⁻¹g is their influence on their own loss (Koh and Liang, "Understanding
     Black-box Predictions via Influence Functions", 2017), tr F(F + λ)⁻¹ that of all that is left on its own.
 
 Needs: any loss that comes in terms of single examples; a cached gradient of the loss of training.
