@@ -54,10 +54,11 @@ def main(data: Path, out: Path = Path("runs/bench"), results: Path = Path("resul
     """Unlearn each removal with each step, and write a line for each."""
     planned = {name: experiments.load(Path(__file__).with_name(f"{name}.py"), "cpu", data) for name in REMOVALS}
     wanted = [
-        (stage, planned[name].effort.budget)
+        (replace(stage, seed=seed), planned[name].effort.budget)
         for name, tasks in REMOVALS.items()
-        for stage in planned[name].evaluations(SEEDS)
+        for stage in planned[name].evaluations((0,))
         if stage.contender is not None and stage.contender.name == "natural-ascent" and stage.task.name in tasks
+        for seed in SEEDS
     ]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         tried = pool.map(partial(lines, data=data, store=Store(out, data)), *zip(*wanted, strict=True))
