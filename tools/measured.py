@@ -147,6 +147,28 @@ def fault_gradients_table() -> str:
     return "\n".join(lines)
 
 
+def natural_steps_table() -> str:
+    """What three steps of natural ascent left of each removal, less what retraining leaves."""
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    with (ROOT / "results" / "natural_steps.csv").open(newline="", encoding="utf-8") as file:
+        for scenario, seed, *numbers in itertools.islice(csv.reader(file), 1, None):
+            found.setdefault((scenario, seed), []).append([float(number) for number in numbers])
+    lines = [
+        "| removal | seed | information | steps | FA less retraining's, points | FE less retraining's, nats |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for (scenario, seed), tried in found.items():
+        share, steps, _, accuracies, losses, truly, loss = zip(*tried, strict=True)
+        cells = (
+            f"{share[0]:.3f}",
+            ", ".join(f"{step:.3f}" for step in steps),
+            ", ".join(f"{own - other:+.0f}" for own, other in zip(accuracies, truly, strict=True)),
+            ", ".join(f"{own - other:+.1f}" for own, other in zip(losses, loss, strict=True)),
+        )
+        lines.append(f"| {scenario} | {seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def frontier_table() -> str:
     """The grid of frontier.py: what a re-initialisation of the same size does, by who chooses and with which ascent."""
     rows = read_rows(ROOT / "results" / "frontier-cpu.csv")
