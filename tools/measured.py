@@ -375,6 +375,7 @@ MEASURED: dict[str, Callable[[], str]] = {
         )
     },
     "finding-fault-gradients": fault_gradients_table,
+    "finding-natural-steps": natural_steps_table,
     **{f"finding:{name}": functools.partial(finding, name) for name in FINDINGS},
     "finding-frontier": frontier_table,
     "finding-by-share": functools.partial(by_scenario, "gamma", "TA with trigger"),
