@@ -114,7 +114,7 @@ def _metric(name: str, each: Definition) -> str:
 
 def _heading(name: str) -> str:
     """The anchor of a heading."""
-    return re.sub(r"[^\w\- ]", "", name.lower()).strip().replace(" ", "-")
+    return re.sub(r"[^\w\- ]|²", "", name.lower()).strip().replace(" ", "-")
 
 
 GENERATED: dict[str, Callable[[], str]] = {

@@ -60,7 +60,12 @@ class Curvature:
         return {name: solved[name] for name in vector}
 
     def effective_parameters(self, damping: float) -> float:
-        """How many directions the data determines, tr F(F + λ)⁻¹ with the λ of `solve` (MacKay, 1992)."""
+        """How many directions the data determines, tr F(F + λ)⁻¹ with the λ of `solve` (MacKay, 1992).
+
+        Raises:
+            ConfigError: The damping is not positive.
+            NotInformative: F is zero.
+        """
         floor = self._floor(damping)
         return sum(float((each / (each + floor)).sum()) for each in self._eigenvalues)
 

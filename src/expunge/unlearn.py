@@ -83,7 +83,7 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
         raise ConfigError(f"{method.name} returned {type(unlearned).__name__}, and not the model. Return it.")
     if stray := sorted({name for name, _ in _shapes(inner) ^ _shapes(unlearned)}):
         raise MismatchError(
-            f"{method.name} returned a model of another architecture, with tensors other than the one it was given "
+            f"{method.name} returned a model of another architecture, whose tensors are not those that it was given "
             f"({', '.join(stray[:3])}{', …' if len(stray) > 3 else ''}): nobody could load its weights. Take "
             "apart what was wrapped or added before it is returned."
         )

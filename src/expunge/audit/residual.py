@@ -62,12 +62,14 @@ def membership(subject: Subject, forget: Batches, test: Batches | None, *, seed:
     Args:
         subject: With retrained models, the yardstick: records that are easy are told there, too.
         forget: The removed records.
-        test: Records that were never in the data, with at least as many of each class as were removed.
+        test: Records that were never in the data, at least as many of each class as were removed; None: none are known.
         seed: Of the attack, and of which unseen records are compared.
     """
     name = "membership by loss"
     if test is None:
-        return Remembered(name, "cannot tell", "Without test() nobody knows how the model does on unseen records.", {})
+        return Remembered(
+            name, "cannot tell", "There are no unseen records to compare with: let the setup file define test().", {}
+        )
     both = answers(subject.unlearned, {"forget": forget, "test": test}, subject.logits)
     removed, pool = both["forget"], both["test"]
     sizes = {"removed": len(removed.labels), "unseen": len(pool.labels)}

@@ -190,7 +190,7 @@ def unlearn(
     doubts: list[str] = []  # for the trace, too
     if settings:
         method = chosen.read_settings(settings, method, doubts.append)
-    doubts += _not_as_trained(loaded, row, method)
+    doubts += () if settings else _not_as_trained(loaded, row, method)
     for doubt in doubts:
         warnings.warn(doubt, stacklevel=2)
     model = trained_model(loaded, weights, device)
@@ -235,12 +235,15 @@ def unlearn(
 
 
 def _not_as_trained(setup: Setup, row: Method, config: Any) -> Iterator[str]:
-    """What to say of training that was left at its defaults and is of another kind than the model's own."""
+    """What to say of training that was left at its defaults and suits another kind of model.
+
+    Methods that were published with AdamW keep it, and RELOAD its batches of 256 where a model has the usual 128.
+    """
     for setting in fields(config) if setup.has("recipe") else ():
         own, trained = getattr(config, setting.name), setup.recipe
         if not isinstance(own, Recipe) or own != setting.default:
             continue
-        if own.optimizer != trained.optimizer or own.batch_size > 2 * trained.batch_size:
+        if (own.optimizer, trained.optimizer) == ("sgd", "adamw") or own.batch_size > 2 * trained.batch_size:
             ours, theirs = (f"{r.optimizer} at {r.lr:g} in batches of {r.batch_size}" for r in (own, trained))
             flag = f"--{setting.name.replace('_', '-')}"
             yield (

@@ -80,8 +80,8 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
 
     W are the parameters of two or more dimensions (all, if there are none). F is the sum of squared gradients of the
     cached loss over a sample of what is left, in blocks of one layer each, and λ a share of its mean eigenvalue. Of a
-    removal s is step (7 e)^growth, e = (g_D - g_new)ᵀ d / tr F(F + λ)⁻¹ with F of all that is left: of records whose
-    gradients have nothing in common e is next to their share. It is taken for at most `WIDEST`.
+    removal s is step (7 e)^growth, e = (g_D - g_new)ᵀ d / tr F(F + λ)⁻¹ with F, in d as well, of all that is left: of
+    records whose gradients have nothing in common e is next to their share. It is taken for at most `WIDEST`.
 
     ``trace.facts``: those of `difference`, kronecker_share (of the entries, in blocks), alignment (cosine of d and the
     difference), information_share (e), ascent_share (s), ascent (its length); of a correction along_left (cosine of
