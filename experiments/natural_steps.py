@@ -21,23 +21,15 @@ from pathlib import Path
 import torch
 import tyro
 
-from expunge.access import Blind
 from expunge.allocator import keep_freed_memory
 from expunge.bench import experiments, steps
-from expunge.bench.records import records_of
-from expunge.bench.stages import Stage, cache_of, closure, original_of
+from expunge.bench.stages import Stage, cache_of, closure
 from expunge.bench.store import Store
-from expunge.bench.tasks import untrained
-from expunge.cache import load
-from expunge.losses import cross_entropy
 from expunge.methods.natural_ascent import NaturalAscent
 from expunge.metrics.classification import accuracy
 from expunge.metrics.classification import cross_entropy as mean_loss
 from expunge.metrics.outputs import outputs
 from expunge.rows import write_csv
-from expunge.training import Recipe
-from expunge.unlearn import unlearn
-from expunge.weights import load_weights
 
 SEEDS = (1001, 1002)
 TIMES = (0.8, 1.1, 1.5)  # the default step
@@ -53,40 +45,33 @@ Line = tuple[str | int | float, ...]
 
 def main(data: Path, out: Path = Path("runs/bench"), results: Path = Path("results/natural_steps.csv")) -> None:
     """Unlearn each removal with each step, and write a line for each."""
-    planned = {name: experiments.load(Path(__file__).with_name(f"{name}.py"), "cpu", data) for name in REMOVALS}
     wanted = [
-        (replace(stage, seed=seed), planned[name].effort.budget)
+        replace(stage, seed=seed)
         for name, tasks in REMOVALS.items()
-        for stage in planned[name].evaluations((0,))
+        for stage in experiments.load(Path(__file__).with_name(f"{name}.py"), "cpu", data).evaluations((0,))
         if stage.contender is not None and stage.contender.name == "natural-ascent" and stage.task.name in tasks
         for seed in SEEDS
     ]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        tried = pool.map(partial(lines, data=data, store=Store(out, data)), *zip(*wanted, strict=True))
+        tried = pool.map(partial(lines, store=Store(out, data)), wanted)
         write_csv(results, COLUMNS, [line for found in tried for line in found])
 
 
-def lines(stage: Stage, budget: Recipe, data: Path, store: Store) -> list[Line]:
+def lines(stage: Stage, store: Store) -> list[Line]:
     """What each step leaves of one removal, beside a retrained model."""
     torch.set_num_threads(1)
     keep_freed_memory()
     for need in closure((cache_of(stage), stage.of("outputs")), store.done).values():
         steps.do(need, store)
-    records = records_of(stage.task, stage.seed, data)
-    fresh = partial(untrained, stage.task, records.classes, records.before.tensors[0].shape[1])
-    model = load_weights(fresh(0), store.result(original_of(stage)) / steps.WEIGHTS)
-    full = load(store.result(cache_of(stage)) / steps.CACHE, model, cross_entropy)
-    given = Blind(retain=records.retain, loss_terms=cross_entropy, fresh=fresh, full=full)
+    situation = steps.Situation(stage, store)
+    records, entry = situation.records, steps.entry_of(stage, situation.records)
     truth = steps.read_outputs(records, store.result(stage.of("outputs")))["forget"]
     found: list[Line] = []
     for times in TIMES:
-        default = NaturalAscent()
-        config = replace(default, step=times * default.step, fine_tune=replace(budget, lr=default.fine_tune.lr))
-        done = unlearn(model, given, config, seed=stage.seed)
-        left, removed = (outputs(done.model, each) for each in (records.retain, records.forget))
-        facts = done.trace.facts
+        model, trace = situation.unlearned(entry, {"step": times * NaturalAscent().step}, stage.seed)
+        left, removed = (outputs(model, each) for each in (records.retain, records.forget))
         found.append((
-            stage.task.name, stage.seed, facts["information_share"], facts["ascent_share"],
+            stage.task.name, stage.seed, trace.facts["information_share"], trace.facts["ascent_share"],
             accuracy(left), accuracy(removed), mean_loss(removed), accuracy(truth), mean_loss(truth),
         ))  # fmt: skip
         print(*found[-1], sep="\t", flush=True)

@@ -9,21 +9,16 @@ Expected: nearly all of it where images are known by heart, next to nothing on t
     python experiments/to_forget.py --data DIR
 """
 
-from functools import partial
 from pathlib import Path
 
 import tyro
 
 from expunge.audit.preflight import preflight
 from expunge.bench import experiments, steps
-from expunge.bench.records import records_of
 from expunge.bench.stages import cache_of, original_of
 from expunge.bench.store import Store
-from expunge.bench.tasks import untrained
-from expunge.cache import load
 from expunge.losses import cross_entropy
 from expunge.rows import write_csv
-from expunge.weights import load_weights
 
 SEEDS = (0, 1, 2)
 COLUMNS = ("task", "seed", "on_what_is_left", "on_unseen", "untrained", "share")
@@ -38,16 +33,19 @@ def main(data: Path, out: Path = Path("runs/bench"), results: Path = Path("resul
             continue
         for need in (original_of(stage), cache_of(stage)):
             steps.do(need, store)
-        task, records = stage.task, records_of(stage.task, stage.seed, data)
-        fresh = partial(untrained, task, records.classes, records.before.tensors[0].shape[1])
-        model = load_weights(fresh(0), store.result(original_of(stage)) / steps.WEIGHTS)
-        full = load(store.result(cache_of(stage)) / steps.CACHE, model, cross_entropy)
+        situation = steps.Situation(stage, store)
         found = preflight(
-            model, cross_entropy, records.retain, full, unseen=records.parts["test"], fresh=fresh, reset_fraction=0
+            situation.original,
+            cross_entropy,
+            situation.records.retain,
+            situation.given.cached(),
+            unseen=situation.records.parts["test"],
+            fresh=situation.given.fresh,
+            reset_fraction=0,
         )
         (gap,) = (check for check in found.checks if check.name == "something to forget")
         left, unseen, start = gap.numbers.values()
-        line = (task.name, stage.seed, left, unseen, start, (unseen - left) / (start - left))
+        line = (stage.task.name, stage.seed, left, unseen, start, (unseen - left) / (start - left))
         lines.append(line)
         print(*line, gap.advice, sep="\t")
     write_csv(results, COLUMNS, lines)

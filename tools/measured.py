@@ -121,13 +121,18 @@ def by_scenario(name: str, metric: str, decimals: int = 1) -> str:
     found = {
         (each.scenario, each.method): f"{each.mean:.{decimals}f} ± {each.sd:.{decimals}f}" for each in summarise(rows)
     }
-    columns = [re.sub(".* (corrected|removed), | of .*|,? corrected$", "", scenario) for scenario in scenarios]
+    columns = list(map(_brief, scenarios))
     lines = [f"| {metric} | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     lines += [
         f"| {label(method)} | {' | '.join(found[scenario, method] for scenario in scenarios)} |"
         for method in dict.fromkeys(row.method for row in rows)
     ]
     return "\n".join(lines)
+
+
+def _brief(scenario: str) -> str:
+    """A scenario beside others that have something in common with it, which is left out."""
+    return re.sub(".* (corrected|removed), | of .*|,? corrected$", "", scenario)
 
 
 def fault_gradients_table() -> str:
@@ -143,7 +148,7 @@ def fault_gradients_table() -> str:
     for (scenario, loss), seeds in found.items():
         faults, corrections, along, against = map(statistics.mean, zip(*seeds, strict=True))
         sizes = f"{faults:,.0f} | {corrections:,.0f} | {along:.2f}"
-        lines.append(f"| {re.sub(',? corrected$', '', scenario)} | {loss} | {sizes} | {against:.5f} |")
+        lines.append(f"| {_brief(scenario)} | {loss} | {sizes} | {against:.5f} |")
     return "\n".join(lines)
 
 

@@ -117,7 +117,7 @@ def _tune(stage: Stage, store: Store, folder: Path) -> None:
 def _on_rehearsals(stage: Stage, store: Store, entry: Entry) -> tuple[Objective, dict[str, float]]:
     """Other seeds, with forget sets and retrained models; how far from these, and the units of the distances."""
     assert stage.effort is not None
-    rehearsals = [_Situation(replace(stage, seed=seed), store) for seed in stage.effort.rehearsals]
+    rehearsals = [Situation(replace(stage, seed=seed), store) for seed in stage.effort.rehearsals]
     truths = [
         [
             read_outputs(each.records, store.result(each.stage.of("outputs", number=number)))
@@ -140,7 +140,7 @@ def _on_rehearsals(stage: Stage, store: Store, entry: Entry) -> tuple[Objective,
 
 def _on_what_is_left(stage: Stage, store: Store, entry: Entry) -> tuple[Objective, dict[str, float]]:
     """Pseudo-forget sets of the very seed, as `expunge rehearse` draws them: blind, and nothing is retrained; nats."""
-    situation = _Situation(stage, store)
+    situation = Situation(stage, store)
     given = situation.given
     left = gradient(situation.original, given.cached_terms, given.retain)
     blind = replace(given.blinded(), full=left)
@@ -160,7 +160,7 @@ def _on_what_is_left(stage: Stage, store: Store, entry: Entry) -> tuple[Objectiv
 
 
 def _unlearn(stage: Stage, store: Store, folder: Path) -> None:
-    situation = _Situation(stage, store)
+    situation = Situation(stage, store)
     entry = entry_of(stage, situation.records)
     settings = settings_of(stage, store)
     try:
@@ -199,7 +199,7 @@ _STEPS: Mapping[Step, Callable[[Stage, Store, Path], None]] = {
 }
 
 
-class _Situation:
+class Situation:
     """A trained model with its cached gradient, on the day that data is deleted or corrected."""
 
     def __init__(self, stage: Stage, store: Store) -> None:

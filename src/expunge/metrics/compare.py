@@ -4,15 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from expunge.definitions import METRICS
 from expunge.metrics.calibration import brier, expected_calibration_error
 from expunge.metrics.classification import accuracy, cross_entropy, same_examples, symmetric_kl
 from expunge.metrics.forgetting import against_unseen, signed_forgetting
 from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched, unit_of_losses
 from expunge.metrics.outputs import Answers, Outputs, Predictions
-from expunge.metrics.regression import mean_squared_difference, mean_squared_error, r_squared
+from expunge.metrics.regression import mean_squared_difference, mean_squared_error, r_squared, varies
 from expunge.metrics.representation import activation_distance
 from expunge.rows import Row
 
@@ -78,7 +76,7 @@ def profile(splits: Splits, *, seed: int = 0, full: bool = False) -> Profile:
                 found.append(_measured(name, accuracy(seen), split, seen))
             else:
                 found.append(_measured(_ERRORS[split], mean_squared_error(seen), split, seen))
-                if split == "test" and np.ptp(seen.targets, axis=0).any():
+                if split == "test" and varies(seen):
                     found.append(_measured("Test R²", r_squared(seen), split, seen))
     if "forget" in splits:
         forget = splits["forget"]

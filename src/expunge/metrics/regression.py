@@ -34,6 +34,11 @@ def mean_squared_difference(a: Predictions, b: Predictions) -> float:
     return float(np.square(a.values - b.values).sum(axis=1).mean())
 
 
+def varies(split: Predictions) -> bool:
+    """Whether not all targets are the same."""
+    return bool((split.targets != split.targets[0]).any())
+
+
 def variance(split: Predictions) -> float:
     """How far targets are from their mean: the error of a model that knows nothing but that.
 
@@ -42,7 +47,7 @@ def variance(split: Predictions) -> float:
     Raises:
         ConfigError: All targets are the same.
     """
-    if (split.targets == split.targets[0]).all():
+    if not varies(split):
         raise ConfigError(
             f"all {len(split.targets)} targets are {split.targets[0].tolist()}: there is nothing to predict. Check "
             "what the setup file returns as targets."
