@@ -110,6 +110,27 @@ def test_data_without_images_is_refused():
         )
 
 
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ((pictures(4), pictures(4)), 2),  # an image and what it was before noise
+        ({"image": pictures(4), "mask": torch.zeros(4, 8, 6, dtype=torch.int64)}, 2),  # a class for each pixel
+        ((None, (pictures(4), pictures(4), torch.zeros(4))), 2),
+    ],
+)
+def test_targets_that_would_have_to_move_with_their_images_are_refused(batch, count):
+    with pytest.raises(ConfigError, match=rf"an example has {count} of 8 x 6 pixels: inputs and targets would no lon"):
+        of(crop=1)(batch)
+
+
+def test_images_of_two_sizes_and_pairs_of_examples_are_drawn_one_by_one():
+    small, pair = pictures(4, height=5), (pictures(4), torch.zeros(4))
+    first, second = of(crop=1)((pair, (small, torch.zeros(4))))
+    assert torch.equal(first[0], one_by_one(pair[0], 1, False, 0))
+    assert second[0].shape == small.shape
+    assert isinstance(of(flip=True)(pictures(4)), Tensor)
+
+
 def images(count: int = 48) -> Examples:
     inputs = pictures(count, 1, 8, 8).float() / 255
     return Examples(inputs, torch.arange(count) % 4)

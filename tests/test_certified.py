@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from expunge import Examples
 from expunge.errors import ConfigError, NotFinite
@@ -282,6 +283,14 @@ def test_features_of_a_model_have_length_one_and_keep_their_positions():
     assert torch.equal(features.tensors[1], examples.tensors[1])
     assert all(torch.equal(before[name], value) for name, value in body.state_dict().items())
     certified.fit(features, GENEROUS, classes=3, seed=0).remove(torch.tensor([5]))
+
+
+def test_features_of_a_part_of_a_dataset_keep_the_positions_of_the_whole():
+    inputs, labels = zoo.tensors(40)
+    part = Subset(TensorDataset(inputs, labels), [*range(20, 40), 3])
+    features = extract_features(nn.Flatten(), DataLoader(part, batch_size=8))  # which has no parameters
+    assert features.positions.tolist() == [3, *range(20, 40)]
+    torch.testing.assert_close(features.tensors[0][0], functional.normalize(inputs[3], dim=0))
 
 
 # What is refused

@@ -15,6 +15,7 @@ from expunge import (
     Blind,
     FineTune,
     Gradient,
+    L1Sparse,
     OrthogonalAscent,
     Recipe,
     Reload,
@@ -30,6 +31,7 @@ from expunge import (
     unlearn,
 )
 from expunge.errors import ConfigError, MismatchError, NotFinite, UnsupportedModule
+from expunge.methods.guard import MeanOfEpoch
 from expunge.params import smallest
 from expunge.training import mean_loss
 from tests import zoo
@@ -213,6 +215,28 @@ SIMPLER = {
     "orthogonal-ascent": OrthogonalAscent(fine_tune=RECIPE),
     "ascent at random": OrthogonalAscent(direction="random", fine_tune=RECIPE),
 }
+
+
+def bounded(alone: tuple[str, dict[str, Tensor]], bound: float) -> None:
+    model = network()
+    result = unlearn(model, given(None), L1Sparse(recipe=RECIPE, loss_bound=bound), seed=0)
+    assert result.trace.stopped == alone[0]
+    for name, tensor in weights(result.model).items():
+        torch.testing.assert_close(tensor, alone[1][name], rtol=0, atol=1e-11)
+
+
+def test_all_processes_take_an_epoch_back_or_none(tmp_path: Path) -> None:
+    seen = []
+    guard = MeanOfEpoch.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeanOfEpoch, "__call__", lambda self, model: seen.append(guard(self, model)) or seen[-1])
+        unlearn(network(), given(None), L1Sparse(recipe=RECIPE), seed=0)
+    assert len(seen) == RECIPE.epochs
+    for bound in (seen[0] * 1.001, seen[0] * 0.999):  # either half of the rows is farther from it
+        result = unlearn(network(), given(None), L1Sparse(recipe=RECIPE, loss_bound=bound), seed=0)
+        folder = tmp_path / str(bound)
+        folder.mkdir()
+        all_well(2, bounded, folder, (result.trace.stopped, weights(result.model)), bound)
 
 
 def looking(moment: str, model: nn.Module) -> None:

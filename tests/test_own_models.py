@@ -1,8 +1,10 @@
 """Models of one's own that are not plain: frozen parts, weights computed from others, other types, odd losses."""
 
+import copy
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -117,6 +119,35 @@ def test_losses_with_other_arguments_have_other_names():
     assert name_of(one) != name_of(other)
     assert name_of(one) == name_of(partial(cross_entropy, weight=torch.tensor([1.0, 1.0])))
     assert name_of(partial(cross_entropy, 3, smoothing=0.1)) == "cross_entropy(3, smoothing=0.1)"
+    long, longer = np.zeros(2000), np.zeros(2000)
+    longer[1000] = 1  # which NumPy does not print
+    assert name_of(partial(cross_entropy, weight=long)) != name_of(partial(cross_entropy, weight=longer))
+
+
+class Scale:
+    """An object that prints where it is."""
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (functional.mse_loss, "mse_loss"),
+        (abs, "abs"),
+        (Scale(), "Scale"),
+        ([abs, {"of": Scale()}, 2], "[abs, {'of': Scale}, 2]"),
+        (np.float64(0.5), "0.5"),
+        (np.array(["a", "b"]), "['a', 'b']"),
+        (nn.Linear(2, 1), None),
+    ],
+)
+def test_the_name_of_a_loss_is_the_same_in_every_process(value, named):
+    name = name_of(partial(cross_entropy, by=value))
+    assert " at 0x" not in name
+    if named is not None:
+        assert name == f"cross_entropy(by={named})"
+        return
+    assert name == name_of(partial(cross_entropy, by=copy.deepcopy(value)))
+    assert name != name_of(partial(cross_entropy, by=nn.Linear(2, 1)))
 
 
 def test_a_comparison_that_fails_loses_nothing():

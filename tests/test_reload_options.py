@@ -325,6 +325,16 @@ def test_a_model_without_running_statistics_takes_no_pass():
     assert trace.forwarded == 0
 
 
+def test_frozen_normalisations_keep_their_statistics_as_in_training():
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    model[0].requires_grad_(False)
+    model[0].running_mean.fill_(7)
+    trace = Trace("test", 0)
+    assert re_estimate(model, classification(10), 4, trace) == 1
+    assert (model[0].running_mean == 7).all()
+    assert not (model[1].running_mean == 0).any()
+
+
 def test_reload_re_estimates_after_the_re_initialisation_and_only_from_what_is_left():
     here = world("batch-norm")
     config = change(reset_fraction=0.3, statistics="re-estimated")  # one batch: 256 or more examples

@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -237,6 +238,43 @@ def test_a_loss_that_is_not_finite_names_the_epoch_and_the_step():
 
     with pytest.raises(NotFinite, match=r"train: the loss became nan in epoch 2, step 3 of 3. Lower the learning rate"):
         train(built(), batches(), breaks, Recipe(epochs=4, lr=0.01), seed=0)
+
+
+def test_a_loss_that_is_not_finite_is_the_stop_rules_to_take_back():
+    def stop(_: nn.Module, loss: float) -> str | None:
+        asked.append(loss)
+        return None if math.isfinite(loss) else reason
+
+    for reason in ("taken back", None):
+        asked: list[float] = []
+        trace = Trace("train", 0)
+        fails = nullcontext() if reason else pytest.raises(NotFinite, match="in epoch 2, step 1 of 3")
+        broken = itertools.chain([1.0] * 3, itertools.repeat(math.inf))
+
+        def loss(model: nn.Module, batch: Any, factors: Any = broken) -> Tensor:
+            return cross_entropy(model, batch) * next(factors)
+
+        with fails:
+            train(built(), batches(), loss, Recipe(epochs=4, lr=0.01), seed=0, trace=trace, stop=stop)
+        assert [math.isfinite(each) for each in asked] == [True, False]
+        assert len(trace.losses) == 3
+        assert trace.epoch_ends == [3]
+    assert rule(1.0, patience=1)[0](built(), math.nan) is None  # that is no plateau
+
+
+def test_a_batch_without_a_loss_term_changes_nothing():
+    def some(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch)[: 0 if len(batch[0]) == 7 else None]
+
+    with_it, without = built(), built()
+    inputs, labels = examples().tensors
+    one, none, other = zip(inputs[:40].split([20, 7, 13]), labels[:40].split([20, 7, 13]), strict=True)
+    trace = train(with_it, [one, none, other], some, Recipe(epochs=1, lr=0.1, schedule="constant"), seed=0)
+    train(without, [one, other], some, Recipe(epochs=1, lr=0.1, schedule="constant"), seed=0)
+    assert same(state(with_it), state(without))
+    assert (len(trace.losses), trace.backwarded) == (2, 33)
+    with pytest.raises(ConfigError, match="epoch 1 had no loss term"):
+        train(built(), [none], some, ONE, seed=0)
 
 
 def test_a_model_with_nothing_to_train_is_refused():

@@ -17,6 +17,7 @@ from expunge import (
     unlearn,
 )
 from expunge.errors import ConfigError
+from expunge.methods import turns
 from expunge.trace import Trace
 from tests.zoo import classification, network
 
@@ -53,6 +54,19 @@ def test_a_correction_removes_nothing_and_has_the_step_itself(method):
     inputs, labels = right.tensors
     wrong = Examples(inputs, torch.cat([(labels[:2] + 1) % 3, labels[2:]]))
     assert unlearned(method, wrong, right, step=0.3).facts["ascent_share"] == 0.3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_milestones_of_a_recipe_move_with_the_epochs_of_a_round(method, monkeypatch):
+    recipes, train = [], turns.train
+    monkeypatch.setattr(turns, "train", lambda *given, **named: recipes.append(given[3]) or train(*given, **named))
+    data, model = classification(40), network("mlp")
+    full = gradient(model, cross_entropy, data, micro_batch=8)
+    left = data.without(torch.arange(4))
+    given = Blind(retain=left, loss_terms=cross_entropy, fresh=lambda seed: network("mlp", seed), full=full)
+    steps = Recipe(epochs=10, lr=0.05, batch_size=16, schedule="step", milestones=(4, 8))
+    unlearn(model, given, method(fine_tune=steps, rounds=2))
+    assert [(each.epochs, each.milestones) for each in recipes] == [(5, (2, 4))] * 2
 
 
 @pytest.mark.parametrize("method", METHODS)

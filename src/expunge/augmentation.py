@@ -7,7 +7,7 @@ Sources: crops and flips as in He et al., "Deep Residual Learning for Image Reco
 in DeVries & Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout" (2017).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -60,6 +60,7 @@ def augmentation(
 
     def all_images(batch: Batch) -> Batch:
         dimensions = [tensor.ndim for tensor in tensors_of(batch)]
+        _require_one_picture(batch)
         if 4 not in dimensions:
             raise ConfigError(
                 f"crop={crop}, flip={flip}, cutout={cutout}: they are for images, (images, channels, height, width), "
@@ -68,6 +69,28 @@ def augmentation(
         return map_tensors(batch, augmented)
 
     return all_images
+
+
+def _require_one_picture(batch: Batch) -> None:
+    """Refuse examples with a target that has a place for each pixel, which would have to move with them.
+
+    Raises:
+        ConfigError: Says which sizes there are.
+    """
+    if not isinstance(batch, Mapping | list | tuple):
+        return
+    parts = list(batch.values() if isinstance(batch, Mapping) else batch)
+    pictures = [part for part in parts if isinstance(part, Tensor) and part.ndim > 2]
+    sizes = [tuple(part.shape[-2:]) for part in pictures if part.ndim == 4]
+    twice = [part for part in pictures if tuple(part.shape[-2:]) in sizes]
+    if len(twice) > 1:
+        raise ConfigError(
+            f"crop, flip and cutout draw for every tensor of images by itself, and an example has {len(twice)} of "
+            f"{sizes[0][0]} x {sizes[0][1]} pixels: inputs and targets would no longer fit together. Switch them off, "
+            "and augment in the Dataset, which knows what belongs together."
+        )
+    for part in parts:  # pairs of what is left and what was removed are two examples
+        _require_one_picture(part)
 
 
 def cropped(

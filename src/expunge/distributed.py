@@ -5,6 +5,7 @@ with one process, everything here is the identity: code above calls it without a
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
@@ -207,7 +208,7 @@ def mean_of_all(terms: Callable[[], Tensor], in_step: bool) -> tuple[Tensor, Ten
 
     Returns:
         What to back-propagate, such that the average over processes is the gradient of the mean; the mean; and the
-        number of terms.
+        number of terms. Where there is none at all there is nothing to follow: the mean is not a number.
     """
     done = terms() if in_step else None
     own, facts = agreed(
@@ -218,12 +219,17 @@ def mean_of_all(terms: Callable[[], Tensor], in_step: bool) -> tuple[Tensor, Ten
         return loss, loss.detach(), len(own)
     count, total = (sum(column) for column in zip(*facts, strict=True))
     mean = torch.tensor(total / count if count else float("nan"), dtype=own.dtype)
-    return own.sum() * (world() / count), mean, round(count)
+    return own.sum() * (world() / max(count, 1)), mean, round(count)
 
 
 def counts(own: Iterable[int]) -> list[list[int]]:
     """Whole numbers of every process, in their order."""
     return [list(map(round, each)) for each in _gathered([float(number) for number in own])]
+
+
+def summed(own: Sequence[float]) -> list[float]:
+    """Numbers added up over all processes, one by one."""
+    return [math.fsum(column) for column in zip(*_gathered(list(map(float, own))), strict=True)]
 
 
 def joined(own: Tensor) -> Tensor:

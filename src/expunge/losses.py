@@ -8,6 +8,7 @@ is an example, or for language models a target token.
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -154,7 +155,8 @@ def _wide(logits: Tensor) -> Tensor:
 def name_of(loss_terms: object) -> str:
     """The name a cache records for a loss: that of the function, or of the type of a callable object.
 
-    Of a ``functools.partial`` it is that of its function and what is filled in, tensors by their fingerprint.
+    Of a ``functools.partial`` it is that of its function and what is filled in: functions and objects by their names,
+    tensors and arrays by their fingerprints. It is the same in every process.
     """
     if isinstance(loss_terms, partial):
         filled = [_value(value) for value in loss_terms.args]
@@ -165,4 +167,17 @@ def name_of(loss_terms: object) -> str:
 
 
 def _value(value: object) -> str:
-    return params.fingerprint({"": value})[:12] if isinstance(value, Tensor) else repr(value)
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.dtype.kind not in "biufc"):
+        value = value.tolist()
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value.copy())
+    if isinstance(value, nn.Module):
+        return f"{name_of(value)}({params.fingerprint(params.state(value))[:12]})"
+    if isinstance(value, Tensor):
+        return params.fingerprint({"": value})[:12]
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_value(each)}' for key, each in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    told = repr(value)
+    return name_of(value) if callable(value) or f"at {hex(id(value))}" in told else told

@@ -143,6 +143,11 @@ def total(params: Mapping[str, Tensor]) -> float:
     return sum(map(_sum, params.values()))
 
 
+def dot(a: Params, b: Params) -> float:
+    """The inner product over the names of the first, accumulated in float64, on the device of the first."""
+    return sum(_sum(tensor * b[name].to(tensor.device)) for name, tensor in a.items())
+
+
 def _sum(tensor: Tensor) -> float:
     return float(sharding.whole(tensor.sum(dtype=torch.float64)))
 

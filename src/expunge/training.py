@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,7 +24,8 @@ from expunge.trace import Trace
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
-StopRule = Callable[[nn.Module, float], str | None]  # after each epoch, given its mean loss: a reason, or go on
+StopRule = Callable[[nn.Module, float], str | None]  # after each epoch, given its mean loss: a reason, or go on.
+# Of an epoch whose loss is not finite a reason says that it was taken back; without one training fails.
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Recipe:
         _require(self.crop >= 0, "crop", self.crop, "0 or more")
         _require(self.cutout >= 0, "cutout", self.cutout, "0 or more")
         _require(self.precision in get_args(Precision), "precision", self.precision, f"one of {get_args(Precision)}")
+
+    def shortened(self, epochs: int) -> "Recipe":
+        """The same in fewer epochs: milestones move in proportion."""
+        milestones = tuple(round(m * epochs / max(self.epochs, 1)) for m in self.milestones)
+        return replace(self, epochs=epochs, milestones=milestones)
 
     def factor(self, position: float) -> float:
         """What multiplies the learning rate after ``position`` epochs, a fraction inside an epoch."""
@@ -175,6 +181,8 @@ def train(
                     forward = partial(_terms, replica, loss_terms, ready, autocast, compiled)
                     with autocast.step():
                         loss, mean_of_batch, terms = distributed.mean_of_all(forward, replica is model)
+                        if not terms:
+                            continue  # a text without a target, say
                         optimizer.zero_grad()
                         loss.backward()
                         optimizer.step()
@@ -183,12 +191,10 @@ def train(
                     losses.append(mean_of_batch)
                     trace.backwarded += terms
             distributed.same_buffers(model)
-            mean = _record(trace, losses, epoch)
+            reason = _ended(epoch + 1, losses, model, trace, stop)
             if kept:
                 kept.keep(epoch + 1)
             advance()
-            trace.show(f"epoch {epoch + 1}", model)
-            reason = stop(model, mean) if stop else None
             if reason:
                 trace.stopped = reason
                 break
@@ -260,6 +266,8 @@ def until_converged(
 
     def stop(model: nn.Module, training_loss: float) -> str | None:
         nonlocal best, waited, epoch
+        if not math.isfinite(training_loss):
+            return None
         epoch += 1
         # The training loss is an average over moving weights (and dropout), an upper estimate: look closer once it
         # is near, and now and then in any case.
@@ -324,19 +332,28 @@ def is_frozen_normalisation(module: nn.Module) -> bool:
     return getattr(module, "track_running_stats", False) and bool(own) and not any(p.requires_grad for p in own)
 
 
-def _record(trace: Trace, losses: list[Tensor], epoch: int) -> float:
+def _ended(epoch: int, losses: list[Tensor], model: nn.Module, trace: Trace, stop: StopRule | None) -> str | None:
+    """Keep the losses of an epoch, counted from 1, and ask whether to end; if one is not finite, keep none.
+
+    Raises:
+        ConfigError: There are no losses.
+        NotFinite: One is NaN or infinite, and the stop rule did not take the epoch back.
+    """
     if not losses:
-        raise ConfigError(f"{trace.method}: epoch {epoch + 1} had no batch. Is the data read only once?")
+        raise ConfigError(f"{trace.method}: epoch {epoch} had no loss term. Is the data read only once?")
     values = torch.stack(losses).double().cpu()
     bad = (~values.isfinite()).nonzero().flatten().tolist()
-    if bad:
+    if not bad:
+        trace.losses += values.tolist()
+        trace.epoch_ends.append(len(trace.losses))
+    trace.show(f"epoch {epoch}", model)
+    reason = stop(model, float(values.mean())) if stop else None
+    if bad and not reason:
         raise NotFinite(
-            f"{trace.method}: the loss became {float(values[bad[0]])} in epoch {epoch + 1}, step {bad[0] + 1} of "
+            f"{trace.method}: the loss became {float(values[bad[0]])} in epoch {epoch}, step {bad[0] + 1} of "
             f"{len(values)}. Lower the learning rate, or look at that batch."
         )
-    trace.losses += values.tolist()
-    trace.epoch_ends.append(len(trace.losses))
-    return float(values.mean())
+    return reason
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

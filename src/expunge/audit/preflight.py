@@ -36,7 +36,8 @@ DRAWS = 3
 MEMORISED = 0.1  # of what was learned: the share that does not hold for unseen records. At 3 to 5 % ascents did harm,
 # from 38 % on they helped (docs/findings.md): this lies between
 NOT_COMPARED = (
-    "Was not looked at: that takes a classifier, and a test() of records that it was not trained on, with finite losses."
+    "Was not looked at: that takes a classifier, and test() with records that it was not trained on. "
+    "Their losses must be finite."
 )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expunge import params
-from expunge.batches import Batches, Examples, micro_batches, to_device
+from expunge.batches import Batches, Examples, indexed, micro_batches, to_device
 from expunge.errors import ConfigError
 from expunge.exact.head import Certified, Head, Removal, require_classes, require_short
 from expunge.seeds import keeping_random_state
@@ -100,10 +100,10 @@ def extract_features(model: nn.Module, data: Batches, *, batch_size: int = 512) 
 
     Args:
         model: Without its last layer: inputs -> (n, ...) of features.
-        data: Batches of (inputs, class numbers); `Examples` keep their positions.
+        data: Batches of (inputs, class numbers); records keep the positions they have.
         batch_size: Positions a batch.
     """
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))  # a body may have none
     features, labels = [], []
     with params.restoring_modes(model), keeping_random_state(), torch.no_grad():
         model.eval()
@@ -111,5 +111,6 @@ def extract_features(model: nn.Module, data: Batches, *, batch_size: int = 512) 
             raw = model(to_device(inputs, device)).flatten(1).cpu().double()
             features.append(functional.normalize(raw, dim=1))
             labels.append(names.cpu())
-    positions = data.positions if isinstance(data, Examples) else None
+    known = indexed(data)
+    positions = known.positions if known is not None else None
     return Examples(torch.cat(features), torch.cat(labels), positions=positions)

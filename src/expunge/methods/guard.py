@@ -1,11 +1,12 @@
 """The guard against destroying a model: what brought the loss past a bound is taken back, and that is noted."""
 
+import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from expunge import params
+from expunge import distributed, params
 from expunge.access import Blind
 from expunge.batches import Batch, Batches, shuffled
 from expunge.seeds import keeping_random_state, stream
@@ -15,6 +16,27 @@ from expunge.training import StopRule, mean_loss
 SLOWER = "Lower the learning rate, or raise loss_bound if the loss is that large by nature."
 DESTROYED = "the model is destroyed"
 LESS_ASCENT = "Lower the learning rate of the ascent for a finer end."
+NO_EPOCH = 0.0  # training loss, for a rule of `taking_back` with a loss of its own that is asked without any training
+
+
+class MeanOfEpoch:
+    """The mean over the loss terms of an epoch, of all processes together: `loss_of` where not all terms count."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._count = 0
+
+    def add(self, terms: Tensor) -> None:
+        """Count the terms of a batch in."""
+        self._sums.append(terms.detach().sum())
+        self._count += terms.numel()
+
+    def __call__(self, _: nn.Module) -> float:
+        """The mean, 0 of nothing; what follows is of the next epoch."""
+        total, count = distributed.summed([float(torch.stack(self._sums).sum()) if self._sums else 0.0, self._count])
+        self._sums.clear()
+        self._count = 0
+        return total / count if count else 0.0
 
 
 def taking_back(
@@ -30,7 +52,7 @@ def taking_back(
 
     Args:
         model: The module that is trained; its state now is the first good one.
-        bound: Mean loss, nats a term.
+        bound: Mean loss, nats a term. A training loss that is not finite passes any.
         loss_of: The loss to look at; without it, the mean training loss of the epoch, which costs nothing and is a
             step late.
         trace: Gets a warning with the reason and the cure.
@@ -41,9 +63,10 @@ def taking_back(
 
     @torch.no_grad()
     def stop(model: nn.Module, training_loss: float) -> str | None:
-        reached = loss_of(model) if loss_of else training_loss
+        finite = math.isfinite(training_loss)
+        reached = loss_of(model) if loss_of and finite else training_loss
         state = params.state(model)
-        if not reached <= bound:
+        if not (finite and reached <= bound):
             for name, tensor in state.items():
                 tensor.copy_(last[name])
             reason = f"the loss {reached:.3g} passed the bound {bound:g}; {what} was taken back"
@@ -59,8 +82,9 @@ def taking_back(
 def keeping_what_is_left(model: nn.Module, given: Blind, bound: float, trace: Trace, epochs: int) -> StopRule:
     """Go back to the last good state if training ends with the loss on a few records of what is left past the bound.
 
-    An epoch in between may pass it: at a high learning rate the first one often does, and what follows is fine. Where
-    that loss is large to begin with, by its nature or after an ascent, twice as much is the bound.
+    An epoch in between may pass it: at a high learning rate the first one often does, and what follows is fine. Not so
+    after one whose training loss is not finite, which ends training. Where the loss on the few is large to begin with,
+    by its nature or after an ascent, twice as much is the bound.
 
     Args:
         model: The module that is trained; its state now is the first good one.
@@ -75,15 +99,16 @@ def keeping_what_is_left(model: nn.Module, given: Blind, bound: float, trace: Tr
     epoch = good_epoch = 0
 
     @torch.no_grad()
-    def stop(model: nn.Module, _: float) -> str | None:
+    def stop(model: nn.Module, training_loss: float) -> str | None:
         nonlocal epoch, good_epoch
         epoch += 1
-        reached, state = mean_loss(model, few, given.loss_terms, trace), params.state(model)
-        if reached <= limit:
+        finite, state = math.isfinite(training_loss), params.state(model)
+        reached = mean_loss(model, few, given.loss_terms, trace) if finite else training_loss
+        if finite and reached <= limit:
             good_epoch = epoch
             for name, tensor in state.items():
                 good[name].copy_(tensor)
-        elif epoch == epochs:
+        elif epoch == epochs or not finite:
             for name, tensor in state.items():
                 tensor.copy_(good[name])
             reason = f"the loss {reached:.3g} passed the bound {limit:g}; all after epoch {good_epoch} was taken back"

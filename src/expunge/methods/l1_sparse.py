@@ -17,7 +17,7 @@ from expunge import params
 from expunge.access import Blind
 from expunge.batches import Batch
 from expunge.errors import ConfigError
-from expunge.methods.guard import taking_back
+from expunge.methods.guard import MeanOfEpoch, taking_back
 from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train
@@ -51,21 +51,20 @@ def l1_sparse(model: nn.Module, given: Blind, config: L1Sparse, *, seed: int, tr
     ``trace.losses`` holds losses with the penalty. ``trace.facts``: l1_before and l1_after (‖θ‖₁).
     """
     theta = params.named_parameters(model)
-    epoch, plain = 0, []
+    epoch, plain = 0, MeanOfEpoch()
 
     def penalised(model: nn.Module, batch: Batch) -> Tensor:
         terms = given.loss_terms(model, batch)
-        plain.append(terms.detach().mean())
+        plain.add(terms)
         strength = config.alpha * (1 - epoch / config.recipe.epochs)
         return terms + strength * l1_norm(theta) if strength else terms
 
-    guard = taking_back(model, config.loss_bound, lambda _: float(torch.stack(plain).mean()), trace=trace)
+    guard = taking_back(model, config.loss_bound, plain, trace=trace)
 
     def stop(model: nn.Module, training_loss: float) -> str | None:
         nonlocal epoch
         reason = guard(model, training_loss)
         epoch += 1
-        plain.clear()
         return reason
 
     trace.facts["l1_before"] = float(l1_norm(theta).detach())

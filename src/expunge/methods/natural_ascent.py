@@ -114,8 +114,8 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
 
 def _warn_of_faults_without_gradient(difference: Params, left: Params, given: Blind, trace: Trace) -> None:
     """The difference of a correction is the gradient of the faults less that of what they were corrected to."""
-    product = params.total({name: each * left[name] for name, each in difference.items()})
-    along = -product / max(params.norm(difference) * params.norm(left), torch.finfo(torch.float64).tiny)
+    lengths = params.norm(difference) * params.norm(left)
+    along = -params.dot(difference, left) / max(lengths, torch.finfo(torch.float64).tiny)
     trace.facts["along_left"] = along
     if along > ALONG_LEFT and given.cached_terms is not logit_margin:
         trace.warn(
@@ -135,7 +135,7 @@ def _direction(
     curvature = kronecker_fisher(model, given.cached_terms, some, removed, trace)
     solved = curvature.solve(removed, config.damping)
     length = params.norm(solved)
-    product = params.total({name: solved[name] * each for name, each in removed.items()})
+    product = params.dot(solved, removed)
     trace.facts |= {
         "kronecker_share": curvature.kronecker_share,
         "alignment": product / length / params.norm(removed),

@@ -93,9 +93,8 @@ def orthogonal_ascent(
 def _direction(removed: Params, retain: Params, noise: float, which: Direction, seed: int, trace: Trace) -> Params:
     """The unit vector to ascend along: what the removed records have and what is left has not, or a control."""
     lengths = params.norm(removed), params.norm(retain)
-    product = params.total({name: removed[name] * each for name, each in retain.items()})
-    along = product / lengths[1] ** 2 if lengths[1] else 0.0
-    alone = {name: removed[name] - along * each for name, each in retain.items()}
+    along = params.dot(removed, retain) / lengths[1] ** 2 if lengths[1] else 0.0
+    alone = params.subtract(removed, {name: along * each for name, each in retain.items()})
     if params.norm(alone) <= noise:
         raise NotInformative(
             f"the gradient difference has norm {lengths[0]:.3g} in the weights, of which {params.norm(alone):.3g} is "

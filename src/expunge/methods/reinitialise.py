@@ -14,6 +14,7 @@ from expunge.batches import positioned, to_device
 from expunge.params import Params
 from expunge.seeds import keeping_random_state, stream
 from expunge.trace import Trace
+from expunge.training import is_frozen_normalisation
 
 ResetTo = Literal[
     "fresh", "zero", "layer-mean", "kaiming-normal", "kaiming-uniform", "xavier-normal", "xavier-uniform", "normal"
@@ -84,13 +85,21 @@ def reinitialise_(theta: dict[str, nn.Parameter], values: Params, chosen: dict[s
 def re_estimate_statistics_(model: nn.Module, given: Blind, batch_size: int, *, seed: int, trace: Trace) -> int:
     """Reset the running statistics of normalisations and estimate them anew, in one pass over what is left.
 
+    Frozen normalisations keep theirs, as in training.
+
     Each becomes the plain average over batches: of their means, and of their unbiased variances. Batches are drawn at
     random; those of data without positions are its own. Nothing else is in train mode, so dropout is off.
 
     Returns:
         How many layers have running statistics; without any there is no pass.
     """
-    layers = [m for m in model.modules() if getattr(m, "track_running_stats", False) and m.running_mean is not None]
+    layers = [
+        module
+        for module in model.modules()
+        if getattr(module, "track_running_stats", False)
+        and module.running_mean is not None
+        and not is_frozen_normalisation(module)
+    ]
     if not layers:
         return 0
     device = next(model.parameters()).device

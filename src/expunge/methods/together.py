@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from expunge import params
 from expunge.batches import Batch, Batches, Indexed, LossTerms, drawn, indexed, plain, shuffled, tensors_of
-from expunge.methods.guard import taking_back
+from expunge.methods.guard import MeanOfEpoch, taking_back
 from expunge.seeds import keeping_random_state, stream
 from expunge.trace import Trace
 from expunge.training import AfterStep, Recipe, StopRule, train
@@ -127,11 +127,9 @@ def train_on_pairs(
         after_step: As in `train`.
         stop: As in `train`; not asked about an epoch that was taken back.
     """
-    summed: list[Tensor] = []
-    counted = 0
+    left = MeanOfEpoch()
 
     def both(model: nn.Module, pair: Batch) -> Tensor:
-        nonlocal counted
         retain, forget = pair
         parts = []
         if retain is not None:
@@ -140,22 +138,14 @@ def train_on_pairs(
             else:  # BatchNorm cannot train on one example
                 with frozen_statistics(model):
                     terms = on_retain(model, retain)
-            summed.append(terms.detach().sum())
-            counted += len(terms)
+            left.add(terms)
             parts.append(terms)
         if forget is not None:
             with frozen_statistics(model):
                 parts.append(on_forget(model, forget))
         return torch.cat(parts)
 
-    def on_what_is_left(_: nn.Module) -> float:
-        nonlocal counted
-        mean = float(torch.stack(summed).sum()) / counted if counted else 0.0
-        summed.clear()
-        counted = 0
-        return mean
-
-    diverged = taking_back(model, loss_bound, on_what_is_left, trace=trace)
+    diverged = taking_back(model, loss_bound, left, trace=trace)
 
     def either(model: nn.Module, training_loss: float) -> str | None:
         return diverged(model, training_loss) or (stop(model, training_loss) if stop else None)

@@ -1,6 +1,5 @@
 """Ascents along one direction and fine-tuning, in turns; for methods that differ in the direction."""
 
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -106,7 +105,7 @@ def in_turns(
                 theta[name].add_((length * part).to(theta[name]))
         with trace.stage("fine-tune", model):
             ends = [fine_tune.epochs * each // rounds for each in (number, number + 1)]
-            recipe = replace(fine_tune, epochs=ends[1] - ends[0])
+            recipe = fine_tune.shortened(ends[1] - ends[0])
             train(model, given.retain, given.loss_terms, recipe, seed=derive(seed, "round", number), trace=trace)
     trace.stopped = f"all {fine_tune.epochs} epochs done"
     return model
