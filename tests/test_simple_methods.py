@@ -27,7 +27,7 @@ from expunge import (
     unlearn,
 )
 from expunge.errors import ConfigError
-from expunge.methods.guard import keeping_what_is_left
+from expunge.methods.guard import keeping_what_is_left, taking_back
 from expunge.trace import Trace
 from expunge.training import mean_loss
 from tests.contract import BRIEF, World, same, state, world
@@ -149,6 +149,21 @@ def test_a_loss_that_is_not_finite_is_taken_back_too(config, reason):
     assert re.search("the loss -?(nan|inf) passed the bound", result.trace.stopped)
     assert all(math.isfinite(loss) for loss in result.trace.losses)
     assert same(state(result.model), state(here.model))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_no_bound_admits_a_training_loss_that_is_not_finite(loss):
+    here = world()
+    model, trace = copy.deepcopy(here.model), Trace("test", 0)
+    for stop in (
+        taking_back(model, 1e9, trace=trace),
+        taking_back(model, 1e9, lambda _: 0.0, trace=trace),
+        keeping_what_is_left(model, here.blind(), 1e9, trace, epochs=9),
+    ):
+        with torch.no_grad():
+            next(model.parameters()).fill_(loss)
+        assert "passed the bound 1e+09" in stop(model, loss)
+        assert same(state(model), state(here.model))
 
 
 def test_a_loss_that_is_large_by_nature_does_not_count_as_passing_the_bound():
