@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from typing import Any
 
 import pytest
@@ -16,18 +15,16 @@ from expunge import (
     Examples,
     FineTune,
     GradientAscent,
-    L1Sparse,
     Recipe,
     Reload,
     Retrain,
-    Sighted,
     cross_entropy,
     gradient,
     train,
     unlearn,
 )
 from expunge.errors import ConfigError
-from expunge.methods.guard import keeping_what_is_left, taking_back
+from expunge.methods.guard import keeping_what_is_left
 from expunge.trace import Trace
 from expunge.training import mean_loss
 from tests.contract import BRIEF, World, same, state, world
@@ -124,46 +121,6 @@ def test_an_epoch_past_the_bound_is_no_end_if_what_follows_is_fine():
         assert bool(stop(model, 0.0)) == ends
     assert same(state(model), state(here.model))
     assert "all after epoch 2 was taken back" in trace.warnings[0]
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (FineTune(recipe=Recipe(epochs=3, lr=1e30, batch_size=8)), "all after epoch 0 was taken back"),
-        (
-            GradientAscent(recipe=Recipe(epochs=9, lr=1e4, batch_size=2, weight_decay=0.0, schedule="constant")),
-            "the epoch was taken back",
-        ),
-        (L1Sparse(recipe=Recipe(epochs=3, lr=1e30, batch_size=8)), "the epoch was taken back"),
-    ],
-)
-def test_a_loss_that_is_not_finite_is_taken_back_too(config, reason):
-    def squared(model, batch):
-        return (model(batch[0]) - batch[1][:, None]).square().sum(1)  # which an ascent blows up
-
-    here = world()
-    given = Sighted(**vars(here.blind()) | {"loss_terms": squared, "full": None}, forget=here.forget)
-    with pytest.warns(UserWarning, match="Lower the learning rate"):
-        result = unlearn(here.model, given, config)
-    assert reason in result.trace.stopped
-    assert re.search("the loss -?(nan|inf) passed the bound", result.trace.stopped)
-    assert all(math.isfinite(loss) for loss in result.trace.losses)
-    assert same(state(result.model), state(here.model))
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_no_bound_admits_a_training_loss_that_is_not_finite(loss):
-    here = world()
-    model, trace = copy.deepcopy(here.model), Trace("test", 0)
-    for stop in (
-        taking_back(model, 1e9, trace=trace),
-        taking_back(model, 1e9, lambda _: 0.0, trace=trace),
-        keeping_what_is_left(model, here.blind(), 1e9, trace, epochs=9),
-    ):
-        with torch.no_grad():
-            next(model.parameters()).fill_(loss)
-        assert "passed the bound 1e+09" in stop(model, loss)
-        assert same(state(model), state(here.model))
 
 
 def test_a_loss_that_is_large_by_nature_does_not_count_as_passing_the_bound():

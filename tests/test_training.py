@@ -2,7 +2,6 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -238,28 +237,6 @@ def test_a_loss_that_is_not_finite_names_the_epoch_and_the_step():
 
     with pytest.raises(NotFinite, match=r"train: the loss became nan in epoch 2, step 3 of 3. Lower the learning rate"):
         train(built(), batches(), breaks, Recipe(epochs=4, lr=0.01), seed=0)
-
-
-def test_a_loss_that_is_not_finite_is_the_stop_rules_to_take_back():
-    def stop(_: nn.Module, loss: float) -> str | None:
-        asked.append(loss)
-        return None if math.isfinite(loss) else reason
-
-    for reason in ("taken back", None):
-        asked: list[float] = []
-        trace = Trace("train", 0)
-        fails = nullcontext() if reason else pytest.raises(NotFinite, match="in epoch 2, step 1 of 3")
-        broken = itertools.chain([1.0] * 3, itertools.repeat(math.inf))
-
-        def loss(model: nn.Module, batch: Any, factors: Any = broken) -> Tensor:
-            return cross_entropy(model, batch) * next(factors)
-
-        with fails:
-            train(built(), batches(), loss, Recipe(epochs=4, lr=0.01), seed=0, trace=trace, stop=stop)
-        assert [math.isfinite(each) for each in asked] == [True, False]
-        assert len(trace.losses) == 3
-        assert trace.epoch_ends == [3]
-    assert rule(1.0, patience=1)[0](built(), math.nan) is None  # that is no plateau
 
 
 def test_a_batch_without_a_loss_term_changes_nothing():

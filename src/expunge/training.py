@@ -24,8 +24,7 @@ from expunge.trace import Trace
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "one-cycle"]
-StopRule = Callable[[nn.Module, float], str | None]  # after each epoch, given its mean loss: a reason, or go on.
-# Of an epoch whose loss is not finite a reason says that it was taken back; without one training fails.
+StopRule = Callable[[nn.Module, float], str | None]  # after each epoch, given its mean loss: a reason, or go on
 
 
 @dataclass(frozen=True)
@@ -166,19 +165,13 @@ def train(
             advance()
         for epoch in range(done, recipe.epochs):
             losses: list[Tensor] = []
-            own = derive(seed, *distributed.names()) if distributed.names() else seed
-            augmented = augmentation(
-                crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout, seed=own, epoch=epoch, device=device
-            )
+            ready = _ready(recipe, seed, epoch, device)
             with seeded(seed, "train", epoch, *distributed.names()):
                 order = stream(seed, "shuffle", epoch)
                 count, batches = positioned(data, recipe.batch_size, order, distributed.mine)
                 for step, (positions, batch) in enumerate(ahead(distributed.reading(batches), device)):
-                    for group in optimizer.param_groups:
-                        group["lr"] = recipe.lr * recipe.factor(epoch + _share_of_epoch(step, count))
-                    ready = augmented(batch) if augmented else batch
-                    ready = channels_last(ready) if recipe.channels_last else ready
-                    forward = partial(_terms, replica, loss_terms, ready, autocast, compiled)
+                    _set_rate(optimizer, recipe.lr * recipe.factor(epoch + _share_of_epoch(step, count)))
+                    forward = partial(_terms, replica, loss_terms, ready(batch), autocast, compiled)
                     with autocast.step():
                         loss, mean_of_batch, terms = distributed.mean_of_all(forward, replica is model)
                         if not terms:
@@ -191,10 +184,12 @@ def train(
                     losses.append(mean_of_batch)
                     trace.backwarded += terms
             distributed.same_buffers(model)
-            reason = _ended(epoch + 1, losses, model, trace, stop)
+            mean = _record(trace, losses, epoch)
             if kept:
                 kept.keep(epoch + 1)
             advance()
+            trace.show(f"epoch {epoch + 1}", model)
+            reason = stop(model, mean) if stop else None
             if reason:
                 trace.stopped = reason
                 break
@@ -266,8 +261,6 @@ def until_converged(
 
     def stop(model: nn.Module, training_loss: float) -> str | None:
         nonlocal best, waited, epoch
-        if not math.isfinite(training_loss):
-            return None
         epoch += 1
         # The training loss is an average over moving weights (and dropout), an upper estimate: look closer once it
         # is near, and now and then in any case.
@@ -310,6 +303,25 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
     )
 
 
+def _ready(recipe: Recipe, seed: int, epoch: int, device: torch.device) -> Callable[[Batch], Batch]:
+    """What a batch goes through before the model, in the order of the steps of an epoch."""
+    own = derive(seed, *distributed.names()) if distributed.names() else seed
+    augmented = augmentation(
+        crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout, seed=own, epoch=epoch, device=device
+    )
+
+    def ready(batch: Batch) -> Batch:
+        batch = augmented(batch) if augmented else batch
+        return channels_last(batch) if recipe.channels_last else batch
+
+    return ready
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def _share_of_epoch(step: int, count: int | None) -> float:
     """How far an epoch has got before a step; where that is not known, or there is but one, the middle.
 
@@ -332,28 +344,19 @@ def is_frozen_normalisation(module: nn.Module) -> bool:
     return getattr(module, "track_running_stats", False) and bool(own) and not any(p.requires_grad for p in own)
 
 
-def _ended(epoch: int, losses: list[Tensor], model: nn.Module, trace: Trace, stop: StopRule | None) -> str | None:
-    """Keep the losses of an epoch, counted from 1, and ask whether to end; if one is not finite, keep none.
-
-    Raises:
-        ConfigError: There are no losses.
-        NotFinite: One is NaN or infinite, and the stop rule did not take the epoch back.
-    """
+def _record(trace: Trace, losses: list[Tensor], epoch: int) -> float:
     if not losses:
-        raise ConfigError(f"{trace.method}: epoch {epoch} had no loss term. Is the data read only once?")
+        raise ConfigError(f"{trace.method}: epoch {epoch + 1} had no loss term. Is the data read only once?")
     values = torch.stack(losses).double().cpu()
     bad = (~values.isfinite()).nonzero().flatten().tolist()
-    if not bad:
-        trace.losses += values.tolist()
-        trace.epoch_ends.append(len(trace.losses))
-    trace.show(f"epoch {epoch}", model)
-    reason = stop(model, float(values.mean())) if stop else None
-    if bad and not reason:
+    if bad:
         raise NotFinite(
-            f"{trace.method}: the loss became {float(values[bad[0]])} in epoch {epoch}, step {bad[0] + 1} of "
+            f"{trace.method}: the loss became {float(values[bad[0]])} in epoch {epoch + 1}, step {bad[0] + 1} of "
             f"{len(values)}. Lower the learning rate, or look at that batch."
         )
-    return reason
+    trace.losses += values.tolist()
+    trace.epoch_ends.append(len(trace.losses))
+    return float(values.mean())
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

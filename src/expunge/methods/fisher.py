@@ -22,7 +22,7 @@ from expunge.access import Blind
 from expunge.batches import Batch, micro_batches, to_device
 from expunge.errors import ConfigError
 from expunge.methods.classifier import classifying_layer, in_eval_mode, inputs_and_labels, logits
-from expunge.methods.guard import NO_EPOCH, taking_back
+from expunge.methods.guard import taking_back
 from expunge.methods.per_example import examples_in, squared_gradients
 from expunge.params import Params
 from expunge.seeds import stream
@@ -96,7 +96,7 @@ def fisher(model: nn.Module, given: Blind, config: FisherForgetting, *, seed: in
         trace.stopped = "noise added"
 
     with trace.stage("check", model):
-        trace.stopped = check(model, NO_EPOCH) or trace.stopped
+        trace.stopped = check(model, math.nan) or trace.stopped
     return model
 
 

@@ -1,6 +1,5 @@
 """The guard against destroying a model: what brought the loss past a bound is taken back, and that is noted."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +15,6 @@ from expunge.training import StopRule, mean_loss
 SLOWER = "Lower the learning rate, or raise loss_bound if the loss is that large by nature."
 DESTROYED = "the model is destroyed"
 LESS_ASCENT = "Lower the learning rate of the ascent for a finer end."
-NO_EPOCH = 0.0  # training loss, for a rule of `taking_back` with a loss of its own that is asked without any training
 
 
 class MeanOfEpoch:
@@ -52,7 +50,7 @@ def taking_back(
 
     Args:
         model: The module that is trained; its state now is the first good one.
-        bound: Mean loss, nats a term. A training loss that is not finite passes any.
+        bound: Mean loss, nats a term.
         loss_of: The loss to look at; without it, the mean training loss of the epoch, which costs nothing and is a
             step late.
         trace: Gets a warning with the reason and the cure.
@@ -63,10 +61,9 @@ def taking_back(
 
     @torch.no_grad()
     def stop(model: nn.Module, training_loss: float) -> str | None:
-        finite = math.isfinite(training_loss)
-        reached = loss_of(model) if loss_of and finite else training_loss
+        reached = loss_of(model) if loss_of else training_loss
         state = params.state(model)
-        if not (finite and reached <= bound):
+        if not reached <= bound:
             for name, tensor in state.items():
                 tensor.copy_(last[name])
             reason = f"the loss {reached:.3g} passed the bound {bound:g}; {what} was taken back"
@@ -82,9 +79,8 @@ def taking_back(
 def keeping_what_is_left(model: nn.Module, given: Blind, bound: float, trace: Trace, epochs: int) -> StopRule:
     """Go back to the last good state if training ends with the loss on a few records of what is left past the bound.
 
-    An epoch in between may pass it: at a high learning rate the first one often does, and what follows is fine. Not so
-    after one whose training loss is not finite, which ends training. Where the loss on the few is large to begin with,
-    by its nature or after an ascent, twice as much is the bound.
+    An epoch in between may pass it: at a high learning rate the first one often does, and what follows is fine. Where
+    that loss is large to begin with, by its nature or after an ascent, twice as much is the bound.
 
     Args:
         model: The module that is trained; its state now is the first good one.
@@ -99,16 +95,15 @@ def keeping_what_is_left(model: nn.Module, given: Blind, bound: float, trace: Tr
     epoch = good_epoch = 0
 
     @torch.no_grad()
-    def stop(model: nn.Module, training_loss: float) -> str | None:
+    def stop(model: nn.Module, _: float) -> str | None:
         nonlocal epoch, good_epoch
         epoch += 1
-        finite, state = math.isfinite(training_loss), params.state(model)
-        reached = mean_loss(model, few, given.loss_terms, trace) if finite else training_loss
-        if finite and reached <= limit:
+        reached, state = mean_loss(model, few, given.loss_terms, trace), params.state(model)
+        if reached <= limit:
             good_epoch = epoch
             for name, tensor in state.items():
                 good[name].copy_(tensor)
-        elif epoch == epochs or not finite:
+        elif epoch == epochs:
             for name, tensor in state.items():
                 tensor.copy_(good[name])
             reason = f"the loss {reached:.3g} passed the bound {limit:g}; all after epoch {good_epoch} was taken back"

@@ -29,7 +29,7 @@ from expunge.errors import ConfigError
 from expunge.gradient import Origin
 from expunge.importance import Importance, Squares
 from expunge.methods.classifier import in_eval_mode
-from expunge.methods.guard import NO_EPOCH, taking_back
+from expunge.methods.guard import taking_back
 from expunge.methods.per_example import squared_gradients
 from expunge.params import Params
 from expunge.space import Range, Space
@@ -117,7 +117,7 @@ def ssd(model: nn.Module, given: Sighted, config: SSD, *, seed: int, trace: Trac
             )
 
     with trace.stage("check", model):
-        trace.stopped = check(model, NO_EPOCH) or trace.stopped
+        trace.stopped = check(model, math.nan) or trace.stopped
     return model
 
 
