@@ -35,10 +35,7 @@ LEAST = 30  # removed terms from which on few can be computed back, see docs/aud
 DRAWS = 3
 MEMORISED = 0.1  # of what was learned: the share that does not hold for unseen records. At 3 to 5 % ascents did harm,
 # from 38 % on they helped (docs/findings.md): this lies between
-NOT_COMPARED = (
-    "Was not looked at: that takes a classifier, and test() with records that it was not trained on. "
-    "Their losses must be finite."
-)
+NOT_COMPARED = "there are no records to compare with, or no untrained model."
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,7 @@ def preflight(
     *,
     unseen: Batches | None = None,
     fresh: Callable[[int], nn.Module] | None = None,
+    not_compared: str = NOT_COMPARED,
     reset_fraction: float = 0.1,
 ) -> Preflight:
     """Look at the difference that an unlearning would start from.
@@ -91,6 +89,7 @@ def preflight(
         unseen: Records like the training data that nothing was trained on: of a classifier they tell, with ``fresh``,
             whether there is anything to forget.
         fresh: Builds an untrained model from a seed.
+        not_compared: Why one of them is not given, for the words.
         reset_fraction: The share of entries that RELOAD will re-initialise; 0 for methods that re-initialise none,
             and the choice of entries is not looked at.
 
@@ -105,14 +104,13 @@ def preflight(
     has = evidence(model, loss_terms, retain, full)
     removed = has.removed
     choice = [_stability(removed, full, reset_fraction)] if reset_fraction else []
-    gap = Check("something to forget", "go", NOT_COMPARED)
+    gap = Check("something to forget", "go", f"Was not looked at: {not_compared}")
     if unseen is not None and fresh is not None:
         untrained = Blind(retain=retain, loss_terms=loss_terms, fresh=fresh).fresh_model(0, model)
         untrained = untrained.to(next(model.parameters()).device)
         left = (full.loss - removed.loss) / max(full.count - removed.count, 1)  # the second pass has seen what is left
         losses = [left, *(mean_loss(each, unseen, loss_terms) for each in (model, untrained))]
-        if all(map(math.isfinite, losses)):
-            gap = _memorised(*losses)
+        gap = _memorised(*losses)
     return Preflight(
         [
             Check("validity", "go", "The cache is undamaged and belongs to these weights, buffers and loss."),
@@ -225,6 +223,9 @@ def _stability(removed: Gradient, full: Gradient, fraction: float) -> Check:
 
 
 def _memorised(left: float, unseen: float, untrained: float) -> Check:
+    if not all(map(math.isfinite, (left, unseen, untrained))):
+        words = f"losses are {left:.3g} on what is left, {unseen:.3g} on test() and {untrained:.3g} untrained."
+        return Check("something to forget", "go", f"Was not looked at: {words}")
     gained = untrained - left
     share = (unseen - left) / gained if gained > MEMORISED * abs(untrained) else 0.0  # or nothing was learned
     numbers = {"loss_on_what_is_left": left, "loss_on_unseen": unseen, "loss_untrained": untrained}

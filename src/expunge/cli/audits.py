@@ -107,7 +107,7 @@ def audit_preflight(
 
     loaded = load_setup(setup)
     model = trained_model(loaded, weights, device)
-    retain = loaded.data("retain")
+    retain, not_compared = loaded.data("retain"), _no_class_numbers(loaded, model)
     try:
         full = cache_file.load(cache, model, loaded.cached_terms)
         result = preflight(
@@ -116,7 +116,8 @@ def audit_preflight(
             retain,
             full,
             unseen=_split(loaded, "test"),
-            fresh=loaded.model if _classifies(loaded, model) else None,
+            fresh=None if not_compared else loaded.model,
+            not_compared=not_compared,
             reset_fraction=reset_fraction,
         )
     except (CorruptCache, MismatchError, NonDeterministicLoss, NotFinite, NotInformative) as error:
@@ -256,13 +257,13 @@ def audit(run: Chosen) -> None:
     """
 
 
-def _classifies(setup: Setup, model: nn.Module) -> bool:
-    """Whether test() has class numbers: of other losses nobody knows how much there is to lose."""
+def _no_class_numbers(setup: Setup, model: nn.Module) -> str:
+    """Why test() has none, or nothing: of losses of numbers nobody knows how much there is to lose."""
     try:
         outputs(model, setup.data("test"), setup.logits)
-    except (ConfigError, NotFinite):
-        return False
-    return True
+    except (ConfigError, NotFinite) as error:
+        return str(error)
+    return ""
 
 
 def _split(setup: Setup, name: str) -> Batches | None:
