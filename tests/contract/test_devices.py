@@ -1,6 +1,7 @@
 """Methods, gradients and audits on a device that is not the CPU, with caches that come from files."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,13 +23,18 @@ from expunge import (
 from expunge.audit.finding import Truth, evidence
 from expunge.audit.leakage import audit_cache
 from expunge.audit.preflight import preflight
+from expunge.bench.runner import Serial, carry_out
+from expunge.bench.stages import Contender
+from expunge.bench.store import Store
 from expunge.cache import load, save
 from expunge.methods import METHODS
 from expunge.metrics.outputs import outputs
 from expunge.models.convnet import ConvNet
+from expunge.rows import read_rows
 from expunge.selectors import Name
 from tests.contract import BRIEF, FORGET, KINDS, World, examples, quick, same, state, world
 from tests.elsewhere import Elsewhere, elsewhere
+from tests.tiny_bench import DIGITS, TINY
 
 EASY = {"priming_lr": 0.5, "reset_fraction": 0.3, "fine_tune": BRIEF}
 
@@ -124,6 +130,21 @@ def test_measurements_and_audits_say_the_same(tmp_path):
     with elsewhere() as place:
         there = said(place)
     assert there == [pytest.approx(alone[0]), *alone[1:]]
+
+
+def test_experiments_have_their_data_there_too_and_the_same_rows(tmp_path):
+    def measured(store: Store, device: str) -> list[Any]:
+        task = replace(DIGITS, device=device)
+        own = replace(TINY, tasks=(task,), contenders=(Contender(name="orthogonal-ascent", entry="orthogonal-ascent"),))
+        stages = own.evaluations([0])
+        carry_out(stages, store, Serial(store), lambda _: None)
+        rows = (row for stage in stages for row in read_rows(store.folder(stage) / "rows.csv"))
+        return [(row.method, row.metric, pytest.approx(row.value, rel=1e-3)) for row in rows if row.metric != "Cost"]
+
+    alone = measured(Store(tmp_path / "here"), "cpu")
+    with elsewhere() as place:
+        assert measured(Store(tmp_path / "there"), str(place)) == [(*named, value.expected) for *named, value in alone]
+    assert len(alone) > 20
 
 
 def test_the_device_tells_what_was_left_behind():
