@@ -34,6 +34,7 @@ from tests.test_orthogonal_ascent import REMOVED, flat, moved, weights
 from tests.zoo import CLASSES, classification, network
 
 ONCE = Recipe(epochs=1, lr=0.05, batch_size=8)
+TWICE = Recipe(epochs=2, lr=0.05, batch_size=8)
 
 
 def given(model: nn.Module, data: Examples, gone: Tensor = REMOVED, **changes) -> Blind:
@@ -268,6 +269,23 @@ def test_a_correction_of_faults_that_have_no_gradient_left_is_warned_of(loss, wa
     assert trace.facts["along_left"] == pytest.approx(along, rel=1e-9)
     assert any("cache the gradient of expunge.logit_margin" in str(each.message) for each in recwarn) == warned
     assert (along > 0.99) == warned
+
+
+@pytest.mark.parametrize(("loss", "warned"), [(cross_entropy, True), (logit_margin, False)])
+def test_removed_records_that_have_next_to_no_gradient_beside_a_few_others_are_warned_of(loss, warned, recwarn):
+    inputs, labels = classification(40).tensors
+    data, model = Examples(inputs, labels), network("mlp")
+    train(model, data, cross_entropy, Recipe(epochs=200, lr=0.3, batch_size=8, weight_decay=0.0), seed=0)
+    one_is_wrong = Examples(inputs, torch.cat([labels[:-1], (labels[-1:] + 1) % CLASSES]))
+    known_best = cross_entropy(model, data.tensors).argsort()[:8].sort().values
+    blind = given(model, one_is_wrong, known_best, loss=loss)
+    facts = unlearn(model, blind, NaturalAscent(fine_tune=TWICE), seed=0).trace.facts
+    share = facts["information_share"] / (facts["removed_count"] / facts["cached_count"])
+    assert (share < 0.05) == warned
+    assert (
+        any("of the information that as many records have on average" in str(each.message) for each in recwarn)
+        == warned
+    )
 
 
 def test_of_a_removal_nobody_asks_where_the_difference_points():
