@@ -13,9 +13,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from expunge import (
     Blind,
+    ClassOrthogonalAscent,
     FineTune,
     Gradient,
     L1Sparse,
+    NaturalAscent,
     OrthogonalAscent,
     Recipe,
     Reload,
@@ -242,6 +244,24 @@ def test_all_processes_take_an_epoch_back_or_none(tmp_path: Path) -> None:
 def looking(moment: str, model: nn.Module) -> None:
     with torch.no_grad():
         model(records().tensors[0])  # leaves FSDP2's root whole
+
+
+WHOLE = {
+    "natural-ascent": NaturalAscent(fine_tune=RECIPE),
+    "class-orthogonal-ascent": ClassOrthogonalAscent(fine_tune=RECIPE),
+}
+
+
+def without_pieces(alone: dict[str, dict[str, Tensor]], full: Gradient) -> None:
+    for name, config in WHOLE.items():
+        for n, tensor in weights(unlearn(network(), given(full), config, seed=0).model).items():
+            torch.testing.assert_close(tensor, alone[name][n], rtol=0, atol=1e-11)
+
+
+def test_methods_for_whole_models_end_where_one_process_ends(tmp_path: Path) -> None:
+    full = gradient(network(), cross_entropy, records(), micro_batch=8)
+    alone = {name: weights(unlearn(network(), given(full), config, seed=0).model) for name, config in WHOLE.items()}
+    all_well(2, without_pieces, tmp_path, alone, full)
 
 
 def simpler(alone: dict[str, dict[str, Tensor]], full: Gradient) -> None:
