@@ -237,10 +237,61 @@ def tokens(model: nn.Module, batch) -> Tensor:
     return model(batch[0])[:, 0].repeat_interleave(batch[1] + 1)
 
 
+class Recurrent(nn.Module):
+    """Texts of several lengths, packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer, self.head = nn.Embedding(9, 4), nn.GRU(4, 5, batch_first=True), nn.Linear(5, CLASSES)
+
+    def forward(self, texts: Tensor) -> Tensor:
+        lengths = (texts > 0).sum(1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(self.words(texts), lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.layer(packed)[1][0])
+
+
+class Masked(nn.Module):
+    """The same with torch's own encoder, which takes a kernel of its own in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.words, self.layers, self.head = nn.Embedding(9, 4), nn.TransformerEncoder(layer, 1), nn.Linear(4, CLASSES)
+
+    def forward(self, texts: Tensor) -> Tensor:
+        return self.head(self.layers(self.words(texts), src_key_padding_mask=texts == 0).mean(1))
+
+
+def texts(count: int = 12) -> Examples:
+    drawn = torch.randint(1, 9, (count, 6), generator=torch.Generator().manual_seed(0))
+    lengths = 2 + torch.arange(count) % 4
+    return Examples(drawn * (torch.arange(6) < lengths[:, None]), torch.arange(count) % CLASSES)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", [Recurrent, Masked])
+def test_models_of_texts_are_taken_apart_as_they_are(kind):
+    model, data = built(kind).double(), texts()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    found = squared_gradients(model, cross_entropy, data)
+    truth = one_by_one(model, cross_entropy, data)
+    assert truth["words.weight"].any()
+    for name, tensor in truth.items():
+        torch.testing.assert_close(found[name], tensor)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_a_model_that_looks_at_values_goes_through_one_example_at_a_time():
+    model, data = built(Looks).double(), classification(12)
+    found, truth = squared_gradients(model, cross_entropy, data), one_by_one(model, cross_entropy, data)
+    for name, tensor in truth.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
 def test_what_cannot_be_taken_apart_is_refused():
     data = classification(12)
     with pytest.raises(UnsupportedModule, match=r"Looks.*torch\.func\.vmap.*item.*take a method without"):
-        squared_gradients(built(Looks), cross_entropy, data)
+        squared_gradients(built(Looks), every_class, data)
     with pytest.raises(UnsupportedModule, match=r"terms for the first .* examples.*return a loss of 0"):
         squared_gradients(network("mlp"), tokens, data)
     uneven = [(*classification(4).tensors, data.tensors[0][:3])]

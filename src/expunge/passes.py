@@ -272,6 +272,17 @@ def exact_kernels(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Attention as its layers say, and not torch's one kernel for inference: no hook sees into it, nor does vmap."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode, and gradients of the chosen parameters only; everything restored behind the block."""
     before = [(p, p.grad) for p in model.parameters()]

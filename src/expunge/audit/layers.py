@@ -13,6 +13,7 @@ from expunge import params
 from expunge.audit.finding import Evidence, floor_of, weights_in
 from expunge.batches import Batch, Batches, LossTerms, micro_batches, tensors_of, to_device
 from expunge.errors import UnsupportedModule
+from expunge.passes import layer_by_layer
 from expunge.seeds import keeping_random_state
 
 LIMIT = 512  # records that tell what a layer's inputs look like
@@ -117,7 +118,13 @@ def layer_inputs(
     originals: list[Tensor] = []
     device, count = next(model.parameters()).device, 0
     size = 128 if limit is None else min(128, limit)
-    with _watching(model, seen, all_modules), params.restoring_modes(model), keeping_random_state(), torch.no_grad():
+    with (
+        _watching(model, seen, all_modules),
+        layer_by_layer(),
+        params.restoring_modes(model),
+        keeping_random_state(),
+        torch.no_grad(),
+    ):
         model.eval()
         for _, batch in micro_batches(data, size)[1]:
             loss_terms(model, to_device(batch, device))

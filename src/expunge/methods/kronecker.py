@@ -20,6 +20,7 @@ from expunge.curvature import Block, Curvature, joined
 from expunge.errors import NotFinite, UnsupportedModule
 from expunge.methods.layer_squares import RULES, Call, patches, recorded
 from expunge.methods.per_example import squared_gradients
+from expunge.passes import layer_by_layer
 from expunge.probe import probe
 from expunge.seeds import keeping_random_state
 from expunge.trace import Trace
@@ -74,6 +75,7 @@ def kronecker_fisher(
         keeping_random_state(),
         params.requiring_gradients(model, theta.values()),
         torch.enable_grad(),
+        layer_by_layer(),
     ):
         model.eval()
         probe(model, loss_terms, data, device)

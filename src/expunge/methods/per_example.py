@@ -2,12 +2,13 @@
 
 The square of a batch's mean gradient is something else; here every term has a gradient of its own. Models of common
 layers take one batched pass (``layer_squares.py``), once its answer on a few examples is that of the definition; all
-others `torch.func.vmap`.
+others `torch.func.vmap`, and what that cannot take apart (recurrent layers, branches on values) one example at a time.
 """
 
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from expunge.batches import Batch, Batches, LossTerms, indexed, map_tensors, pla
 from expunge.errors import ConfigError, NotFinite, UnsupportedModule
 from expunge.methods.layer_squares import layer_squares
 from expunge.params import Params
+from expunge.passes import layer_by_layer
 from expunge.probe import probe
 from expunge.seeds import keeping_random_state, stream
 from expunge.trace import Trace
@@ -56,7 +58,8 @@ def squared_gradients(
         in the precision of the gradients.
 
     Raises:
-        UnsupportedModule: The model, the loss or the batches cannot be taken apart into examples by `torch.func.vmap`.
+        UnsupportedModule: The batches cannot be taken apart into examples, or `torch.func.vmap` cannot take the model
+            apart and the loss gives several terms an example.
         NonDeterministicLoss: Dropout, noise, or a loss that depends on the batch.
         NotFinite: A loss or a gradient is NaN or infinite.
         ConfigError: A chunk or a limit below 1, or a loss that gives no terms.
@@ -67,18 +70,19 @@ def squared_gradients(
     theta = params.named_parameters(model)
     device = next(iter(theta.values())).device
     total = {n: torch.zeros(p.shape, dtype=_wide(device), device=device) for n, p in theta.items()}
-    with params.restoring_modes(model), keeping_random_state(), torch.enable_grad():
+    with params.restoring_modes(model), keeping_random_state(), torch.enable_grad(), layer_by_layer():
         model.eval()
         probe(model, loss_terms, data, device)
         few = to_device(next(_in_batches(data, 3, None, 0)), device)
         numbers, terms_an_example = _try_layers(model, loss_terms, theta, few)
         most = CACHED // numbers if numbers and device.type == "cpu" else 4 * chunk
         size = min(4 * chunk, max(chunk, most)) if numbers else max(1, chunk // terms_an_example)
+        by_vmap = partial(_squares_by_vmap, model, loss_terms, theta, chunk, terms_an_example)
         with progress.task("per-example gradients", None) as advance:
             for each in _in_batches(data, size, limit, seed):
                 batch = to_device(each, device)
                 found = layer_squares(model, loss_terms, theta, batch, _length(batch)) if numbers else None
-                squares, terms = found[:2] if found else _squares_by_vmap(model, loss_terms, theta, batch, chunk)
+                squares, terms = found[:2] if found else by_vmap(batch)
                 if not bool(terms.isfinite().all()):
                     bad = float(terms[~terms.isfinite()][0])
                     raise NotFinite(f"the loss of an example is {bad}. Look at its inputs and its target.")
@@ -115,7 +119,12 @@ class _Loss(nn.Module):
 
 
 def _squares_by_vmap(
-    model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Parameter], batch: Batch, chunk: int
+    model: nn.Module,
+    loss_terms: LossTerms,
+    theta: dict[str, nn.Parameter],
+    chunk: int,
+    terms_an_example: int,
+    batch: Batch,
 ) -> tuple[Params, Tensor]:
     """The squared gradient of every term, summed over the terms of a batch, and the terms."""
     loss = _Loss(model, loss_terms)
@@ -140,13 +149,37 @@ def _squares_by_vmap(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        if terms_an_example == 1:
+            squares, terms = _squares_one_by_one(model, loss_terms, theta, batch)
+            if len(terms) != _length(batch):
+                raise UnsupportedModule(
+                    f"loss_terms gives {len(terms)} terms for {_length(batch)} examples, and squares of them need as "
+                    "many for each. For terms without a target, return a loss of 0 instead of none."
+                ) from error
+            return squares, terms
         raise UnsupportedModule(
             f"{type(model).__name__} and its loss cannot be taken apart into examples by torch.func.vmap: "
             f"{str(error).splitlines()[0]} Look for .item(), if on a tensor, boolean indexing, or in-place changes of "
-            "buffers in forward() or the loss (of documents take causal_lm_documents in place of causal_lm); or take a "
-            "method without a Fisher information."
+            "buffers in forward() or the loss (of documents take causal_lm_documents in place of causal_lm: where an "
+            "example has one term nothing is taken apart); or take a method without a Fisher information."
         ) from error
     return {name: square.sum(0) for name, square in squares.items()}, terms
+
+
+def _squares_one_by_one(
+    model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Parameter], batch: Batch
+) -> tuple[Params, Tensor]:
+    """The same by the definition: a backward pass for every term of every example."""
+    values = list(theta.values())
+    squares = {name: torch.zeros(p.shape, dtype=_wide(p.device), device=p.device) for name, p in theta.items()}
+    every = []
+    for row in range(_length(batch)):
+        every.append(loss_terms(model, _rows(batch, torch.tensor([row]))))
+        for term in every[-1]:
+            slopes = torch.autograd.grad(term, values, retain_graph=True, materialize_grads=True)
+            for own, slope in zip(squares.values(), slopes, strict=True):
+                own.add_(slope.to(own.dtype).square())
+    return squares, torch.cat(every).detach()
 
 
 def _try_layers(model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Parameter], few: Batch) -> tuple[int, int]:
@@ -155,16 +188,7 @@ def _try_layers(model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Par
     The first is 0 where `layer_squares` does not give what the definition says for a few examples.
     """
     length, values = _length(few), list(theta.values())
-    truth = [torch.zeros(p.shape, dtype=_wide(p.device), device=p.device) for p in values]
-    counts = set()
-    for row in range(length):
-        terms = loss_terms(model, _rows(few, torch.tensor([row])))
-        counts.add(len(terms))
-        for term in terms:
-            slopes = torch.autograd.grad(term, values, retain_graph=True, allow_unused=True)
-            for own, slope in zip(truth, slopes, strict=True):
-                if slope is not None:
-                    own.add_(slope.to(own.dtype).square())
+    counts = {len(loss_terms(model, _rows(few, torch.tensor([row])))) for row in range(length)}
     if len(counts) != 1 or 0 in counts:
         raise UnsupportedModule(
             f"loss_terms gives {sorted(counts)} terms for the first {length} examples, and squares of them need "
@@ -173,11 +197,12 @@ def _try_layers(model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Par
     found = layer_squares(model, loss_terms, theta, few, length)
     if found is None:
         return 0, counts.pop()
+    truth = _squares_one_by_one(model, loss_terms, theta, few)[0]
     tolerance = 64 * max(torch.finfo(p.dtype).eps for p in values)
     if values[0].device.type != "cpu":  # where kernels may round float32 to fewer bits
         tolerance = max(tolerance, 1e-2)
-    errors = [(found[0][name] - own).norm() / own.norm() for name, own in zip(theta, truth, strict=True) if own.any()]
-    errors += [found[0][name].norm() for name, own in zip(theta, truth, strict=True) if not own.any()]
+    errors = [(found[0][name] - own).norm() / own.norm() for name, own in truth.items() if own.any()]
+    errors += [found[0][name].norm() for name, own in truth.items() if not own.any()]
     right = all(float(error) <= tolerance for error in errors)
     return math.ceil(found[2] / length) if right else 0, counts.pop()
 

@@ -12,6 +12,7 @@ from expunge.batches import Batch, Batches, micro_batches, to_device
 from expunge.errors import ConfigError, MismatchError
 from expunge.metrics.classification import same_examples
 from expunge.metrics.outputs import Outputs
+from expunge.passes import layer_by_layer
 from expunge.seeds import keeping_random_state
 
 Run = Callable[[nn.Module, Batch], object]  # a forward pass over a batch
@@ -128,7 +129,7 @@ def activations(
     device, begun = next(model.parameters()).device, 0
     handles = [modules[name].register_forward_hook(keep(name)) for name in wanted]
     try:
-        with params.restoring_modes(model), keeping_random_state(), torch.no_grad():
+        with params.restoring_modes(model), keeping_random_state(), torch.no_grad(), layer_by_layer():
             model.eval()
             for _, batch in micro_batches(data, batch_size)[1]:
                 begun += 1
