@@ -198,3 +198,66 @@ def test_the_same_model_does_not_count_twice(folder, capsys):
     assert "r1.safetensors and r1.safetensors are the same weights" in capsys.readouterr().err
     assert evaluate(retrained=("r0.safetensors", "w.safetensors")) == 2
     assert "w.safetensors and w.safetensors are the same weights" in capsys.readouterr().err
+
+
+def test_models_of_another_deletion_are_refused(folder, capsys):
+    text = Path("setup.py").read_text(encoding="utf-8")
+    more = text + "\n\nearlier = retain\n\ndef retain():\n    return earlier().without(torch.arange(6, 9))\n"
+    Path("setup.py").write_text(more, encoding="utf-8")
+    assert evaluate() == 2
+    assert "u.safetensors was made when 54 records were left, and retain() has 51" in capsys.readouterr().err
+    Path("u.trace.json").unlink()
+    assert evaluate() == 2
+    assert "r0.safetensors was made when 54 records were left" in capsys.readouterr().err
+    for number in range(3):
+        Path(f"r{number}.trace.json").unlink()
+    assert evaluate() == 0  # models of other programs say nothing
+
+
+def test_an_original_that_was_trained_by_retraining_may_be_measured(folder):
+    trace = json.loads(Path("w.trace.json").read_text(encoding="utf-8"))
+    Path("w.trace.json").write_text(json.dumps(trace | {"retained": 60}), encoding="utf-8")
+    assert main(["evaluate", "setup.py", "--weights", "w.safetensors", "--retrained", "r0.safetensors"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        (
+            "def forget():\n    return retain().only(torch.arange(6, 10))",
+            "4 of 4 records of forget() are in retain() as",
+        ),
+        ("def test():\n    return retain()", "54 of 54 records of test() are in retain() as well, number for number"),
+        ("def test():\n    return Examples(*forget().tensors)", "6 of 6 records of test() are in forget() as well"),
+    ],
+)
+def test_records_that_are_in_two_splits_are_said_and_stand_in_evidence(folder, capsys, split, said):
+    text = Path("setup.py").read_text(encoding="utf-8")
+    Path("setup.py").write_text(f"{text}\nfrom expunge import Examples\n\n{split}\n", encoding="utf-8")
+    assert evaluate("--out", "twice") == 0
+    assert said in capsys.readouterr().err
+    assert main(["evidence", "twice"]) == 0
+    not_shown = json.loads(Path("twice/evidence.json").read_text(encoding="utf-8"))["not_shown"]
+    assert any(said in gap for gap in not_shown)
+
+
+def test_of_a_correction_forget_has_what_is_left(folder, capsys):
+    trace = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))
+    trace["facts"]["removed_count"] = 0
+    Path("u.trace.json").write_text(json.dumps(trace), encoding="utf-8")
+    text = Path("setup.py").read_text(encoding="utf-8")
+    Path("setup.py").write_text(f"{text}\n\ndef forget():\n    return retain().only(torch.arange(6, 10))\n")
+    assert evaluate("--out", "corrected") == 0
+    assert "as well, number for number" not in capsys.readouterr().err
+
+
+def test_what_the_unlearning_warned_of_stands_in_evidence(folder):
+    trace = json.loads(Path("u.trace.json").read_text(encoding="utf-8")) | {"warnings": ["reload: it means nothing."]}
+    Path("u.trace.json").write_text(json.dumps(trace), encoding="utf-8")
+    assert evaluate("--out", "doubted") == 0
+    assert main(["evidence", "doubted"]) == 0
+    evidence = json.loads(Path("doubted/evidence.json").read_text(encoding="utf-8"))
+    assert evidence["unlearning"]["warnings"] == ["reload: it means nothing."]
+    assert evidence["unlearning"]["seed"] == 0
+    assert any("It warned: reload: it means nothing." in gap for gap in evidence["not_shown"])
+    assert "It warned: reload: it means nothing." in Path("doubted/evidence.html").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ the noise floor a pair of them: the distance to each says how far one unlearned 
 import itertools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from expunge import provenance
-from expunge.batches import Batches
+from expunge.batches import Batches, indexed
 from expunge.bench import inputs
 from expunge.errors import ConfigError, MismatchError
 from expunge.files import write_text
 from expunge.methods import all_methods
 from expunge.metrics.compare import Measured, Profile, distances, measured_rows
+from expunge.provenance import record_hashes
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE
 from expunge.rows import EVALUATION, Row, write_csv, write_rows
 from expunge.weights import unlearned_with
@@ -44,6 +46,7 @@ class Evaluation:
     before: Profile | None
     references: tuple[Profile, ...]  # of `retrained`
     trace: Mapping[str, Any]  # of the unlearning; empty where there is none
+    doubts: tuple[str, ...] = ()  # of `copies_in_splits`
 
     @property
     def method(self) -> str:
@@ -90,6 +93,44 @@ def require_retrained(weights: Path) -> None:
             f"{weights} was made by {method} and not retrained: distances to it would say nothing of retraining. Give "
             "--retrained models that were trained from scratch on what is left, as `expunge unlearn … retrain` does."
         )
+
+
+def require_left(weights: Path, data: Mapping[str, Batches]) -> None:
+    """Refuse weights that were retrained, or unlearned, when another number of records was left.
+
+    Raises:
+        MismatchError: The trace beside them says so.
+    """
+    then, known = read_trace(weights).get("retained"), indexed(data["retain"]) if "retain" in data else None
+    if then is not None and known is not None and then != len(known.positions):
+        raise MismatchError(
+            f"{weights} was made when {then:,} records were left, and retain() has {len(known.positions):,}: distances "
+            "would be of another deletion. Unlearn again, and retrain models on what is left now."
+        )
+
+
+def copies_in_splits(data: Mapping[str, Batches], corrects: bool) -> Iterator[str]:
+    """Say where records of one split are, number for number, in another that should have others.
+
+    Args:
+        data: By split.
+        corrects: Whether forget() has records that were corrected, and are left.
+    """
+    try:
+        salt = secrets.token_hex()  # for this comparison alone
+        hashes = {split: record_hashes(each, salt) for split, each in data.items()}
+    except ConfigError:  # records that cannot be told apart
+        return
+    for one, other in (("forget", "retain"), ("test", "retain"), ("test", "forget")):
+        if one not in hashes or other not in hashes or (corrects and one == "forget"):
+            continue
+        there = set(hashes[other])
+        copies = sum(each in there for each in hashes[one])
+        if copies:
+            yield (
+                f"{copies:,} of {len(hashes[one]):,} records of {one}() are in {other}() as well, number for number. "
+                "What was measured on them says nothing, if they are the same records and not copies."
+            )
 
 
 def trace_path(weights: Path) -> Path:
@@ -196,6 +237,7 @@ def _config(found: Evaluation) -> dict[str, Any]:
         "retrained": [str(path) for path in found.retrained],
         "unlearning": {name: found.trace[name] for name in ("method", "seed", "config") if name in found.trace},
         "sources": provenance.sources(),
+        "doubts": list(found.doubts),
     }
 
 

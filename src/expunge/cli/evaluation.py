@@ -1,5 +1,6 @@
 """The command that measures models of one's own: evaluate."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,6 +69,11 @@ def evaluate(
         raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
 
     data = {split: loaded.data(split) for split in splits}
+    for path in (*([] if trace.get("method") == "retrain" else [weights]), *retrained):  # that may be the original
+        evaluation.require_left(path, data)
+    doubts = tuple(evaluation.copies_in_splits(data, corrects=trace.get("facts", {}).get("removed_count") == 0))
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=2)
     architecture = trained_model(loaded, weights, device)
 
     def measured(path: Path) -> Profile:
@@ -87,6 +93,7 @@ def evaluate(
         before=None if original is None else measured(original),
         references=tuple(measured(path) for path in retrained),
         trace=trace,
+        doubts=doubts,
     )
     rows = evaluation.rows(found)
     if out is not None:

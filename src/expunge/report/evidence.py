@@ -22,6 +22,7 @@ FORMAT = "expunge evidence 1"
 NAME, PAGE = "evidence.json", "evidence.html"
 _DRAWN = (NAME, PAGE, "report.html", "report.md", "report.tex", "report.csv")  # made from the rest, at any time
 _ASKED = ("removed_count", "cached_count")
+_HOW = ("method", "seed", "config", "stopped", "warnings")  # of the trace
 _CACHE = "gradient cache"  # the role of a file that should be destroyed after use
 
 
@@ -146,7 +147,7 @@ def _evidence(run: Run, data: list[dict[str, Any]], files: list[dict[str, Any]])
             "unlearned_with": origin.get("sources", run.config.get("sources", "")),
             "evidence_written_with": sources(),
         },
-        "unlearning": {key: run.trace[key] for key in ("method", "seed", "config", "stopped") if key in run.trace},
+        "unlearning": {name: run.trace[name] for name in _HOW if name in run.trace},
         "hashes_at_unlearning": origin.get("files", {}),
         "config": run.config,
         "environment": run.environment,

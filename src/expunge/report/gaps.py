@@ -44,6 +44,8 @@ def gaps(
         "Who wrote these files, or that they were right when written. A hash shows that a file is as it was when "
         "this evidence was written. Sign evidence.json, or lodge its SHA-256 where it cannot be changed.",
     ]
+    found += [f"That the unlearning did what was meant. It warned: {text}" for text in run.trace.get("warnings", ())]
+    found += [f"What a split with records of its own would show: {text}" for text in run.config.get("doubts", ())]
     for scenario in dict.fromkeys(summary.scenario for summary in summaries):
         name = title(scenario)
         mine = [summary for summary in summaries if summary.scenario == scenario]
