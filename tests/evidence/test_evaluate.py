@@ -248,7 +248,7 @@ def test_of_a_correction_forget_has_what_is_left(folder, capsys):
     text = Path("setup.py").read_text(encoding="utf-8")
     Path("setup.py").write_text(f"{text}\n\ndef forget():\n    return retain().only(torch.arange(6, 10))\n")
     assert evaluate("--out", "corrected") == 0
-    assert "as well, number for number" not in capsys.readouterr().err
+    assert "of forget() are in retain()" not in capsys.readouterr().err
 
 
 def test_what_the_unlearning_warned_of_stands_in_evidence(folder):
