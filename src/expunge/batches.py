@@ -376,7 +376,7 @@ def _ascending(positions: Tensor) -> Tensor:
         raise ConfigError(
             "positions must be whole numbers in ascending order without repetition: where each example stood in "
             f"the original data. Got dtype {positions.dtype}, shape {tuple(positions.shape)}, starting "
-            f"{positions.flatten()[:5].tolist()}."
+            f"{positions.flatten()[:5].tolist()}. Sort records and positions together."
         )
     if len(positions) and int(positions[0]) < 0:
         raise ConfigError(f"positions start at {int(positions[0])}: they count from 0.")

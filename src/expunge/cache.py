@@ -270,8 +270,8 @@ def _read(path: Path | str) -> tuple[Header, dict[str, Tensor], shards.Index | N
         raise
     except (SafetensorError, OSError) as error:
         raise CorruptCache(
-            f"{path} cannot be read as safetensors ({error}): it is truncated, damaged, or another kind of file. "
-            "Restore it from a copy; it cannot be computed again once records are deleted."
+            f"{path} cannot be read as safetensors ({error}): it is truncated, damaged, or another kind of file. If it "
+            "is the cache, restore it from a copy: it cannot be computed again once records are deleted."
         ) from error
     if fields.get("format") == "pt" and tensors and all(name.startswith(_PREFIXES) for name in tensors):
         whole = shards.whole_of(path)
