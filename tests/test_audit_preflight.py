@@ -122,7 +122,7 @@ def test_positions_counted_anew_are_noticed_where_a_micro_batch_lost_nothing():
     gone = torch.arange(40)
     kept = checks(preflight(model, cross_entropy, data.without(gone), full))
     assert kept["alignment"].advice == "go"
-    assert "have positions" in kept["alignment"].words
+    assert "10 micro-batches with as many terms as they had give the loss" in kept["alignment"].words
     anew = checks(preflight(model, cross_entropy, Examples(*data.without(gone).tensors), full))
     assert anew["alignment"].advice == "go with care"
     assert "None of 10 micro-batches with as many terms" in anew["alignment"].words
@@ -131,6 +131,16 @@ def test_positions_counted_anew_are_noticed_where_a_micro_batch_lost_nothing():
     none = checks(preflight(model, cross_entropy, [data.without(gone).tensors], full))["alignment"]
     assert none.advice == "go with care"
     assert "what is left has none" in none.words
+
+
+def test_where_no_micro_batch_is_as_it_was_nobody_says_that_it_fits():
+    model, data, full = fitted()
+    labels = data.tensors[1].clone()
+    labels[:40] = (labels[:40] + 1) % 3
+    for left in (data.without(torch.arange(0, len(data), 16)), Examples(data.tensors[0], labels)):
+        found = checks(preflight(model, cross_entropy, left, full))["alignment"]
+        assert (found.advice, found.numbers) == ("go", {"compared": 0})
+        assert "0 can be compared with what they were" in found.words
 
 
 def test_a_loss_that_was_edited_after_the_cache_was_made_is_a_matter_of_care():

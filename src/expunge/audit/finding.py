@@ -30,6 +30,7 @@ class Evidence:
     removed: Gradient  # g_D - g_new
     logits: Logits = images_and_labels  # where logits and labels are in a batch
     doubts: str = ""  # why that difference may be void
+    compared: int = 0  # micro-batches with as many terms as they had, whose loss can be compared with what it was
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,18 @@ def evidence(
             f"{NOTHING_REMOVED} To rehearse with records that you may keep, let retain() leave some out, and forget() "
             "return them."
         )
-    doubts = full.doubts(left)
-    return Evidence(model=model, loss_terms=loss_terms, retain=retain, removed=removed, logits=logits, doubts=doubts)
+    mine, theirs, compared = full.micro_batches, left.micro_batches, 0
+    if mine is not None and theirs is not None and mine.size == theirs.size and removed.count:
+        compared = len(mine.losses_of_as_many(theirs)[0])
+    return Evidence(
+        model=model,
+        loss_terms=loss_terms,
+        retain=retain,
+        removed=removed,
+        logits=logits,
+        doubts=full.doubts(left),
+        compared=compared,
+    )
 
 
 def worst(findings: list[Finding]) -> Verdict:

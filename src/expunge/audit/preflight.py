@@ -114,7 +114,7 @@ def preflight(
     return Preflight(
         [
             Check("validity", "go", "The cache is undamaged and belongs to these weights, buffers and loss."),
-            _alignment(full, retain, has.doubts),
+            _alignment(full, retain, has.doubts, has.compared),
             _error(removed),
             _seen(removed, reset_fraction),
             *choice,
@@ -159,7 +159,7 @@ def stability(removed: Gradient, full: Gradient, fraction: float, *, seed: int =
     return sum(found) / len(found)
 
 
-def _alignment(full: Gradient, retain: Batches, doubts: str) -> Check:
+def _alignment(full: Gradient, retain: Batches, doubts: str, compared: int) -> Check:
     if doubts:
         return Check("alignment", "go with care", f"{doubts[0].upper()}{doubts[1:]}")
     if full.micro_batches is None:
@@ -174,11 +174,19 @@ def _alignment(full: Gradient, retain: Batches, doubts: str) -> Check:
             "and the difference is coarse. Give what is left as Examples or a Dataset with the positions of old."
         )
         return Check("alignment", "go with care", words)
+    if compared < 2:  # one may have been corrected
+        words = (
+            f"Cache and data have positions. Of {len(full.micro_batches.numbers)} micro-batches {compared} can be "
+            "compared with what they were, so that an edited loss, or other preprocessing, would not show: make sure "
+            "that they are those of the cache. (Records were corrected, or nearly every micro-batch lost one; a cache "
+            "of smaller ones, --micro-batch, could tell.)"
+        )
+        return Check("alignment", "go", words, {"compared": compared})
     words = (
-        "Cache and data have positions, and nothing shows that they are others than they were: untouched records then "
-        "cancel exactly."
+        f"Cache and data have positions, and {compared} micro-batches with as many terms as they had give the loss "
+        "that they gave: untouched records then cancel exactly."
     )
-    return Check("alignment", "go", words)
+    return Check("alignment", "go", words, {"compared": compared})
 
 
 def _error(removed: Gradient) -> Check:
