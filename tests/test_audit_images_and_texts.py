@@ -15,6 +15,7 @@ from expunge.audit.leakage import audit_cache
 from expunge.audit.span import words_in_span
 from expunge.audit.words import bag_of_words
 from tests.attacked import seen, with_noise
+from tests.test_fisher import Masked, built, texts
 
 
 class Conv(nn.Module):
@@ -158,3 +159,11 @@ def test_an_audit_of_a_language_model_says_that_a_text_can_be_recovered():
     assert found.verdict == "recoverable"
     assert {"bag of words", "words in the span", "list of candidates", "span"} <= {f.attack for f in found.findings}
     assert not any(f.attack.startswith("label") for f in found.findings)
+
+
+def test_layers_of_torchs_own_encoder_are_seen_behind_a_mask():
+    model, data = built(Masked), texts()
+    found = layer_inputs(model, cross_entropy, data)
+    assert {"layers.layers.0.linear1", "layers.layers.0.linear2", "head"} <= set(found)
+    assert all(len(inputs.values) for inputs in found.values())
+    assert torch.backends.mha.get_fastpath_enabled()
