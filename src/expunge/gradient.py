@@ -150,9 +150,9 @@ class Gradient:
     def doubts(self, part: "Gradient") -> str:
         """Why the difference to a part may be void or coarse, though all that can be required holds; "" for no reason.
 
-        Micro-batches from which no term is missing read as they did, but for some that were corrected. Where none has
-        the loss that it had, and most are off by more than a thousandth (rounding on another machine is far below), it
-        is another loss of the same name, or the records are not where they were. Where each micro-batch lost a term,
+        Micro-batches from which no term is missing read as they did, but for some that were corrected. Where most are
+        off by more than a thousandth (rounding on another machine is far below), it is another loss of the same name,
+        or the records are not where they were. Where each micro-batch lost a term,
         the sum is all there is to go by: no loss that is never negative has a larger one over a part, unless records
         were corrected as well. Nothing is told where terms were corrected and none removed.
         """
@@ -160,14 +160,15 @@ class Gradient:
         if mine is None or theirs is None or mine.size != theirs.size or self.count == part.count:
             return ""
         before, now = mine.losses_of_as_many(theirs)
-        off = (before - now).abs()
+        moved = (before - now).abs() > 1e-3 * before.abs()
         name = self.origin.loss_terms
-        if len(before) > 1 and bool(off.all()) and bool((off > 1e-3 * before.abs()).double().mean() > 0.5):
+        if len(before) > 1 and 2 * int(moved.sum()) > len(before):
+            first = int(moved.nonzero()[0])
             return (
-                f"none of {len(before)} micro-batches with as many terms as in the cache has the loss that it had (the "
-                f"first {float(before[0]):.4g}, now {float(now[0]):.4g}). Were positions counted anew after the "
-                f"deletion? Then nothing cancels exactly: give what is left with the positions it had. If the loss "
-                f"{name!r} or the data is another, the difference means nothing."
+                f"{int(moved.sum())} of {len(before)} micro-batches with as many terms as in the cache have another "
+                f"loss than they had (the first {float(before[first]):.4g}, now {float(now[first]):.4g}). Were "
+                "positions counted anew after the deletion? Then nothing cancels exactly: give what is left with the "
+                f"positions it had. If the loss {name!r} or the data is another, the difference means nothing."
             )
         never_negative = bool((mine.losses >= 0).all() and (theirs.losses >= 0).all())
         if not len(before) and never_negative and self.loss < part.loss:

@@ -183,8 +183,8 @@ def _alignment(full: Gradient, retain: Batches, doubts: str, compared: int) -> C
         )
         return Check("alignment", "go", words, {"compared": compared})
     words = (
-        f"Cache and data have positions, and {compared} micro-batches with as many terms as they had give the loss "
-        "that they gave: untouched records then cancel exactly."
+        f"Cache and data have positions, and of {compared} micro-batches with as many terms as they had most give the "
+        "loss that they gave: untouched records then cancel exactly."
     )
     return Check("alignment", "go", words, {"compared": compared})
 
