@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from expunge import Examples, Recipe, cross_entropy, gradient, seeded, stream, train
 from expunge.audit.finding import Finding, Truth, evidence
@@ -97,6 +97,13 @@ def preflown(*more, setup="setup.py", weights="w.safetensors", cache="c.safetens
 
 def residual(*more, setup="setup.py", weights="fresh.safetensors"):
     return main(["audit", "residual", setup, "--weights", weights, *more])
+
+
+def nearly(weights: str) -> str:
+    """Another file with weights that differ by rounding: a model is no reference for itself."""
+    moved = {name: t * (1 + 1e-6) if t.is_floating_point() else t for name, t in load_file(weights).items()}
+    save_file(moved, "nearly.safetensors")
+    return "nearly.safetensors"
 
 
 class Reader(HTMLParser):
@@ -252,7 +259,10 @@ def test_a_preflight_without_a_cache_is_a_mistake_of_the_user(folder, capsys):
 
 def test_a_residual_audit_compares_with_retrained_models(folder, capsys):
     capsys.readouterr()
-    assert residual("--retrained", "fresh.safetensors", "--original", "w.safetensors", "--json", setup="many.py") == 0
+    assert (
+        residual("--retrained", nearly("fresh.safetensors"), "--original", "w.safetensors", "--json", setup="many.py")
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert [test["test"] for test in report["tests"]] == ["membership by loss", "relearning", "quantisation"]
     assert report["verdict"] != "a trace was found"
@@ -281,7 +291,7 @@ def test_a_trace_that_is_left_ends_with_3(folder, capsys):
 
 def test_a_residual_audit_tries_the_trigger_where_there_is_one(folder, capsys):
     capsys.readouterr()
-    residual("--retrained", "fresh.safetensors", "--json")
+    residual("--retrained", nearly("fresh.safetensors"), "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["tests"][-1]["test"] == "trigger"
     assert report["tests"][-1]["verdict"] == "no trace found"

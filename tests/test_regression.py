@@ -357,6 +357,12 @@ def test_a_regression_is_audited_without_a_word_of_classes(folder, capsys):
     assert words.pop("something to forget").startswith("Was not looked at: targets are floating point, 1 an example")
 
 
+def test_an_audit_takes_no_model_as_a_reference_for_itself(folder, capsys):
+    command = ["audit", "residual", "setup.py", "--weights", "w.safetensors", "--retrained", "w.safetensors"]
+    assert main(command) == 2
+    assert "are the same weights" in capsys.readouterr().err
+
+
 def test_relearning_at_a_rate_that_is_too_large_for_the_unit_says_so():
     data = Examples(1000 * torch.ones(20, 1), 5000 * torch.ones(20, 1))
     original, unlearned = nn.Linear(1, 1), nn.Linear(1, 1)

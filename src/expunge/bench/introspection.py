@@ -1,5 +1,7 @@
 """What a removed image does inside a network while RELOAD works on it: the numbers of the introspection figure."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -76,9 +78,14 @@ def inside(
     """For one image: the first channel of what each layer puts out, and the log-probabilities, nats."""
     kept: dict[str, Tensor] = {}
     modules, device = dict(model.named_modules()), next(model.parameters()).device
-    handles = [
-        modules[name].register_forward_hook(lambda _, __, out, name=name: kept.setdefault(name, out)) for name in layers
-    ]
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, out: Tensor) -> None:  # what a hook returns would take the place of the output
+            kept.setdefault(name, out.clone())
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
     try:
         with in_eval_mode(model), torch.no_grad():
             logits = model(image.to(device)).double()

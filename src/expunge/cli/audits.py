@@ -11,9 +11,10 @@ from torch import nn
 
 from expunge import cache as cache_file
 from expunge.batches import Batches
-from expunge.bench import evaluation
+from expunge.bench import evaluation, inputs
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, Maybe, SetupFile
+from expunge.cli.evaluation import require_distinct
 from expunge.cli.own_model import method_argument, trained_model
 from expunge.errors import (
     ConfigError,
@@ -162,6 +163,9 @@ def audit_residual(
 
     for path in retrained:
         evaluation.require_retrained(path)
+    hashes = inputs.hashes_of(path for path in (weights, original, *retrained) if path is not None and path.is_file())
+    for own in (weights, original):  # a model is no reference for itself
+        require_distinct(hashes, (*([] if own is None else [own]), *retrained))
     loaded = load_setup(setup)
     forget, test, triggered = (_split(loaded, name) for name in ("forget", "test", "triggered"))
     if forget is None and triggered is None:

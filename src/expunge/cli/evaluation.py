@@ -53,7 +53,7 @@ def evaluate(
     read = [setup, weights, *retrained, evaluation.trace_path(weights), *([] if original is None else [original])]
     hashes = inputs.hashes_of(path for path in read if path.is_file())
     for own in (weights, original):  # these two may be the same: unlearning can come to nothing
-        _require_distinct(hashes, (*([] if own is None else [own]), *retrained))
+        require_distinct(hashes, (*([] if own is None else [own]), *retrained))
     trace = evaluation.read_trace(weights, original)
     before = trace.get("provenance", {}).get("files", {}).get("weights before")
     for path in retrained:
@@ -113,7 +113,7 @@ def evaluate(
         print(f"run:  {out}\nsalt: {inputs.salt_path(out)} (keep it apart from the run, with the data's owner)")
 
 
-def _require_distinct(hashes: Mapping[Path, str], models: Sequence[Path]) -> None:
+def require_distinct(hashes: Mapping[Path, str], models: Sequence[Path]) -> None:
     """Refuse the same model twice: its distance to itself is 0, and would make retrained models look alike."""
     seen: dict[str, Path] = {}
     for path in models:
