@@ -15,7 +15,7 @@ from expunge.audit.leakage import audit_cache
 from expunge.audit.span import words_in_span
 from expunge.audit.words import bag_of_words
 from tests.attacked import seen, with_noise
-from tests.test_fisher import Masked, built, texts
+from tests.test_per_example import Masked, built, texts
 
 
 class Conv(nn.Module):

@@ -150,13 +150,7 @@ def _squares_by_vmap(
         raise
     except RuntimeError as error:
         if terms_an_example == 1:
-            squares, terms = _squares_one_by_one(model, loss_terms, theta, batch)
-            if len(terms) != _length(batch):
-                raise UnsupportedModule(
-                    f"loss_terms gives {len(terms)} terms for {_length(batch)} examples, and squares of them need as "
-                    "many for each. For terms without a target, return a loss of 0 instead of none."
-                ) from error
-            return squares, terms
+            return _squares_one_by_one(model, loss_terms, theta, batch)
         raise UnsupportedModule(
             f"{type(model).__name__} and its loss cannot be taken apart into examples by torch.func.vmap: "
             f"{str(error).splitlines()[0]} Look for .item(), if on a tensor, boolean indexing, or in-place changes of "
@@ -169,17 +163,28 @@ def _squares_by_vmap(
 def _squares_one_by_one(
     model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Parameter], batch: Batch
 ) -> tuple[Params, Tensor]:
-    """The same by the definition: a backward pass for every term of every example."""
-    values = list(theta.values())
+    """The same by the definition: a backward pass for every term of every example.
+
+    Raises:
+        UnsupportedModule: Examples have no terms, or not all as many.
+    """
+    length, values = _length(batch), list(theta.values())
     squares = {name: torch.zeros(p.shape, dtype=_wide(p.device), device=p.device) for name, p in theta.items()}
     every = []
-    for row in range(_length(batch)):
-        every.append(loss_terms(model, _rows(batch, torch.tensor([row]))))
-        for term in every[-1]:
+    for row in range(length):
+        terms = loss_terms(model, _rows(batch, torch.tensor([row])))
+        for term in terms:
             slopes = torch.autograd.grad(term, values, retain_graph=True, materialize_grads=True)
             for own, slope in zip(squares.values(), slopes, strict=True):
                 own.add_(slope.to(own.dtype).square())
-    return squares, torch.cat(every).detach()
+        every.append(terms.detach())
+    counts = {len(terms) for terms in every}
+    if len(counts) != 1 or 0 in counts:
+        raise UnsupportedModule(
+            f"loss_terms gives {sorted(counts)} terms for the first {length} examples of a batch, and squares of them "
+            "need as many for each, at least one. For terms without a target, return a loss of 0 instead of none."
+        )
+    return squares, torch.cat(every)
 
 
 def _try_layers(model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Parameter], few: Batch) -> tuple[int, int]:
@@ -187,24 +192,20 @@ def _try_layers(model: nn.Module, loss_terms: LossTerms, theta: dict[str, nn.Par
 
     The first is 0 where `layer_squares` does not give what the definition says for a few examples.
     """
-    length, values = _length(few), list(theta.values())
-    counts = {len(loss_terms(model, _rows(few, torch.tensor([row])))) for row in range(length)}
-    if len(counts) != 1 or 0 in counts:
-        raise UnsupportedModule(
-            f"loss_terms gives {sorted(counts)} terms for the first {length} examples, and squares of them need "
-            "as many for each, at least one. For terms without a target, return a loss of 0 instead of none."
-        )
+    length = _length(few)
+    truth, terms = _squares_one_by_one(model, loss_terms, theta, few)
+    terms_an_example = len(terms) // length
     found = layer_squares(model, loss_terms, theta, few, length)
     if found is None:
-        return 0, counts.pop()
-    truth = _squares_one_by_one(model, loss_terms, theta, few)[0]
+        return 0, terms_an_example
+    values = list(theta.values())
     tolerance = 64 * max(torch.finfo(p.dtype).eps for p in values)
     if values[0].device.type != "cpu":  # where kernels may round float32 to fewer bits
         tolerance = max(tolerance, 1e-2)
     errors = [(found[0][name] - own).norm() / own.norm() for name, own in truth.items() if own.any()]
     errors += [found[0][name].norm() for name, own in truth.items() if not own.any()]
     right = all(float(error) <= tolerance for error in errors)
-    return math.ceil(found[2] / length) if right else 0, counts.pop()
+    return math.ceil(found[2] / length) if right else 0, terms_an_example
 
 
 def _in_batches(data: Batches, size: int, limit: int | None, seed: int) -> Iterator[Batch]:
