@@ -52,6 +52,23 @@ def test_the_steps_are_those_of_algorithm_1(found):
     assert found.layers == ("features.conv1", "features.conv2")
 
 
+def test_looking_into_a_layer_that_runs_twice_leaves_the_network_as_it_is():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu, self.head = nn.Conv2d(1, 1, 3, padding=1), nn.ReLU(inplace=True), nn.Linear(36, 3)
+
+        def forward(self, images):
+            return self.head(self.relu(self.conv(self.relu(self.conv(images)))).flatten(1))
+
+    torch.manual_seed(0)
+    model, image = Twice().eval(), examples().tensors[0][:1]
+    maps, logs = inside(model, image, ["conv"])
+    with torch.no_grad():
+        np.testing.assert_allclose(maps[0], model.conv(image)[0, 0].numpy(), rtol=1e-6)  # of the first run, before ReLU
+        np.testing.assert_allclose(logs, model(image).double().log_softmax(1)[0].numpy(), rtol=1e-6)
+
+
 def test_each_step_shows_the_model_of_that_step(found):
     model = network()
     given, removed = problem(model)
