@@ -147,19 +147,30 @@ class Gradient:
             origin=self.origin,
         )
 
+    def comparable(self, part: "Gradient") -> tuple[Tensor, Tensor] | None:
+        """The losses of micro-batches from which no term is missing in a part, here and there.
+
+        Returns:
+            None where they say nothing: positions are not known in both, or terms were corrected and none removed.
+        """
+        mine, theirs = self.micro_batches, part.micro_batches
+        if mine is None or theirs is None or mine.size != theirs.size or self.count == part.count:
+            return None
+        return mine.losses_of_as_many(theirs)
+
     def doubts(self, part: "Gradient") -> str:
         """Why the difference to a part may be void or coarse, though all that can be required holds; "" for no reason.
 
         Micro-batches from which no term is missing read as they did, but for some that were corrected. Where most are
         off by more than a thousandth (rounding on another machine is far below), it is another loss of the same name,
-        or the records are not where they were. Where each micro-batch lost a term,
-        the sum is all there is to go by: no loss that is never negative has a larger one over a part, unless records
-        were corrected as well. Nothing is told where terms were corrected and none removed.
+        or the records are not where they were. Where each micro-batch lost a term, the sum is all there is to go by: no
+        loss that is never negative has a larger one over a part, unless records were corrected as well. Nothing is told
+        where terms were corrected and none removed.
         """
-        mine, theirs = self.micro_batches, part.micro_batches
-        if mine is None or theirs is None or mine.size != theirs.size or self.count == part.count:
+        mine, theirs, pair = self.micro_batches, part.micro_batches, self.comparable(part)
+        if mine is None or theirs is None or pair is None:
             return ""
-        before, now = mine.losses_of_as_many(theirs)
+        before, now = pair
         moved = (before - now).abs() > 1e-3 * before.abs()
         name = self.origin.loss_terms
         if len(before) > 1 and 2 * int(moved.sum()) > len(before):

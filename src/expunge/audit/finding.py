@@ -88,9 +88,7 @@ def evidence(
             f"{NOTHING_REMOVED} To rehearse with records that you may keep, let retain() leave some out, and forget() "
             "return them."
         )
-    mine, theirs, compared = full.micro_batches, left.micro_batches, 0
-    if mine is not None and theirs is not None and mine.size == theirs.size and removed.count:
-        compared = len(mine.losses_of_as_many(theirs)[0])
+    pair = full.comparable(left)
     return Evidence(
         model=model,
         loss_terms=loss_terms,
@@ -98,7 +96,7 @@ def evidence(
         removed=removed,
         logits=logits,
         doubts=full.doubts(left),
-        compared=compared,
+        compared=len(pair[0]) if pair else 0,
     )
 
 

@@ -95,16 +95,44 @@ def require_retrained(weights: Path) -> None:
         )
 
 
+def require_distinct(hashes: Mapping[Path, str], retrained: Sequence[Path], *judged: Path | None) -> None:
+    """Refuse the same model twice: its distance to itself is 0, and would make retrained models look alike.
+
+    Args:
+        hashes: Of the files there are.
+        retrained: Models to compare with.
+        judged: Those that are compared with them. They may be the same: unlearning can come to nothing.
+
+    Raises:
+        ConfigError: Two of the retrained models are the same, or one is a model that is judged.
+    """
+    for own in judged:
+        seen: dict[str, Path] = {}
+        for path in (*([] if own is None else [own]), *retrained):
+            first = seen.setdefault(hashes.get(path, str(path)), path)
+            if first is not path:
+                raise ConfigError(
+                    f"{path} and {first} are the same weights. Each model counts once: give --retrained models of "
+                    "seeds of their own, other than the one that is measured."
+                )
+
+
+def retained(data: Batches) -> int | None:
+    """How many records there are; None if they have no positions."""
+    known = indexed(data)
+    return None if known is None else len(known.positions)
+
+
 def require_left(weights: Path, data: Mapping[str, Batches]) -> None:
     """Refuse weights that were retrained, or unlearned, when another number of records was left.
 
     Raises:
         MismatchError: The trace beside them says so.
     """
-    then, known = read_trace(weights).get("retained"), indexed(data["retain"]) if "retain" in data else None
-    if then is not None and known is not None and then != len(known.positions):
+    then, now = read_trace(weights).get("retained"), retained(data["retain"]) if "retain" in data else None
+    if then is not None and now is not None and then != now:
         raise MismatchError(
-            f"{weights} was made when {then:,} records were left, and retain() has {len(known.positions):,}: distances "
+            f"{weights} was made when {then:,} records were left, and retain() has {now:,}: distances "
             "would be of another deletion. Unlearn again, and retrain models on what is left now."
         )
 

@@ -14,7 +14,6 @@ from expunge.batches import Batches
 from expunge.bench import evaluation, inputs
 from expunge.cli import printing
 from expunge.cli.arguments import Flag, Maybe, SetupFile
-from expunge.cli.evaluation import require_distinct
 from expunge.cli.own_model import method_argument, trained_model
 from expunge.errors import (
     ConfigError,
@@ -108,9 +107,10 @@ def audit_preflight(
 
     loaded = load_setup(setup)
     model = trained_model(loaded, weights, device)
-    retain, not_compared = loaded.data("retain"), _no_class_numbers(loaded, model)
+    retain = loaded.data("retain")
     try:
         full = cache_file.load(cache, model, loaded.cached_terms)
+        not_compared = _no_class_numbers(loaded, model)
         result = preflight(
             model,
             loaded.cached_terms,
@@ -164,8 +164,7 @@ def audit_residual(
     for path in retrained:
         evaluation.require_retrained(path)
     hashes = inputs.hashes_of(path for path in (weights, original, *retrained) if path is not None and path.is_file())
-    for own in (weights, original):  # a model is no reference for itself
-        require_distinct(hashes, (*([] if own is None else [own]), *retrained))
+    evaluation.require_distinct(hashes, retrained, weights, original)
     loaded = load_setup(setup)
     forget, test, triggered = (_split(loaded, name) for name in ("forget", "test", "triggered"))
     if forget is None and triggered is None:

@@ -1,7 +1,7 @@
 """The command that measures models of one's own: evaluate."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,7 @@ def evaluate(
         evaluation.require_new(out)
     read = [setup, weights, *retrained, evaluation.trace_path(weights), *([] if original is None else [original])]
     hashes = inputs.hashes_of(path for path in read if path.is_file())
-    for own in (weights, original):  # these two may be the same: unlearning can come to nothing
-        require_distinct(hashes, (*([] if own is None else [own]), *retrained))
+    evaluation.require_distinct(hashes, retrained, weights, original)
     trace = evaluation.read_trace(weights, original)
     before = trace.get("provenance", {}).get("files", {}).get("weights before")
     for path in retrained:
@@ -69,7 +68,7 @@ def evaluate(
         raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
 
     data = {split: loaded.data(split) for split in splits}
-    for path in (*([] if trace.get("method") == "retrain" else [weights]), *retrained):  # that may be the original
+    for path in retrained if trace.get("method") == "retrain" else (weights, *retrained):  # that may be the original
         evaluation.require_left(path, data)
     doubts = tuple(evaluation.copies_in_splits(data, corrects=trace.get("facts", {}).get("removed_count") == 0))
     for doubt in doubts:
@@ -111,18 +110,6 @@ def evaluate(
         print("One retrained model is no reference: without a second, nobody knows how far two are apart.")
     if out is not None:
         print(f"run:  {out}\nsalt: {inputs.salt_path(out)} (keep it apart from the run, with the data's owner)")
-
-
-def require_distinct(hashes: Mapping[Path, str], models: Sequence[Path]) -> None:
-    """Refuse the same model twice: its distance to itself is 0, and would make retrained models look alike."""
-    seen: dict[str, Path] = {}
-    for path in models:
-        first = seen.setdefault(hashes.get(path, str(path)), path)
-        if path is not models[0] and first is not path:
-            raise ConfigError(
-                f"{path} and {first} are the same weights. Each model counts once: give --retrained models of seeds of "
-                "their own, other than the one that is measured."
-            )
 
 
 def _as_measured(found: evaluation.Evaluation, rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:

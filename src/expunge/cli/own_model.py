@@ -18,7 +18,6 @@ from expunge import cache as cache_file
 from expunge import distributed, params, provenance
 from expunge.access import Blind, Sighted
 from expunge.accumulator import Place
-from expunge.batches import indexed
 from expunge.bench import chosen, evaluation, inputs
 from expunge.cli import printing, processes
 from expunge.cli.arguments import Flag, Maybe, SetupFile
@@ -222,9 +221,8 @@ def unlearn(
         "environment": provenance.environment(),
         "files": {role: hashes[path] for role, path in read.items()} | {"weights after": provenance.file_hash(out)},
     }
-    known = indexed(shared["retain"])
-    left = {"retained": None if known is None else len(known.positions)}  # records, for `evaluate`
-    trace = {**result.trace.as_dict(), **done_with, **left, "provenance": origin}
+    left = evaluation.retained(shared["retain"])
+    trace = {**result.trace.as_dict(), **done_with, "retained": left, "provenance": origin}
     distributed.by_the_first(lambda: write_text(story, printing.as_json(trace) + "\n"))
     if json:
         print(printing.as_json(trace))
