@@ -25,6 +25,7 @@ def test_a_metric_without_a_definition_says_so():
     assert (define("ΔX").kind, define("ΔX").good, define("X").good) == ("distance", "low", "unknown")
     assert "without a stored definition" in define("X").text
     assert define("FA") is METRICS["FA"]
+    assert define("FSKL, random 10 %") is METRICS["FSKL"]  # as in tables over scenarios
 
 
 @pytest.mark.parametrize(

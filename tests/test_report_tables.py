@@ -82,6 +82,18 @@ def test_verdicts_are_those_of_the_statistics_called_directly():
     }
 
 
+def test_a_method_that_lacks_a_seed_is_tested_by_the_seeds_that_it_has():
+    gaps = {0: 3.0, 2: -3.0, 3: 2.9, 4: -3.1}  # not 1
+    floor = (0.5, 2.0, 1.0, 4.0, 3.0)
+    rows = [row("retrain again", seed, "ΔFA", each, "points") for seed, each in enumerate(floor)]
+    rows += [row("retrain", seed, "FA", 50.0 + seed) for seed in range(5)]
+    for seed, gap in gaps.items():
+        rows += [row("reload", seed, "FA", 50.0 + seed + gap), row("reload", seed, "ΔFA", abs(gap), "points")]
+    found = verdicts(summarise(rows))["reload", "ΔFA"]
+    assert found.p == pytest.approx(stats.equivalence(list(gaps.values()), found.margin).p)
+    assert found.p != pytest.approx(stats.non_inferiority([abs(gap) for gap in gaps.values()], found.margin).p)
+
+
 def test_beyond_is_the_t_test_of_scipy_turned_round():
     found = {(s.method, s.metric): s for s in summarise(clear_rows())}
     nearly = replace(found["fine-tune", "NSKL"], values=tuple(0.062 + 0.01 * (k % 4) for k in range(8)))
@@ -228,6 +240,20 @@ def test_terminal_tables_mark_what_is_as_close():
     assert re.search(r"RELOAD +yes +0\.75 ± 0\.\d\d\*|RELOAD +yes +1\.75 ± 0\.60\* ", text), text
     assert re.search(r"fine-tune +yes +12\.00 ± 3\.\d\d> ", text)
     assert re.search(r"noise floor \(two retrains\) +yes +3\.50 ± 1\.20 ", text)
+
+
+def test_brackets_in_names_stay_as_they_are_on_a_terminal():
+    names = {"reload": "mine [/bold] [red]", "removal": "half [of it]"}
+    rows = [replace(each, method=names.get(each.method, each.method)) for each in some_rows()]
+    rows = [replace(each, scenario=names.get(each.scenario, each.scenario)) for each in rows]
+    few = [each for each in rows if each.method == names["reload"] and each.metric in ("FA", "TA", "Cost", "ΔFA")]
+    for shown in (rows, few):  # methods down, or metrics down
+        console = Console(width=200, record=True, file=io.StringIO())
+        for table in rich_tables(shown, names["removal"]):
+            console.print(table)
+        text = console.export_text()
+        assert names["reload"] in text
+        assert f"{names['removal']}: Distance to retraining" in text
 
 
 def latex_is_balanced(text):

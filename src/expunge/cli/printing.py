@@ -9,7 +9,8 @@ def show(*renderables: object) -> None:
     """Print tables and texts; as wide as the terminal, or 160 columns where there is none."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    # No markup: names that people give and messages of errors may hold brackets.
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     for each in renderables:
         console.print(each)
 

@@ -12,6 +12,7 @@ from expunge.rows import Row, write_csv
 
 if TYPE_CHECKING:
     import rich.table
+    import rich.text
 
 COLUMNS = (
     "scenario", "method", "blind", "metric", "unit", "n", "over", "mean", "sd", "low", "high", "margin", "p", "verdict",
@@ -54,11 +55,13 @@ def rich_tables(rows: Iterable[Row], scenario: str, shown: Collection[str] = ())
     """The tables of a scenario for a terminal; arguments as of `tables`."""
     import rich.box
     import rich.table
+    from rich.text import Text  # of which nothing is taken for markup, whatever a task or a method is called
 
     made = []
     for table in tables(rows, scenario, shown):
-        caption = "\n".join(text for text in (table.note, table.marked.replace("Bold:", "*:"), table.source) if text)
-        drawn = rich.table.Table(title=f"{scenario}: {table.title}", caption=caption, box=rich.box.SIMPLE_HEAD)
+        title = Text(f"{scenario}: {table.title}", "table.title")
+        said = "\n".join(text for text in (table.note, table.marked.replace("Bold:", "*:"), table.source) if text)
+        drawn = rich.table.Table(title=title, caption=Text(said, "table.caption"), box=rich.box.SIMPLE_HEAD)
         made.append(drawn)
         if len(table.metrics) > len(table.lines):
             _a_line_a_metric(drawn, table)
@@ -66,9 +69,9 @@ def rich_tables(rows: Iterable[Row], scenario: str, shown: Collection[str] = ())
         drawn.add_column("method", no_wrap=True)
         drawn.add_column("blind")
         for metric, unit in zip(table.metrics, table.units, strict=True):
-            drawn.add_column(f"{metric}\n{unit} ", justify="right")
+            drawn.add_column(Text(f"{metric}\n{unit} "), justify="right")
         for line in table.lines:
-            drawn.add_row(line.label, line.blind, *(_for_terminal(cell) for cell in line.cells))
+            drawn.add_row(Text(line.label), line.blind, *(_for_terminal(cell) for cell in line.cells))
         if table.margins:
             drawn.add_row("δ", "", *(f"{margin} " for margin in table.margins), style="dim")
     return made
@@ -76,15 +79,17 @@ def rich_tables(rows: Iterable[Row], scenario: str, shown: Collection[str] = ())
 
 def _a_line_a_metric(drawn: "rich.table.Table", table: Table) -> None:
     """Few models and many metrics, as `expunge evaluate` has them: the other way round fits no terminal."""
+    from rich.text import Text
+
     drawn.add_column("metric")
     for line in table.lines:
-        drawn.add_column(line.label, justify="right")
+        drawn.add_column(Text(line.label), justify="right")
     if table.margins:
         drawn.add_column("δ", justify="right", style="dim")
     margins = [[f"{margin} "] for margin in table.margins] or [[] for _ in table.metrics]
     for column, (metric, unit) in enumerate(zip(table.metrics, table.units, strict=True)):
         cells = (_for_terminal(line.cells[column]) for line in table.lines)
-        drawn.add_row(f"{metric} ({unit})", *cells, *margins[column])
+        drawn.add_row(Text(f"{metric} ({unit})"), *cells, *margins[column])
 
 
 def write_table(path: Path | str, rows: Iterable[Row]) -> None:
@@ -117,8 +122,11 @@ def _marked(cell: Cell | None, intervals: bool) -> str:
     return text + (" >" if cell.mark == "beyond" else "") + (f" _{cell.paper}_" if cell.paper else "")
 
 
-def _for_terminal(cell: Cell | None) -> str:
+def _for_terminal(cell: Cell | None) -> "rich.text.Text":
+    from rich.text import Text
+
     if cell is None:
-        return " "
-    text = f"[bold]{cell}*[/bold]" if cell.mark == "within" else f"{cell}{'>' if cell.mark == 'beyond' else ' '}"
-    return text + (f" [italic]{cell.paper}[/italic]" if cell.paper else "")
+        return Text(" ")
+    mark = {"within": "*", "beyond": ">"}.get(cell.mark, " ")
+    text = Text(f"{cell}{mark}", "bold" if cell.mark == "within" else "")
+    return Text.assemble(text, (f" {cell.paper}" if cell.paper else "", "italic"))

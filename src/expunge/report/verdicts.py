@@ -97,10 +97,12 @@ def _signed(
     own, reference = (found.get((who, metric.removeprefix("Δ"))) for who in (method, REFERENCE))
     if not metric.startswith("Δ") or own is None or reference is None:
         return None
-    if own.seeds != reference.seeds and own.n != 1:  # one model against many retrained ones has a single value
+    seeds, theirs = found[method, metric].seeds, dict(zip(reference.seeds, reference.values, strict=True))
+    # One model against many retrained ones has a single value, whatever the number of the retrained one.
+    mine = dict(zip(own.seeds, own.values, strict=True)) if own.n > 1 else dict.fromkeys(seeds, own.values[0])
+    if not {*seeds} <= mine.keys() & theirs.keys():
         return None
-    signed: Float[np.ndarray, " repetitions"] = np.array(own.values) - np.array(reference.values)
-    return signed if len(signed) == found[method, metric].n else None
+    return np.array([mine[seed] - theirs[seed] for seed in seeds])
 
 
 def _test_gap(
