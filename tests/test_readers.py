@@ -113,7 +113,8 @@ def test_an_idx_file_may_have_any_number_of_dimensions(tmp_path):
         (b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0", r"it begins with 00000d01, and it should be an IDX file of bytes"),
         (idx(some(2, (2,)))[:-1], r"it has 3 entries, and it should be \(2, 2\), 4 entries"),
         (idx(some(2, (2,))) + b"!", "it has more than 4 entries"),
-        (b"\0\0\x08\x02\0\0\0\x01", "is damaged"),
+        (b"\0\0\x08\x02\0\0\0\x01", "it has 4 bytes of sizes, and it should be of 2 dimensions"),
+        (b"\0\0\x08\x02\0\0\0\x01\0\0", "it has 6 bytes of sizes"),
         (gzip.compress(idx(some(2, (2,))), mtime=0)[:-9], "it cannot be decompressed"),
         (gzip.compress(idx(some(2, (2,))), mtime=0)[:-8] + b"12345678", "it cannot be decompressed"),
     ],
@@ -192,6 +193,9 @@ def test_folders_that_are_no_dataset_are_refused(tmp_path, monkeypatch):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
     with pytest.raises(CorruptData, match=r"1\.png cannot be read as an image"):
         read_folder(tmp_path)
+    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(path)
+    with pytest.raises(ConfigError, match=r"1\.png has pixels of more than 8 bits .*I;16.* Scale them to 0 to 255"):
+        read_folder(tmp_path)
     Image.fromarray(some(1, (4, 4, 3))[0]).save(path)
     write_folder(tmp_path / "test", {"z": [("1.png", some(1, (4, 4, 3))[0])]})
     with pytest.raises(ConfigError, match="test has the class 'z', of which there are no training images"):
@@ -234,6 +238,9 @@ def test_npz_files_with_objects_or_without_images_are_refused(tmp_path):
         read_npz(path)
     np.savez(path, images=some(2))
     with pytest.raises(CorruptData, match="has only one of images and labels"):
+        read_npz(path)
+    np.savez(path, train_images=some(0, (4, 4)), train_labels=np.zeros(0, int))
+    with pytest.raises(CorruptData, match=r"bad\.npz holds no training image"):
         read_npz(path)
     np.savez(path, pictures=some(2))
     with pytest.raises(CorruptData, match="has none of train_images, x_train, images with their labels"):

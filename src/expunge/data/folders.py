@@ -25,7 +25,8 @@ def read_folder(folder: Path | str, *, channels: int = 3, size: tuple[int, int] 
         MissingExtra: Pillow is not installed.
         MissingData: There is no such folder, or no image in a class.
         CorruptData: A file is not an image, or is damaged.
-        ConfigError: Images of different sizes, another number of channels, or a test class that has no training images.
+        ConfigError: Images of different sizes or of more than 8 bits, another number of channels, or a test class that
+            has no training images.
     """
     folder = Path(folder)
     if channels not in (1, 3):
@@ -70,9 +71,14 @@ def _pixels(path: Path, channels: int, size: tuple[int, int] | None) -> np.ndarr
         raise MissingExtra("image files are read by Pillow: pip install 'expunge[images]'.") from error
     try:
         with Image.open(path) as image:
-            converted = image.convert("RGB" if channels == 3 else "L")
+            mode, converted = image.mode, image.convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CorruptData(f"{path} cannot be read as an image: {error}. Replace it, or take it out.") from error
+    if mode.startswith(("I", "F")):  # Pillow clips what is above 255
+        raise ConfigError(
+            f"{path} has pixels of more than 8 bits (Pillow's mode {mode}), and images are read as bytes. Scale them "
+            "to 0 to 255 and save them with 8 bits."
+        )
     if size is not None:
         converted = converted.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return np.asarray(converted).reshape(converted.height, converted.width, channels)

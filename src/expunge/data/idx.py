@@ -61,10 +61,13 @@ def _array(file: io.BufferedIOBase, path: Path, cure: str) -> np.ndarray:
     dimensions = magic[3] if len(magic) == 4 else 0
     if magic[:3] != b"\0\0\x08" or not dimensions:
         raise damaged(path, f"it begins with {magic.hex() or 'nothing'}", "an IDX file of bytes, 000008…", cure)
-    shape = tuple(int(size) for size in np.frombuffer(file.read(4 * dimensions), dtype=">u4"))
+    sizes = file.read(4 * dimensions)
+    if len(sizes) != 4 * dimensions:
+        raise damaged(path, f"it has {len(sizes)} bytes of sizes", f"of {dimensions} dimensions, 4 bytes each", cure)
+    shape = tuple(int(size) for size in np.frombuffer(sizes, dtype=">u4"))
     entries = math.prod(shape)
     content = file.read(entries + 1)
-    if len(shape) != dimensions or len(content) != entries:
+    if len(content) != entries:
         found = f"more than {entries:,}" if len(content) > entries else f"{len(content):,}"
         raise damaged(path, f"it has {found} entries", f"{shape}, {entries:,} entries", cure)
     return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(shape)

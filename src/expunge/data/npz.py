@@ -27,7 +27,7 @@ def read_npz(path: Path | str, *, channels_last: bool = True) -> ImageData:
 
     Raises:
         MissingData: There is no such file.
-        CorruptData: It is damaged, holds objects, or lacks these arrays.
+        CorruptData: It is damaged, holds objects, lacks these arrays, or has no image to train on.
         ConfigError: Images that are not bytes, or labels that are not whole numbers.
         MismatchError: Images and labels that do not belong together.
     """
@@ -36,6 +36,8 @@ def read_npz(path: Path | str, *, channels_last: bool = True) -> ImageData:
     train, test = (_part(arrays, part, path, channels_last) for part in _KEYS)
     if train is None:
         raise CorruptData(f"{path} has none of {', '.join(images for images, _ in _KEYS['train'])} with their labels.")
+    if not len(train):
+        raise CorruptData(f"{path} holds no training image. Write it with numpy.savez(path, train_images=…, …).")
     most = max(int(part.labels.max()) for part in (train, test) if part is not None and len(part))
     classes = tuple(map(str, arrays["classes"])) if "classes" in arrays else tuple(map(str, range(most + 1)))
     return ImageData(path.stem, classes, train, test)
