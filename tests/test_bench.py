@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expunge.bench import difference, experiments, judging, steps, workers
+from expunge.bench import experiments, judging, steps, workers
 from expunge.bench.printed import printed
 from expunge.bench.runner import carry_out
 from expunge.bench.stages import Contender, tuning_of
@@ -19,7 +19,7 @@ from expunge.cli import main
 from expunge.errors import ConfigError, IncompleteRun, MissingExtra, NotFinite
 from expunge.files import write_text
 from expunge.report import tables
-from expunge.rows import Row, read_rows, write_rows
+from expunge.rows import read_rows, write_rows
 from tests.tiny_bench import CROSS, DIGITS, FILE, RECIPE, TINY, TWO, run, tiny, values
 
 
@@ -103,6 +103,23 @@ def test_a_method_that_breaks_down_is_a_fact_and_not_a_row_and_the_run_says_so(t
         assert "ssd on random 10 %, seed 0, 1: no rows: the loss became nan in epoch 1\n" in said
 
 
+def test_finite_weights_whose_outputs_are_not_are_a_fact_too(tmp_path, monkeypatch):
+    real = steps.unlearn
+
+    def wrecks(model, given, config, *, seed):
+        done = real(model, given, config, seed=seed)
+        if type(config).__name__ == "SSD":
+            for p in done.model.parameters():
+                p.data.fill_(1e30)
+        return done
+
+    monkeypatch.setattr(steps, "unlearn", wrecks)
+    folder = run(TINY, tmp_path)
+    assert "ssd" not in {row.method for row in read_rows(folder / "rows.csv")}
+    said = (folder / "facts.csv").read_text(encoding="utf-8")
+    assert "random 10 %,ssd,0,failed,the model's logits are NaN or infinite for" in said
+
+
 def test_a_mistake_of_which_all_trials_fail_ends_the_search_and_not_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "unlearn", but_for_ssd(ConfigError("ssd returned None. Return the model.")))
     with pytest.raises(IncompleteRun, match=r"(?s)tune ssd .*: ssd returned None. Return the model"):
@@ -141,25 +158,6 @@ def test_the_figures_of_the_paper_stand_beside_the_measured_ones(unbroken, capsy
     assert "FE" in {row.metric for row in shown.rows}  # which ΔFE is tested by
     with pytest.raises(ConfigError, match=r"table='table9': printed.toml has table1, table2, table3"):
         printed("table9", "x")
-
-
-def row(value, *, seed=0, metric="ΔFE", method="reload"):
-    return Row(
-        run="r", experiment="e", dataset="d", model="m", scenario="s", method=method, blind=True, seed=seed,
-        split="forget", metric=metric, value=value, unit="nats", n=4, seconds=0.0,
-    )  # fmt: skip
-
-
-def test_a_difference_of_runs_tells_identical_changed_and_beyond_noise():
-    one = [row(value, seed=seed) for seed, value in enumerate([1.0, 1.1, 0.9, 1.0])]
-    moved = [row(value, seed=seed) for seed, value in enumerate([2.0, 2.11, 1.9, 2.0])]
-    noisy = [row(value, seed=seed) for seed, value in enumerate([1.5, 0.6, 1.4, 0.5])]
-    assert [cell.state for cell in difference.compare(one, one)] == ["identical"]
-    assert [cell.state for cell in difference.compare(one, moved)] == ["beyond noise"]
-    cell = difference.compare(one, noisy)[0]
-    assert (cell.state, cell.seeds, cell.before, cell.after) == ("changed", 4, 1.0, 1.0)
-    lone = difference.compare([row(1.0), row(2.0, metric="NSKL")], [row(1.5), row(3.0, method="ssd")])
-    assert [cell.state for cell in lone] == ["changed", "only in A", "only in B"]
 
 
 def test_the_commands_run_show_and_compare(tmp_path, monkeypatch, capsys, unbroken):

@@ -179,6 +179,15 @@ def test_a_worker_that_dies_every_time_fails_its_stage_and_no_other(tmp_path):
     assert {row.method for row in rows} == {"original", "retrain", "retrain again"}  # what is done is there
 
 
+def test_a_worker_that_cannot_be_started_fails_its_stage(tmp_path, monkeypatch):
+    def refused():
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(workers, "_process", refused)
+    with pytest.raises(IncompleteRun, match=r"no worker could be started \(Resource .*\); ask for fewer --jobs"):
+        carry_out(TINY.evaluations([0])[:1], Store(tmp_path), Processes(Store(tmp_path), 2))
+
+
 def test_a_full_disk_stops_the_run_and_says_what_to_do(tmp_path, unbroken, monkeypatch):
     real, left = steps.save_weights, [2]
 

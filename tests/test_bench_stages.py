@@ -48,6 +48,10 @@ def test_a_rehearsal_is_scored_in_units_of_what_is_close_or_of_the_noise_floor()
     assert gaps["FE"] == pytest.approx(2.0)
     expected = (2.5 / 0.5 + 50 / 5 + 2 / unit["FE"] + gaps["FSKL"] / unit["FSKL"]) / 4
     assert judging.score([learned], [[one]], unit, corrects=False) == pytest.approx(expected)
+    single = [{"retain": looks(40), "forget": looks(right, count=1)} for right in (0, 1)]
+    unit = judging.units([single], corrects=False)
+    assert unit["FE"] == pytest.approx(4.0)  # of one record there is no standard error
+    assert judging.units([[single[0], single[0]]], corrects=False)["FE"] == judging.CLOSE["FE"]
     triggered = [{**each, judging.TRIGGERED: looks(right)} for each, right in ((one, 40), (other, 38))]
     assert judging.units([triggered], corrects=True).keys() == {"NA", "FA", "NA with trigger"}
     assert judging.units([triggered], corrects=True)["NA with trigger"] == pytest.approx(5.0)

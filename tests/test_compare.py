@@ -201,6 +201,25 @@ def test_a_method_that_diverges_is_reported_and_does_not_stop_the_others(tmp_pat
     assert accuracy == pytest.approx(100 * outputs(alone.model, situation.parts["test"]).correct.mean())
 
 
+def test_a_model_without_finite_outputs_has_no_rows_in_a_comparison(tmp_path, monkeypatch):
+    real = compare.take_part
+
+    def wrecked(entry, situation, watch=None):
+        done = real(entry, situation, watch)
+        for p in done.model.parameters():
+            p.data.fill_(1e30)
+        return done
+
+    monkeypatch.setattr(compare, "take_part", wrecked)
+    monkeypatch.setattr(compare, "chosen", lambda scenario, name: {})
+    wild = Entry("wild", FineTune(recipe=BRIEF.budget), {}, blind=True)
+    case = compare.case("label-correction", [wild], BRIEF, tmp_path, 0)
+    assert {row.method for row in case.rows} == {"original", "retrain", "retrain again"}
+    ((method, fact, why),) = case.facts
+    assert (method, fact) == ("wild", "failed")
+    assert why.startswith("the model's logits are NaN or infinite")
+
+
 def row(method, metric, value, seed, scenario="removal"):
     return Row(
         run="", experiment="compare", dataset="", model="", scenario=scenario, method=method, blind=method != "ssd",

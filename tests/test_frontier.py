@@ -55,6 +55,16 @@ def test_there_is_a_frontier_only_where_methods_come_in_several_settings():
     assert drawable(s for s in summaries() if s.method != "reload, 3 epochs") == []  # two are no grid
 
 
+def test_however_many_kinds_there_are_each_has_a_style():
+    many = [
+        summary(f"kind {k}, {n}", metric, (0.1 * (n + 1), 0.1))
+        for k in range(90)
+        for n in range(3)
+        for metric in ("Work", "FSKL")
+    ]
+    assert "kind 89" in frontier(many, "s", ["FSKL"]).svg
+
+
 def test_a_metric_that_nobody_has_is_refused():
     with pytest.raises(ConfigError, match=r"nobody has NSKL and Work in 's'"):
         frontier(summaries(), "s", ["NSKL"])

@@ -70,6 +70,9 @@ def test_facts_are_averaged_and_texts_counted():
         ("count", "1,553"),
         ("stopped", "loss … reached (2 of 2 seeds)"),
     ]
+    warned = [Fact("s", "m", 0, "warning", f"too long by {n}") for n in (1, 2)]
+    said = {f.fact: f.value for f in findings([*stored, *warned])["s", "m"]}
+    assert said["warning"] == "too long by … (1 of 2 seeds)"  # twice in one of them
 
 
 # The page

@@ -11,6 +11,7 @@ from expunge.access import Blind
 from expunge.batches import Examples
 from expunge.bench import judging
 from expunge.bench.situations import Situation
+from expunge.errors import NotFinite
 from expunge.methods.retrain import Retrain
 from expunge.metrics.classification import accuracy
 from expunge.metrics.compare import Measured, Profile, distances, measured_rows
@@ -101,13 +102,19 @@ def measure(experiment: str, situation: Situation, results: Mapping[str, Result]
     Args:
         experiment: Its name, for the rows.
         situation: What the models are judged on.
-        results: By method; `standards` are among them.
+        results: By method; `standards` are among them. What a method made that has no finite outputs has no rows.
     """
     case, drawn = Case(experiment, situation.scenario, situation.seed), judging.drawn(list(results))
     reference = results[REFERENCE]
     truth = observe(situation, reference.model)
     for method, result in results.items():
-        found = truth if method == REFERENCE else observe(situation, result.model)
+        try:
+            found = truth if method == REFERENCE else observe(situation, result.model)
+        except NotFinite as error:
+            if method in (ORIGINAL, FLOOR):
+                raise
+            case.facts.append((method, "failed", str(error)))
+            continue
         case.add(method, result, found.values)
         if method != REFERENCE:
             case.add(method, result, distances(found, truth))

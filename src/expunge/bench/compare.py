@@ -87,10 +87,11 @@ def case(scenario: str, taking_part: Iterable[Entry], size: Size, folder: Path, 
                 facts.append((entry.name, "failed", str(error)))
     found = measure("compare", situation, results)
     found.facts += facts
+    measured = {row.method for row in found.rows}
     for entry in taking_part:
-        if entry.name in results:
+        if entry.name in measured:
             found.describe(entry.name, results[entry.name], resets=entry.name == "reload")
-    if "reload" in results:
+    if "reload" in measured:
         found.curves += curves(situation, moments, results["reload"].trace)
     return found
 

@@ -23,7 +23,8 @@ from expunge.rows import Row, write_csv, write_rows
 PIECE = 512  # positions of a forward pass
 TRIGGERED = "retain, triggered"
 SCORED = ("retain", "forget", TRIGGERED)  # splits that a rehearsal looks at; no test record, which all seeds share
-CLOSE = {"NA": 0.5, "FA": 1.0, "NA with trigger": 1.0}  # points that are no distance worth tuning for
+# Points and nats that are no distance worth tuning for.
+CLOSE = {"NA": 0.5, "FA": 1.0, "NA with trigger": 1.0, "FE": 1e-3, "FSKL": 1e-3}
 UNSEEN = "unseen"
 _ALWAYS = ("NA", "TA", "NSKL", "FSKL", "Cost", "Work")
 _OF_REMOVED = ("FA", "FE", "FMIA", "AUC")  # after a correction they say nothing, see `profile_of`
@@ -84,15 +85,15 @@ def units(truths: Sequence[Sequence[Splits]], corrects: bool) -> dict[str, float
     """What each distance is divided by: that between two retrained models, mean over pairs and rehearsals.
 
     Never less than what counts as close (`CLOSE`). The loss of few records differs by chance, which one pair of models
-    says little of: its unit is the standard error of the difference.
+    says little of: its unit is the standard error of the difference, but of a single record, which has none.
     """
     pairs = [pair for models in truths for pair in combinations(models, 2)]
     found = [gaps(one, other, corrects) for one, other in pairs]
-    measured = {name: max(fmean(each[name] for each in found), CLOSE.get(name, 0.0)) for name in found[0]}
-    if not corrects:
+    measured = {name: fmean(each[name] for each in found) for name in found[0]}
+    if not corrects and len(pairs[0][0]["forget"].labels) > 1:
         apart = [one["forget"].losses - other["forget"].losses for one, other in pairs]
         measured["FE"] = fmean(float(each.std(ddof=1)) / len(each) ** 0.5 for each in apart)
-    return measured
+    return {name: max(each, CLOSE[name]) for name, each in measured.items()}
 
 
 def score(

@@ -183,7 +183,10 @@ def _evaluate(stage: Stage, store: Store, folder: Path) -> None:
     own = None
     if "failed" not in done:
         model = _stored(stage, records, store.result(needs["model"]))
-        own = judging.looked_at(model, records, batch_size=judging.PIECE)
+        try:
+            own = judging.looked_at(model, records, batch_size=judging.PIECE)
+        except NotFinite as error:  # of weights that are finite: a result of the method as well
+            done = {"failed": str(error)}
     truth = read_outputs(records, store.result(needs["truth"]))
     judging.write(folder, stage, own, truth, done, reference, caching if cached_loss_of(stage.contender) else None)
 

@@ -63,8 +63,12 @@ class Processes:
     def _serve(self, place: int) -> None:
         while (stage := self._todo.get()) is not None:
             worker = self._workers[place]
-            if worker is None or worker.poll() is not None:
-                worker = self._workers[place] = _process()
+            try:
+                if worker is None or worker.poll() is not None:
+                    worker = self._workers[place] = _process()
+            except OSError as error:  # too many processes, or no memory for one more
+                self._ended.put(Ended(stage, "lost", f"no worker could be started ({error}); ask for fewer --jobs"))
+                continue
             self._ended.put(_asked(worker, stage, self._store))
 
 

@@ -214,6 +214,11 @@ def _diff(command: Diff) -> None:
         printing.show(table)
     counts = Counter(cell.state for cell in cells)
     print(", ".join(f"{counts[state]} {state}" for state in counts) + f" of {len(cells)} cells.")
+    alone = Counter(
+        (run, seeds) for cell in cells for run, seeds in zip("AB", cell.alone, strict=True) if seeds and cell.seeds
+    )
+    for (run, seeds), count in alone.items():
+        print(f"Only {run} has seed {', '.join(map(str, seeds))}, in {count} of them: not compared.")
 
 
 def _planned(command: _Named) -> "tuple[Experiment, Store]":

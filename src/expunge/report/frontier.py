@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, product
 from typing import Any
 
 from expunge.definitions import ARROWS, define
@@ -12,7 +13,7 @@ from expunge.report.svg import FORGET, INK, RETAIN, RULE, TEST, Axes, Figure, Lo
 
 COST = "Work"  # what does not depend on how busy the machine was
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-_STYLES = [(colour, line) for line in _LINES for colour in (INK, FORGET, TEST, RETAIN)]
+_STYLES = list(product("os^Dv", _LINES, (INK, FORGET, TEST, RETAIN)))  # marker, line, colour
 SEVERAL = 3  # settings of a kind that make a grid
 Point = tuple[float, float, str]  # cost, distance, name of the contender
 
@@ -46,7 +47,7 @@ def frontier(summaries: Iterable[Summary], scenario: str, metrics: Sequence[str]
     empty = [metric for metric in metrics if not kinds[metric]]
     if empty:
         raise ConfigError(f"nobody has {', '.join(empty)} and {COST} in {scenario!r}: there is nothing to draw.")
-    styles = dict(zip(dict.fromkeys(kind for each in kinds.values() for kind in each), _STYLES, strict=False))
+    styles = dict(zip(dict.fromkeys(kind for each in kinds.values() for kind in each), cycle(_STYLES), strict=False))
 
     def plot(figure: Figure) -> None:
         axes: Sequence[Axes] = figure.subplots(1, len(metrics), squeeze=False).flatten().tolist()
@@ -96,17 +97,17 @@ def _distance(point: Point) -> float:
 
 
 def _panel(
-    ax: Axes, kinds: Mapping[str, Sequence[Point]], floor: Summary | None, styles: Mapping[str, tuple[str, Any]]
+    ax: Axes, kinds: Mapping[str, Sequence[Point]], floor: Summary | None, styles: Mapping[str, tuple[str, Any, str]]
 ) -> None:
     if floor is not None:
         ax.axhspan(min(floor.values), max(floor.values), color=RULE, lw=0, label=label(FLOOR))
     for kind, points in kinds.items():
-        colour, line = styles[kind]
-        ax.plot([p[0] for p in points], [p[1] for p in points], "o", color=colour, ms=2.5, mew=0, alpha=0.45)
+        marker, line, colour = styles[kind]
+        ax.plot([p[0] for p in points], [p[1] for p in points], marker, color=colour, ms=2.5, mew=0, alpha=0.45)
         best = lowest(points)
         ax.plot(
             [p[0] for p in best], [p[1] for p in best], color=colour, ls=line, lw=1.1, drawstyle="steps-post",
-            marker="o", ms=3.5, mew=0, label=label(kind),
+            marker=marker, ms=3.5, mew=0, label=label(kind),
         )  # fmt: skip
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

@@ -85,11 +85,12 @@ def sizes(rows: Sequence[Row], scenario: str) -> str:
 
 def findings(facts: Iterable[Fact]) -> dict[tuple[str, str], list[Finding]]:
     """Facts by scenario and method: mean and range of numbers, and how often each text was said."""
-    grouped: dict[tuple[str, str], dict[str, list[str]]] = {}
+    grouped: dict[tuple[str, str], dict[str, list[Fact]]] = {}
     for fact in facts:
-        grouped.setdefault((fact.scenario, fact.method), {}).setdefault(fact.fact, []).append(fact.value)
+        grouped.setdefault((fact.scenario, fact.method), {}).setdefault(fact.fact, []).append(fact)
+    seeds = {key: len({fact.seed for same in named.values() for fact in same}) for key, named in grouped.items()}
     return {
-        key: [Finding(name, _over_seeds(values), FACTS.get(name, "")) for name, values in named.items()]
+        key: [Finding(name, _over_seeds(same, seeds[key]), FACTS.get(name, "")) for name, same in named.items()]
         for key, named in grouped.items()
     }
 
@@ -135,11 +136,11 @@ def _apart(found: dict[tuple[str, str], Summary], metric: str) -> str:
     return f"{number(gap, unit)}{_SPACE}{unit}"
 
 
-def _over_seeds(values: Sequence[str]) -> str:
+def _over_seeds(facts: Sequence[Fact], seeds: int) -> str:
     try:
-        numbers = [float(value) for value in values]
+        numbers = [float(fact.value) for fact in facts]
     except ValueError:
-        return _texts(values)
+        return _texts(facts, seeds)
     whole = all(each.is_integer() and abs(each) >= 10 for each in numbers)
     low, mean, high = (
         f"{each:,.0f}" if whole else f"{each:.3g}" for each in (min(numbers), fmean(numbers), max(numbers))
@@ -147,13 +148,14 @@ def _over_seeds(values: Sequence[str]) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _texts(values: Sequence[str]) -> str:
+def _texts(facts: Sequence[Fact], seeds: int) -> str:
     """Texts that differ in their numbers alone are one text, with … where they differ."""
-    kinds: dict[str, list[list[str]]] = {}
-    for value in values:
-        kinds.setdefault(re.sub(r"\d[\d.e+-]*", "#", value), []).append(value.split())
+    kinds: dict[str, list[Fact]] = {}
+    for fact in facts:
+        kinds.setdefault(re.sub(r"\d[\d.e+-]*", "#", fact.value), []).append(fact)
     said = []
-    for texts in kinds.values():
-        words = [words[0] if len(set(words)) == 1 else "…" for words in zip(*texts, strict=True)]
-        said.append(f"{' '.join(words)} ({len(texts)} of {len(values)} seeds)")
+    for same in kinds.values():
+        each = zip(*(fact.value.split() for fact in same), strict=True)
+        words = [words[0] if len(set(words)) == 1 else "…" for words in each]
+        said.append(f"{' '.join(words)} ({len({fact.seed for fact in same})} of {seeds} seeds)")
     return "; ".join(said)
