@@ -192,6 +192,18 @@ def test_a_search_space_with_settings_that_cannot_be_is_noticed(monkeypatch):
     assert "must be at most 1" in lacking[0].words
 
 
+def test_settings_of_its_space_with_which_a_method_breaks_are_noticed(monkeypatch):
+    def breaks(model, given: Blind, config, *, seed, trace):
+        """Works with the settings it starts from."""
+        if config.share != 0.5:
+            raise KeyError("share")
+        return fine_tuned(model, given, config, seed, trace)
+
+    lacking = [each for each in found_in(monkeypatch, breaks, {"share": Range(0.1, 0.4)}) if not each.kept]
+    assert [each.name for each in lacking] == ["can be searched"]
+    assert re.search(r"drawn from its search space, Rude\(share=0\..*, it raised KeyError: 'share'", lacking[0].words)
+
+
 def test_a_file_that_names_no_source_is_noticed(monkeypatch):
     monkeypatch.setattr("tests.contract.test_manners.__doc__", "Tests.")
     lacking = [each for each in found_in(monkeypatch, behaves) if not each.kept]

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from expunge.access import Sighted
 from expunge.batches import Examples
+from expunge.errors import ConfigError, NotFinite, NotInformative
 from expunge.gradient import gradient
 from expunge.losses import cross_entropy
 from expunge.methods import Method, method_of
@@ -28,7 +29,7 @@ from expunge.training import Recipe, train
 from expunge.unlearn import Unlearned, unlearn
 
 RECORDS, CLASSES, FEATURES = 60, 3, 6
-_SEED, _DRAWS, _MICRO_BATCH, _BATCH = 3, 20, 8, 6
+_SEED, _DRAWS, _RUNS, _MICRO_BATCH, _BATCH = 3, 20, 2, 8, 6
 _MARK = 60.0  # added to the first feature of removed records, far beyond what any other has
 
 
@@ -92,7 +93,7 @@ class _World:
 
 
 def manners(config: object) -> list[Manner]:
-    """Try a method with these settings; some seconds, as it is run eight times.
+    """Try a method with these settings; some seconds, as it is run ten times.
 
     A method that is made for the removal of whole classes gets one.
 
@@ -244,10 +245,17 @@ def _reads_batches(case: _Case) -> str:
 
 
 def _searchable(case: _Case) -> str:
-    """Every draw from its search space is a configuration, which can be written as JSON."""
+    """Every draw from its search space is a configuration, which can be written as JSON and be run."""
     for seed in range(_DRAWS):
-        drawn = random_settings(case.method.space, random.Random(seed))
-        json.dumps(asdict(with_settings(case.config, drawn)))
+        config = with_settings(case.config, random_settings(case.method.space, random.Random(seed)))
+        json.dumps(asdict(config))
+        if seed < _RUNS and case.method.space:
+            try:
+                case.world().unlearned(config)
+            except (ConfigError, NotFinite, NotInformative):  # no mistake: too much for so small a network, or it harms
+                pass
+            except Exception as error:
+                return f"with settings drawn from its search space, {config}, it raised {type(error).__name__}: {error}"
     return ""
 
 

@@ -35,7 +35,7 @@ LEAST = 30  # removed terms from which on few can be computed back, see docs/aud
 DRAWS = 3
 MEMORISED = 0.1  # of what was learned: the share that does not hold for unseen records. At 3 to 5 % ascents did harm,
 # from 38 % on they helped (docs/findings.md): this lies between
-NOT_COMPARED = "there are no records to compare with, or no untrained model."
+NOT_COMPARED = "there are no unseen records to compare with (test() in a setup file), or no untrained model."
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def preflight(
     has = evidence(model, loss_terms, retain, full)
     removed = has.removed
     choice = [_stability(removed, full, reset_fraction)] if reset_fraction else []
-    gap = Check("something to forget", "go", f"Was not looked at: {not_compared}")
+    gap = Check("something to forget", "go with care", f"Was not looked at: {not_compared}")
     if unseen is not None and fresh is not None:
         untrained = Blind(retain=retain, loss_terms=loss_terms, fresh=fresh).fresh_model(0, model)
         untrained = untrained.to(next(model.parameters()).device)
@@ -181,7 +181,7 @@ def _alignment(full: Gradient, retain: Batches, doubts: str, compared: int) -> C
             "that they are those of the cache. (Records were corrected, or nearly every micro-batch lost one; a cache "
             "of smaller ones, --micro-batch, could tell.)"
         )
-        return Check("alignment", "go", words, {"compared": compared})
+        return Check("alignment", "go with care", words, {"compared": compared})
     words = (
         f"Cache and data have positions, and of {compared} micro-batches with as many terms as they had most give the "
         "loss that they gave: untouched records then cancel exactly."
@@ -233,7 +233,7 @@ def _stability(removed: Gradient, full: Gradient, fraction: float) -> Check:
 def _memorised(left: float, unseen: float, untrained: float) -> Check:
     if not all(map(math.isfinite, (left, unseen, untrained))):
         words = f"losses are {left:.3g} on what is left, {unseen:.3g} on test() and {untrained:.3g} untrained."
-        return Check("something to forget", "go", f"Was not looked at: {words}")
+        return Check("something to forget", "go with care", f"Was not looked at: {words}")
     gained = untrained - left
     share = (unseen - left) / gained if gained > MEMORISED * abs(untrained) else 0.0  # or nothing was learned
     numbers = {"loss_on_what_is_left": left, "loss_on_unseen": unseen, "loss_untrained": untrained}
