@@ -6,12 +6,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from expunge.bench import experiments, judging, steps, workers
+from expunge.bench import experiments, judging, stages, steps, tasks, workers
 from expunge.bench.printed import printed
-from expunge.bench.runner import carry_out
-from expunge.bench.stages import Contender, tuning_of
+from expunge.bench.runner import Serial, carry_out
+from expunge.bench.stages import STANDARDS, Contender, tuning_of
 from expunge.bench.store import Store, read_json, write_json
 from expunge.bench.tasks import Scenario
 from expunge.bench.workers import RayCluster
@@ -224,6 +225,37 @@ def test_of_several_tasks_the_leading_metric_is_put_into_one_table(tmp_path, cap
     assert {each.metric.partition(",")[0] for each in together.rows} == {"FE", "ΔFE"}
     assert len(tables(*together)[0].metrics) == 2
     assert len(list(experiments.shown(TINY, read_rows(folder / "rows.csv")))) == 2  # no leading metric, no such table
+
+
+def test_images_of_ones_own_take_part_from_a_file(tmp_path):
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    pixels = (generator.integers(0, 128, (60, 8, 8, 3)) + 100 * labels[:, None, None, None]).astype(np.uint8)
+    parts = {"train_images": pixels[:40], "train_labels": labels[:40], "test_images": pixels[40:]}
+    np.savez(tmp_path / "pets.npz", **parts, test_labels=labels[40:])
+    own = tiny(replace(DIGITS, dataset="pets.npz", train=0), contenders=())
+    with pytest.raises(ConfigError, match=r"pets\.npz is read from files\. Say where .* EXPUNGE_DATA\.$"):
+        tasks.images(own.tasks[0], None)
+    store = Store(tmp_path / "out", tmp_path)
+    planned = replace(own, tasks=(tasks.located(own.tasks[0], tmp_path),))
+    carry_out(planned.evaluations([0]), store, Serial(store))
+    rows = read_rows(experiments.gather(planned, [0], store) / "rows.csv")
+    assert {(row.dataset, row.method) for row in rows} == {("pets.npz", name) for name in STANDARDS}
+    assert next(row.n for row in rows if row.split == "retain") == 36
+
+
+def test_other_seeds_and_an_edited_method_leave_the_rows_of_before_alone(unbroken, monkeypatch):
+    store = Store(unbroken.parent)
+    kept = (unbroken / "rows.csv").read_bytes()
+    fewer = experiments.gather(TINY, [0], store)
+    assert {row.seed for row in read_rows(fewer / "rows.csv")} == {0}
+    stages._key.cache_clear()
+    monkeypatch.setattr(stages, "_source", lambda entry: "edited")
+    edited = experiments.gather(TINY, [0, 1], store)
+    stages._key.cache_clear()
+    assert {row.method for row in read_rows(edited / "rows.csv")} == {*STANDARDS}
+    assert len({unbroken, fewer, edited}) == 3
+    assert kept == (unbroken / "rows.csv").read_bytes()
 
 
 def test_before_anything_is_done_the_table_says_so(tmp_path, capsys):

@@ -132,10 +132,10 @@ def test_a_task_that_cannot_be_is_refused(values, message):
     ("values", "message"),
     [
         ({"name": ""}, "name='': give a contender a name"),
-        ({"entry": "relaod"}, r"no entry relaod\. There are reload"),
+        ({"entry": "relaod"}, r"no entry 'relaod'\. Is it 'reload'\? There are reload"),
         (
             {"settings": (("selectr", "obs"),)},
-            "contender 'x': reload has no setting 'selectr'. It has priming_lr, .*selector",
+            "contender 'x': reload has no setting 'selectr'. Is it 'selector'. It has priming_lr, .*selector",
         ),
         ({"settings": (("selector", "kv"),)}, "reload refuses this: selector='kv': choose from small-kv"),
         (

@@ -147,7 +147,7 @@ def test_who_took_no_part_in_the_rehearsal_has_no_settings():
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"methods=\['relaod'\]: nobody of that name takes part. Choose from reload, "
+        ConfigError, match=r"methods=\['relaod'\]: nobody of that name takes part. Is it 'reload'. Choose from reload, "
     ):
         compare.run(tmp_path, 3, ("reload", "relaod"), BRIEF)
     assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from torch import nn
 from expunge.bench import runs
 from expunge.bench.case import Case, Result, attempt, curves, measure, standards
 from expunge.bench.entries import Entry, chosen, entries, rehearsed
+from expunge.bench.required import nearest
 from expunge.bench.situations import FAULTY, FULL, LEADING, REMOVED, SCENARIOS, Situation, Size, situation_of
 from expunge.errors import ConfigError, NotFinite, NotInformative
 from expunge.report import rich_tables
@@ -162,6 +163,9 @@ def _named(methods: Sequence[str], size: Size) -> list[Entry]:
     known: Mapping[str, Entry] = entries(size.budget)
     unknown = [name for name in methods if name not in known]
     if unknown:
-        raise ConfigError(f"methods={unknown}: nobody of that name takes part. Choose from {', '.join(known)}.")
+        raise ConfigError(
+            f"methods={unknown}: nobody of that name takes part.{nearest(unknown[0], known)} Choose from "
+            f"{', '.join(known)}."
+        )
     wanted = methods or rehearsed()
     return [entry for name, entry in known.items() if name in wanted]

@@ -6,7 +6,6 @@ claims, what it costs and what score is expected.
 
 import csv
 import hashlib
-import json
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -187,10 +186,14 @@ def _failed(path: Path, what: str, error: Exception) -> ConfigError:
     return ConfigError(f"{path}{line}: {what}: {why}")
 
 
-def folder_of(experiment: Experiment, store: Store) -> Path:
-    """The run folder of an experiment: its rows, for reports."""
-    plain = json.dumps(_plain(experiment), sort_keys=True, ensure_ascii=False)
-    return store.root / f"{experiment.name}-{experiment.profile}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+def folder_of(experiment: Experiment, seeds: Iterable[int], store: Store) -> Path:
+    """The run folder of an experiment: its rows, for reports.
+
+    Named by the evaluations that it is of. Other seeds, or a method whose file was edited, have another folder, and the
+    rows of before stay to compare with.
+    """
+    keys = "".join(stage.key for stage in experiment.evaluations(seeds))
+    return store.root / f"{experiment.name}-{experiment.profile}-{hashlib.sha256(keys.encode()).hexdigest()[:8]}"
 
 
 def gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str = "") -> Path:
@@ -205,7 +208,7 @@ def gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: str
     Returns:
         The run folder.
     """
-    folder = folder_of(experiment, store)
+    folder = folder_of(experiment, seeds, store)
     with store.locked(folder.name):
         _gather(experiment, seeds, store, note or note_of(store.data), folder)
     return folder
@@ -255,7 +258,9 @@ def _gather(experiment: Experiment, seeds: Sequence[int], store: Store, note: st
     for name, columns in TABLES.items():
         write_csv(folder / f"{name}.csv", columns, lines[name])
     samples.keep(done, store, folder)
-    write_json(folder / "config.json", {**_plain(experiment), "seeds": list(seeds), "data note": note})
+    whole = asdict(experiment)
+    del whole["printed"], whole["shown"], whole["leading"]  # what is shown of the rows does not change them
+    write_json(folder / "config.json", {**whole, "seeds": list(seeds), "data note": note})
     write_json(folder / "settings.json", settings(experiment, store))
     write_json(folder / "env.json", {**environment(), **made_by(done, store)})
 
@@ -312,9 +317,3 @@ def shown(experiment: Experiment, rows: Sequence[Row]) -> Iterator[Shown]:
         metrics = tuple(dict.fromkeys(row.metric for row in together if row.metric.startswith(leading)))
         if metrics:
             yield Shown(together, ACROSS, metrics)
-
-
-def _plain(experiment: Experiment) -> dict[str, Any]:
-    whole = asdict(experiment)
-    del whole["printed"], whole["shown"], whole["leading"]  # what is shown of the rows does not change them
-    return dict(json.loads(json.dumps(whole)))

@@ -1,5 +1,7 @@
 """What cannot work is refused where it is written down, before anything runs."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from expunge.errors import ConfigError
@@ -39,6 +41,12 @@ def require_settings(settings: Any) -> None:
     require(len(set(names)) == len(names), "settings", settings, "give every setting once")
     for name, value in settings:
         require(_is_plain(value), name, value, "give a number, a text, None, or a tuple of these")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The question for the known name that looks like it, with a space in front; "" if none does."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" Is it {found[0]!r}?" if found else ""
 
 
 def _is_plain(value: object) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from expunge.batches import LossTerms
 from expunge.bench.entries import SHORT, Entry, entries
-from expunge.bench.required import is_whole, require, require_settings
+from expunge.bench.required import is_whole, nearest, require, require_settings
 from expunge.bench.tasks import Scenario, Task
 from expunge.errors import ConfigError
 from expunge.losses import cross_entropy, logit_margin, name_of
@@ -313,8 +313,8 @@ def _entries() -> dict[str, Entry]:
 def _require_entry(entry: str) -> None:
     if entry not in _entries():
         raise ConfigError(
-            f"contenders: no entry {entry}. There are {', '.join(_entries())}. (A method of another package that could "
-            "not be used is left out, with a warning that says why.)"
+            f"contenders: no entry {entry!r}.{nearest(entry, _entries())} There are {', '.join(_entries())}. (A method "
+            "of another package that could not be used is left out, with a warning that says why.)"
         )
 
 
@@ -325,7 +325,8 @@ def _require_fitting(name: str, entry: str, settings: tuple[tuple[str, Any], ...
     for setting, _ in settings:
         if setting not in known:
             raise ConfigError(
-                f"contender {name!r}: {entry} has no setting {setting!r}. It has {', '.join(known) or 'none'}."
+                f"contender {name!r}: {entry} has no setting {setting!r}.{nearest(setting, known)} It has "
+                f"{', '.join(known) or 'none'}."
             )
     try:
         with_settings(start, dict(settings))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from expunge.bench.required import is_whole, require, require_settings
-from expunge.data import READERS, read
+from expunge.data import OWN, READERS, read
 from expunge.data.digits import COUNT
 from expunge.data.images import ImageData
 from expunge.errors import ConfigError, MismatchError
@@ -164,7 +164,7 @@ class Task:
         ConfigError: A value that cannot work.
     """
 
-    dataset: str  # one of `data.READERS`, or digits
+    dataset: str  # one of `data.READERS`, or digits, or a file of one's own in the folder of datasets: pets.npz
     model: str  # one of `models.MODELS`
     settings: tuple[tuple[str, Any], ...] = ()  # of the model, beside the number of classes and channels
     recipe: Recipe  # of the original and of retraining
@@ -178,7 +178,9 @@ class Task:
 
     def __post_init__(self) -> None:
         datasets = ("digits", *READERS)
-        require(self.dataset in datasets, "dataset", self.dataset, f"choose from {', '.join(datasets)}")
+        known = self.dataset in datasets or str(self.dataset).endswith(OWN)
+        cure = f"choose from {', '.join(datasets)}, or name a file that ends in {OWN} in the folder of datasets"
+        require(known, "dataset", self.dataset, cure)
         require(isinstance(self.recipe, Recipe), "recipe", self.recipe, "write Recipe(epochs=…, lr=…)")
         require(self.recipe.epochs >= 1, "recipe.epochs", self.recipe.epochs, "an original must train: 1 or more")
         require(isinstance(self.scenario, Scenario), "scenario", self.scenario, "write Scenario(kind=…)")
@@ -262,7 +264,7 @@ def images(task: Task, folder: Path | None) -> ImageData:
     if folder is None:
         raise ConfigError(
             f"{task.dataset} is read from files. Say where they are with --data DIR or in the environment variable "
-            f"EXPUNGE_DATA, or get them: expunge data get {task.dataset}."
+            "EXPUNGE_DATA" + ("." if task.dataset.endswith(OWN) else f", or get them: expunge data get {task.dataset}.")
         )
     found, fingerprint = _read(task.dataset, folder)
     if task.fingerprint not in ("", fingerprint):
