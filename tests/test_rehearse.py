@@ -297,7 +297,10 @@ def test_what_cannot_be_rehearsed_is_refused(options, message, folder, capsys):
 
 
 def test_a_setup_file_that_lacks_something_is_told_what(folder, capsys):
-    edited("def test():", "def tested():")
+    edited("def test():", "def test():\n    return retain()\n\ndef tested():")
+    assert rehearsed("--trials", "1", "--sets", "2", "--out", "other.json") == 0
+    assert "54 of 54 records of test() are in retain() as well" in capsys.readouterr().err
+    edited("def test():", "def testing():")
     assert rehearsed("--trials", "1") == 2
     assert "the setup file defines no test()" in capsys.readouterr().err
     edited("recipe = ", "recipes = ")

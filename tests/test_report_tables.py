@@ -314,6 +314,7 @@ def test_csv_holds_every_digit(tmp_path):
         verdict = judged.get((s.method, s.metric))
         assert line["verdict"] == (verdict.state if verdict else "")
         assert line["p"] == (str(verdict.p) if verdict else "")
+        assert line["p_beyond"] == (str(verdict.p_beyond) if verdict else "")
     assert (lines["reload", "NSKL"]["paper"], lines["reload", "NSKL"]["source"]) == ("0.15", "paper, Table 1")
     assert lines["original", "NSKL"]["source"] == ""
 

@@ -61,6 +61,12 @@ def test_human_output_names_what_was_written_and_warns_of_the_cache(folder, caps
     assert out.endswith("and destroy it now:\n  c.safetensors\n")
     assert main(["evaluate", "setup.py", "--weights", "w.safetensors"]) == 0
     assert "defines no forget()" in capsys.readouterr().out
+    text = Path("setup.py").read_text(encoding="utf-8")
+    Path("setup.py").write_text(text.replace("def test():", "def tested():"), encoding="utf-8")
+    assert main(["evaluate", "setup.py", "--weights", "w.safetensors"]) == 0
+    out = capsys.readouterr().out
+    assert "defines no forget()" in out
+    assert "defines no test(): nothing was measured on unseen records.\n" in out
 
 
 def test_the_trace_is_where_the_output_says_it_is(folder, capsys):

@@ -104,8 +104,9 @@ def evaluate(
     print(f"Measured on {sizes(rows, evaluation.SCENARIO)}.")
     if "forget" not in splits:
         print(f"{setup} defines no forget(): nothing was measured on the removed records.")
-    elif "test" not in splits:
-        print(f"{setup} defines no test(): no attack was tried, which tells removed records from unseen ones.")
+    if "test" not in splits:
+        attack = "" if "forget" not in splits else ", and no attack was tried, which tells removed records from them"
+        print(f"{setup} defines no test(): nothing was measured on unseen records{attack}.")
     if len(retrained) == 1:
         print("One retrained model is no reference: without a second, nobody knows how far two are apart.")
     if out is not None:

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from expunge.access import Blind
 from expunge.batches import indexed
 from expunge.bench import chosen, inputs, pseudo_sets, rehearsal, tuning
 from expunge.bench.closeness import MAY_LOSE
+from expunge.bench.evaluation import copies_in_splits
 from expunge.bench.pseudo_sets import Like
 from expunge.bench.rehearsal import Problem
 from expunge.cli import printing, rehearsed
@@ -194,6 +196,10 @@ def _stage(loaded: Setup, weights: Path, device: str, asked: _Asked) -> Stage:
     )
     counted = asked.records is None and asked.like != "class"
     removed = cached - left if cached is not None and (counted or asked.like == "removed") else None
+    unseen = loaded.data("test") if loaded.has("test") and not asked.retrain else None
+    if unseen is not None:
+        for doubt in copies_in_splits({"retain": retain, "test": unseen}, corrects=False):
+            warnings.warn(doubt, stacklevel=2)
     problem = Problem(
         model=model,
         given=Blind(
@@ -203,7 +209,7 @@ def _stage(loaded: Setup, weights: Path, device: str, asked: _Asked) -> Stage:
             full=left,
             cached_loss=loaded.cached_terms,
         ),
-        unseen=loaded.data("test") if loaded.has("test") and not asked.retrain else None,
+        unseen=unseen,
         logits=loaded.logits,
     )
     seen = answers(model, {"retain": retain}, loaded.logits)["retain"]

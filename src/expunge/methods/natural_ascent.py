@@ -116,6 +116,12 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
     if removed.count:
         share = trace.facts["information_share"]
         _warn_of_records_without_gradient(share / (removed.count / trace.facts["cached_count"]), given, trace)
+        if share > WIDEST:
+            trace.warn(
+                f"{trace.method}: what was removed has {share:.2g} of the information. The step is that of {WIDEST:g}, "
+                "since longer ones wrecked what is left. Whether it forgets, and does no harm, a rehearsal tells "
+                "(expunge rehearse); or retrain, since so much is to be forgotten."
+            )
         sevenths = 7 * min(share, WIDEST)
     return in_turns(model, direction, given, config, sevenths, seed=seed, trace=trace)
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import rich.text
 
 COLUMNS = (
-    "scenario", "method", "blind", "metric", "unit", "n", "over", "mean", "sd", "low", "high", "margin", "p", "verdict",
-    "paper", "source",
+    "scenario", "method", "blind", "metric", "unit", "n", "over", "mean", "sd", "low", "high", "margin", "p",
+    "p_beyond", "verdict", "paper", "source",
 )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def lines(rows: Iterable[Row]) -> Iterator[tuple[object, ...]]:
         for s in mine:
             low, high = s.interval or ("", "")
             verdict, paper = judged.get((s.method, s.metric)), papers.get((s.method, s.metric))
-            said = (verdict.margin, verdict.p, verdict.state) if verdict else ("", "", "")
+            said = (verdict.margin, verdict.p, verdict.p_beyond, verdict.state) if verdict else ("", "", "", "")
             source = (paper.value, paper.source) if paper else ("", "")
             sd = "" if s.sd is None else s.sd
             yield (scenario, s.method, s.blind, s.metric, s.unit, s.n, s.over, s.mean, sd, low, high, *said, *source)

@@ -20,7 +20,8 @@ class Verdict:
 
     state: Literal["within", "beyond", "open"]
     margin: float  # δ, in the unit of the distance
-    p: float  # of "it is δ or further from retraining", after Holm's correction
+    p: float  # of "it is δ or further from retraining", after Holm's correction: small where it is within
+    p_beyond: float  # of "it is δ or nearer", the same
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def verdicts(summaries: Iterable[Summary]) -> dict[tuple[str, str], Verdict]:
     near = holm([near for _, near, _ in tested.values()])
     far = holm([far for *_, far in tested.values()])
     return {
-        key: Verdict("within" if p <= LEVEL else "beyond" if q <= LEVEL else "open", margin, p)
+        key: Verdict("within" if p <= LEVEL else "beyond" if q <= LEVEL else "open", margin, p, q)
         for (key, (margin, *_)), p, q in zip(tested.items(), near, far, strict=True)
     }
 
