@@ -35,6 +35,11 @@ class Setup:
     path: Path
     module: ModuleType
 
+    def imported(self) -> list[Path]:
+        """The Python files below its folder that have been imported so far, without what is installed there."""
+        own = self.path.resolve()
+        return sorted(file for file in {*_below(own.parent).values()} - {own} if file.is_file())
+
     def model(self, seed: int) -> nn.Module:
         """An untrained model; the global generators, which it may draw from, are the caller's to seed."""
         model = self._call("model", seed)
@@ -144,13 +149,26 @@ def _let_import_from(folder: Path) -> None:
     if _beside and _beside[0] != folder:
         old = _beside.pop()
         sys.path[:] = [each for each in sys.path if each != str(old)]
-        for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
-            if file and Path(file).parent == old and not name.startswith((SETUP, "expunge")):
+        for name in _below(old):
+            if not name.startswith(SETUP):
                 del sys.modules[name]
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
         _beside[:] = [folder]
+
+
+def _below(folder: Path) -> dict[str, Path]:
+    """The files of modules that were imported from a folder or one in it, by name; neither ours nor installed there."""
+    named = ((name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items()))
+    files = {name: Path(file).resolve() for name, file in named if file and Path(file).is_absolute()}
+    return {
+        name: file
+        for name, file in files.items()
+        if file.is_relative_to(folder)
+        and file.suffix == ".py"
+        and not file.is_relative_to(Path(__file__).parent)
+        and not {"site-packages", "dist-packages"} & {*file.parts}
+    }
 
 
 def run_python(path: Path, name: str, what: str, failed: Callable[[Exception], ConfigError]) -> ModuleType:

@@ -12,7 +12,7 @@ from expunge import Examples
 from expunge.bench.inputs import salt_of
 from expunge.cli import evaluation, main
 from expunge.errors import ConfigError
-from expunge.provenance import record_hashes
+from expunge.provenance import file_hash, record_hashes
 from expunge.report.stored import read_run
 from expunge.rows import read_rows
 from tests.cli import RELOAD, SETUP
@@ -198,6 +198,27 @@ def test_the_same_model_does_not_count_twice(folder, capsys):
     assert "r1.safetensors and r1.safetensors are the same weights" in capsys.readouterr().err
     assert evaluate(retrained=("r0.safetensors", "w.safetensors")) == 2
     assert "w.safetensors and w.safetensors are the same weights" in capsys.readouterr().err
+
+
+def test_what_the_setup_file_imports_from_beside_it_is_a_part_of_evidence(folder, capsys):
+    text = Path("setup.py").read_text(encoding="utf-8")
+    (folder / "company").mkdir()
+    (folder / "company" / "losses.py").write_text("from expunge import cross_entropy as ours\n", encoding="utf-8")
+    Path("setup.py").write_text(f"from company.losses import ours\n{text}", encoding="utf-8")
+    unlearned = ["--weights", "w.safetensors", "--out", "u.safetensors", "--replace", "fine-tune"]
+    assert main(["unlearn", "setup.py", *unlearned]) == 0
+    noted = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))["provenance"]["files"]
+    assert noted["imported company/losses.py"] == file_hash(folder / "company" / "losses.py")
+    assert evaluate("--out", "again") == 0
+    assert main(["evidence", "again"]) == 0
+    evidence = json.loads(Path("again/evidence.json").read_text(encoding="utf-8"))
+    files = {entry["path"]: entry["role"] for entry in evidence["files"]}
+    assert files["../company/losses.py"] == "imported by the setup file"
+    assert main(["evidence", "again", "--verify"]) == 0
+    (folder / "company" / "losses.py").write_text("ours = None\n", encoding="utf-8")
+    capsys.readouterr()
+    assert main(["evidence", "again", "--verify"]) == 3
+    assert "../company/losses.py: SHA-256 is" in capsys.readouterr().err
 
 
 def test_models_of_another_deletion_are_refused(folder, capsys):

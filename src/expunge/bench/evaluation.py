@@ -35,6 +35,7 @@ class Evaluation:
     """What was measured, and on what."""
 
     setup: Path
+    imported: tuple[Path, ...]  # of the setup file: `Setup.imported`
     hashes: Mapping[Path, str]  # of every file read, from before it was: `inputs.hashes_of`
     data: Mapping[str, Batches]  # the very objects that were measured, by split
     weights: Path  # the model in question
@@ -203,7 +204,9 @@ def write_run(folder: Path, found: Evaluation) -> None:
     """
     require_new(folder)
     inputs.require_unchanged(found.hashes)
-    roles = [("setup file", found.setup), ("weights before", found.original), ("weights after", found.weights)]
+    roles: list[tuple[str, Path | None]] = [("setup file", found.setup)]
+    roles += [("imported by the setup file", path) for path in found.imported]
+    roles += [("weights before", found.original), ("weights after", found.weights)]
     roles += [("retrained weights", path) for path in found.retrained]
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

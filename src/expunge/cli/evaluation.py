@@ -79,8 +79,11 @@ def evaluate(
         model = architecture if path == weights else trained_model(loaded, path, device)
         return profile(answers(model, data, loaded.logits), full=True)
 
+    imported = tuple(loaded.imported())
+    hashes |= inputs.hashes_of(imported)
     found = evaluation.Evaluation(
         setup=setup,
+        imported=imported,
         hashes=hashes,
         data=data,
         weights=weights,

@@ -203,6 +203,9 @@ def unlearn(
         "cached_loss": loaded.cached_terms,
     }
     given = Blind(**shared) if row.blind else _sighted(loaded, row, shared)
+    imported = {f"imported {file.relative_to(setup.resolve().parent).as_posix()}": file for file in loaded.imported()}
+    read |= imported
+    hashes |= inputs.hashes_of(imported.values())
     inputs.require_unchanged(hashes)  # now that all is read; what happens to the files later is of no effect
     taken = 0
 
