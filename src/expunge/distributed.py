@@ -232,6 +232,13 @@ def summed(own: Sequence[float]) -> list[float]:
     return [math.fsum(column) for column in zip(*_gathered(list(map(float, own))), strict=True)]
 
 
+def added(own: Tensor) -> Tensor:
+    """A tensor of all processes added up, entry by entry; it is changed."""
+    if world() > 1:
+        dist.all_reduce(own)
+    return own
+
+
 def joined(own: Tensor) -> Tensor:
     """One-dimensional tensors of all processes, one behind the other; their lengths may differ."""
     if world() == 1:

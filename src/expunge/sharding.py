@@ -120,6 +120,17 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def pieced(piece: Tensor, like: Tensor) -> Tensor:
+    """What is here of a tensor that is placed as another one; of one that is whole all of it, in its shape."""
+    if not is_piece(like):
+        return piece.view_as(like)
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    own = piece.view_as(like.to_local())
+    return DTensor.from_local(own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
 def first_entry(tensor: Tensor) -> int:
     """Where the own piece of a sharded tensor begins in it, row-major; 0 for a tensor that is whole."""
     if not is_piece(tensor):

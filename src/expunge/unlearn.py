@@ -17,7 +17,7 @@ from expunge.methods.guard import note_what_was_lost
 from expunge.trace import Trace, Watch
 from expunge.training import Recipe, require_trainable
 
-SHARDED = ("reload", "orthogonal-ascent", "fine-tune", "retrain")  # methods for models that FSDP2 has sharded
+SHARDED = ("reload", "orthogonal-ascent", "class-orthogonal-ascent", "fine-tune", "retrain")  # models by FSDP2
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from expunge import params
+from expunge import distributed, params, sharding
 from expunge.access import Blind
 from expunge.batches import Batches, micro_batches, to_device
 from expunge.checkpointing import recomputing, repeated_modules
@@ -126,23 +126,40 @@ def class_gradients(
     model: nn.Module, theta: dict[str, nn.Parameter], given: Blind, trace: Trace
 ) -> tuple[dict[str, Float[Tensor, "classes entries"]], int]:
     """The summed gradient of each class of what is left, float32 or better, and of how many terms all together."""
-    device, count = next(iter(theta.values())).device, 0
+    device, count = next(iter(theta.values())).device, 0.0
+    in_pieces = any(map(sharding.is_piece, theta.values()))
     sums: dict[int, list[Tensor]] = {}
     again = recomputing(repeated_modules(model, given.cached().recomputed).values())
     with keeping_random_state(), exact_kernels(device), only_gradients_of(model, theta), again:
         for label, batch in _by_class(given.retain, device):
-            terms = checked_terms(given.cached_terms(model, batch))
+            rows = distributed.mine(len(batch[1]))
+            part = 1 / distributed.world() if rows == slice(0, len(batch[1])) else 1.0  # if all go through all of it
+            terms = checked_terms(given.cached_terms(model, (batch[0][rows], batch[1][rows])))
             if not terms.isfinite().all():
                 raise NotFinite(f"the loss of a record of class {label} is NaN or infinite. Look at what is left.")
-            found = torch.autograd.grad(terms.sum(), list(theta.values()), materialize_grads=True)
+            found = _gradient(part * terms.sum(), theta, in_pieces)
             if label not in sums:
                 sums[label] = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in found]
-            for mine, part in zip(sums[label], found, strict=True):
-                mine.add_(part)
-            count += terms.numel()
-    trace.backwarded += count
-    rows = [sums.pop(label) for label in sorted(sums)]
-    return {name: torch.stack([row.pop().flatten() for row in rows]) for name in reversed(theta)}, count
+            for mine, more in zip(sums[label], found, strict=True):
+                mine.add_(more)
+            count += part * terms.numel()
+    everyones = round(distributed.summed([count])[0])
+    trace.backwarded += everyones
+    of_class = [sums.pop(label) for label in sorted(sums)]
+    stacked = {name: torch.stack([each.pop().flatten() for each in of_class]) for name in reversed(theta)}
+    return stacked if in_pieces else {name: distributed.added(each) for name, each in stacked.items()}, everyones
+
+
+def _gradient(loss: Tensor, theta: dict[str, nn.Parameter], in_pieces: bool) -> list[Tensor]:
+    """The gradient of the own part of a loss; for a model in pieces that of all parts, and its pieces that are here."""
+    if not in_pieces:
+        return list(torch.autograd.grad(loss, list(theta.values()), materialize_grads=True))
+    (distributed.world() * loss).backward()  # FSDP2 leaves the mean over processes
+    found = []
+    for p in theta.values():
+        found.append(torch.zeros_like(sharding.here(p.detach())) if p.grad is None else sharding.here(p.grad))
+        p.grad = None
+    return found
 
 
 @torch.no_grad()
@@ -152,7 +169,8 @@ def outside(total: Params, spans: dict[str, Float[Tensor, "classes entries"]]) -
     The weights of the rows are those of least squares, from the products of the rows with each other. Done twice, since
     the first time leaves what rounding those products cost.
     """
-    left = {name: each.flatten().to(torch.float64, copy=True) for name, each in total.items()}
+    left = {name: sharding.here(each).flatten().to(torch.float64, copy=True) for name, each in total.items()}
+    in_pieces = any(map(sharding.is_piece, total.values()))
     columns = max(PIECE // len(next(iter(spans.values()))), 1)
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
@@ -161,7 +179,8 @@ def outside(total: Params, spans: dict[str, Float[Tensor, "classes entries"]]) -
                 yield own, wide.to(own)
 
     def summed(parts: Iterator[Tensor]) -> Tensor:
-        return reduce(torch.add, parts)
+        own = reduce(torch.add, parts)
+        return distributed.added(own) if in_pieces else own
 
     products = summed(wide @ wide.T for _, wide in pieces())
     if not products.isfinite().all():
@@ -172,7 +191,7 @@ def outside(total: Params, spans: dict[str, Float[Tensor, "classes entries"]]) -
         shares = scale * (inverse @ (scale * summed(wide @ own for own, wide in pieces())))
         for own, wide in pieces():
             own.sub_(shares @ wide)
-    return {name: each.view_as(total[name]) for name, each in left.items()}
+    return {name: sharding.pieced(each, total[name]) for name, each in left.items()}
 
 
 def _by_class(data: Batches, device: torch.device) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
