@@ -96,6 +96,20 @@ def test_the_rows_of_a_two_class_head_always_agree_and_are_no_record():
     assert attacked(without_bias, has, forget)[1].verdict == "not shown"
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_the_mixture_that_few_outputs_leave_behind_a_linear_layer_is_no_record(outputs):
+    with seeded(0, "test"):
+        model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Linear(8, outputs)).double()
+    inputs, targets = classification(40).tensors
+    data = Examples(inputs, targets % 2 if outputs == 2 else inputs[:, :1])
+    has, forget = seen(model, data, torch.arange(6), cross_entropy if outputs == 2 else squared_error)
+    for attack in (with_bias, without_bias):  # without the truth
+        assert attacked(attack, has, forget)[1].verdict == "not shown"
+    assert "may be a mixture of several records" in attacked(without_bias, has, forget)[1].words
+    one, truth = seen(model, data, torch.tensor([3]), has.loss_terms)
+    assert all(found.verdict == "recoverable" for a in (with_bias, without_bias) for found in attacked(a, one, truth))
+
+
 def test_what_a_kept_twin_shows_anyway_is_no_news():
     inputs, targets = classification(40).tensors
     inputs[8] = inputs[7]
@@ -120,6 +134,51 @@ def test_the_label_of_one_record_is_the_one_with_the_other_sign(bias):
         assert found.verdict == "partly recoverable"
         assert labels(has, head, Truth()).numbers["label"] == found.numbers["label"]
         assert labels(with_noise(has, 0.9), head_of(with_noise(has, 0.9)), Truth()).verdict == "not shown"
+
+
+def test_of_two_classes_without_a_bias_either_label_may_be_the_one():
+    with seeded(0, "test"):
+        model = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, 2, bias=False)).double()
+    inputs, targets = classification(40).tensors
+    has, forget = seen(model, Examples(inputs, targets % 2), torch.tensor([3]))
+    assert [labels(has, head_of(has), each).verdict for each in (Truth(), Truth(forget=forget))] == ["not shown"] * 2
+
+
+class Packed(nn.Module):
+    """Tokens without the padding, all records in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Linear(FEATURES, 30), nn.Linear(30, CLASSES)
+
+    def forward(self, inputs):
+        real = inputs[..., 0] > 0
+        hidden = self.words(inputs[real]).relu()
+        return self.head(hidden.new_zeros(len(inputs), 30).index_add(0, real.nonzero()[:, 0], hidden))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, inputs):
+        return self.head(self.inner(self.inner(inputs).relu()).relu())
+
+
+@pytest.mark.parametrize("kind", [Packed, Twice])
+def test_rows_that_nobody_knows_the_records_of_are_not_told_apart(kind):
+    generator = torch.Generator().manual_seed(0)
+    shape = (40, 3, FEATURES) if kind is Packed else (40, FEATURES)
+    inputs, others = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    with seeded(0, "test"):
+        model = kind().double()
+    has, forget = seen(model, Examples(inputs, torch.arange(40) % CLASSES), torch.tensor([5, 7]))
+    audit = audit_cache(has, Truth(forget=forget, unseen=Examples(others, torch.arange(40) % CLASSES)))
+    (found,) = [f for f in audit.findings if (f.attack, f.place) == ("span", "words" if kind is Packed else "inner")]
+    assert found.verdict == "not shown"
+    assert "has rank" in found.words or "nobody knows which are whose" in found.words
+    assert layer_inputs(model, cross_entropy, forget)[found.place].per_example == 0
 
 
 def head_of(has):

@@ -60,6 +60,28 @@ def test_an_image_is_believed_without_the_truth_only_if_its_own_gradient_is_the_
     assert wrong.verdict == "not shown"
 
 
+class Patches(nn.Module):
+    """A network whose first linear layer runs on patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.mix, self.head = nn.Conv2d(1, 8, 4, 4), nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, images):
+        return self.head(self.mix(self.patch(images).flatten(2).mT).relu().mean(1))
+
+
+def test_a_network_of_patches_is_audited_without_an_inversion():
+    generator = torch.Generator().manual_seed(0)
+    data = Examples(torch.rand(40, 1, 8, 8, generator=generator, dtype=torch.float64), torch.arange(40) % 3)
+    with seeded(0, "test"):
+        model = Patches().double()
+    has, forget = seen(model, data, torch.tensor([5]))
+    attacks = {finding.attack for finding in audit_cache(has, Truth(forget=forget)).findings}
+    assert "ratio with bias" in attacks
+    assert "features, then inversion" not in attacks
+
+
 def test_an_inversion_looks_at_kept_images_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr("expunge.audit.inversion.STEPS", (2, 2))
     with seeded(0, "test"):

@@ -170,6 +170,13 @@ def test_a_difference_that_is_rounding_is_a_do_not():
     assert checks(result)["error of the difference"].advice == "do not"
 
 
+def test_nothing_to_go_by_is_a_do_not_whatever_is_to_be_reset():
+    model, data, full = fitted()
+    noisy = replace(full, noise={name: torch.full_like(floor, 1e6) for name, floor in full.noise.items()})
+    result = preflight(model, cross_entropy, data.without(torch.tensor([3])), noisy, reset_fraction=0)
+    assert checks(result)["informative share"].advice == "do not"
+
+
 def test_half_precision_of_the_model_is_named_as_the_cause():
     model, data, _ = fitted()
     half = Examples(data.tensors[0].bfloat16(), data.tensors[1])

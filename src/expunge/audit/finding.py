@@ -105,12 +105,12 @@ def worst(findings: list[Finding]) -> Verdict:
     return min((finding.verdict for finding in findings), key=VERDICTS.index, default="not shown")
 
 
-def judged(error: float, *, record: float = 0.1, part: float = 1 / 3) -> Verdict:
+def judged(error: float) -> Verdict:
     """The verdict on a reconstruction by its error, as a share of how much records differ from each other.
 
     A tenth is about 30 dB for images in [0, 1], a third about 20 dB: hardly to be told apart, and recognisable.
     """
-    return "recoverable" if error <= record else "partly recoverable" if error <= part else "not shown"
+    return "recoverable" if error <= 0.1 else "partly recoverable" if error <= 1 / 3 else "not shown"
 
 
 def floor_of(removed: Gradient, name: str) -> Tensor:

@@ -8,9 +8,7 @@ pass. Source of the first step: Geiping et al. 2020, "Inverting Gradients", on f
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +19,7 @@ from expunge.audit.finding import Evidence, Finding, Truth, judged, peak_ratio
 from expunge.audit.layers import Layer, first_tensor
 from expunge.audit.ratio import NO_NEWS, news_of, quotients
 from expunge.batches import Batches, micro_batches
+from expunge.methods.classifier import embeddings
 
 STARTS, STEPS = 3, (60, 300)  # kept images to start from; L-BFGS steps for the features, then for the gradient
 AT_ONCE = 128  # kept images in memory
@@ -39,13 +38,13 @@ def invert(evidence: Evidence, layer: Layer, label: int, spread: float, truth: T
     """
     attack, place = "features, then inversion", f"the model's input, from {layer.name}"
     rows = quotients(layer, spread)
-    if not len(rows.values):
+    if not len(rows):
         words = "The features cannot be read off: no output unit stands far enough above rounding."
         return Finding(attack=attack, place=place, verdict="not shown", words=words)
     model = copy.deepcopy(params.plain(evidence.model)).cpu().double().eval().requires_grad_(True)
     module = dict(model.named_modules())[layer.name]
     features = _features(model, module)
-    target = rows.values[0]
+    target = rows[0]
     kept = _kept(evidence.retain, lambda images: (features(images) - target).square().sum(1))
     low, high = kept.low, kept.high
     match = _mismatch(evidence, model, label)
@@ -163,24 +162,11 @@ def _mismatch(evidence: Evidence, model: nn.Module, label: int) -> Callable[[Ten
 
 def _features(model: nn.Module, module: nn.Module) -> Callable[[Tensor], Tensor]:
     def features(images: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        with _inputs_of(module, seen):
+        with embeddings(module) as seen:
             model(images)
         return seen[0]
 
     return features
-
-
-@contextmanager
-def _inputs_of(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen.append(arguments[0])
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _tidy(image: Float[Tensor, "1 ..."], low: float, high: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Labels of removed records from the gradient of the head.
 
 With cross-entropy the head's bias gradient is Σ (p - y) over the removed records: for one record only the entry of its
-label is negative, and without a bias only the row of its label points the other way. For more records the attacker
+label is negative, and without a bias only the row of its label points the other way, which in two classes either may
+be. For more records the attacker
 computes from kept records what one of each class contributes, and solves for how many of each there were.
 Source: Zhao et al. 2020, "iDLG"; the counts are in the spirit of Wainakh et al. 2021, "LLG".
 """
@@ -57,6 +58,8 @@ def _one(head: Layer, known: int | None) -> Finding:
         signs = torch.where(common.abs() > 1e-6, common.sign(), 0)
         if int((signs < 0).sum()) != 1:
             signs = -signs
+        if len(signs) < 3:  # p - y is (a, -a): either sign is as good
+            signs = signs.abs()
     negative = (signs < 0).nonzero().flatten()
     if len(negative) != 1:
         words = "No single class stands out by its sign in the head's gradient."

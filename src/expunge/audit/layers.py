@@ -41,7 +41,7 @@ class Inputs:
     """What goes into a layer on some data."""
 
     values: Float[Tensor, "rows features"]  # float64; a row an example, or a token
-    per_example: int  # rows an example
+    per_example: int  # rows an example; 0 where nobody knows which rows are whose
     is_model_input: bool  # whether it is the data itself, flattened
     shape: tuple[int, ...]  # of an example, if it is
 
@@ -107,7 +107,7 @@ def layer_inputs(
         model: Left as it was found.
         loss_terms: What runs the model on a batch.
         data: The records.
-        limit: Only the first so many of them; None for all.
+        limit: Ends behind the batch in which so many are reached; None for all.
         all_modules: Also embeddings, whose inputs are token numbers.
 
     Returns:
@@ -138,7 +138,8 @@ def layer_inputs(
         values = torch.cat([part.reshape(-1, part.shape[-1]) if part.ndim > 1 else part[:, None] for part in parts])
         values = values.double().cpu()
         same = values.shape == whole.shape and torch.equal(values, whole)
-        result[name] = Inputs(values, len(values) // max(count, 1), same, tuple(originals[0].shape[1:]))
+        known = len(parts) == len(originals) and len(values) % max(count, 1) == 0  # it ran once, and nothing is packed
+        result[name] = Inputs(values, len(values) // count if known else 0, same, tuple(originals[0].shape[1:]))
     return result
 
 

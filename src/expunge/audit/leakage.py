@@ -150,4 +150,5 @@ def _is_image(evidence: Evidence, first: Layer, kept: dict[str, Inputs]) -> bool
     batch = next(iter(micro_batches(evidence.retain, 2)[1]))[1]
     inputs = first_tensor(batch)
     usual = evidence.logits is images_and_labels and inputs.is_floating_point() and inputs.ndim >= 3
-    return usual and first.bias is not None and not kept[first.name].is_model_input
+    own = kept[first.name]
+    return usual and first.bias is not None and own.per_example == 1 and not own.is_model_input

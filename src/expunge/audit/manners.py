@@ -200,7 +200,7 @@ def _spares_statistics(case: _Case) -> str:
         return ""
     return (
         f"{leaks} batches with removed records went through BatchNorm in train mode, and its statistics keep something "
-        "of them. Run these inside expunge.methods.together.frozen_statistics(model), or train with "
+        "of them. Run these inside expunge.training.frozen_statistics(model), or train with "
         "train_on_pairs, which does."
     )
 

@@ -139,7 +139,7 @@ def overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return both / either if either else 1.0
 
 
-def stability(removed: Gradient, full: Gradient, fraction: float, *, seed: int = 0) -> float:
+def stability(removed: Gradient, full: Gradient, fraction: float) -> float:
     """How much of the reset set stays when the difference is moved within its rounding floor.
 
     The floor covers 99 % of errors, hence a normal error with a standard deviation of a third of it; mean over draws.
@@ -151,7 +151,7 @@ def stability(removed: Gradient, full: Gradient, fraction: float, *, seed: int =
             name: total
             + removed.noise[name].double()
             / 3
-            * torch.randn(total.shape, generator=stream(seed, "preflight", draw, name), dtype=torch.float64).to(total)
+            * torch.randn(total.shape, generator=stream(0, "preflight", draw, name), dtype=torch.float64).to(total)
             for name, total in removed.total.items()
         }
         again = Gradient(moved, removed.count, removed.loss, removed.noise, removed.roundoff, removed.origin)
@@ -206,8 +206,8 @@ def _error(removed: Gradient) -> Check:
 
 def _seen(removed: Gradient, fraction: float) -> Check:
     marks = removed.informative()
-    share = sum(int(mask.sum()) for mask in marks.values()) / params.size(marks)
-    advice: Advice = "go" if share >= fraction else "go with care" if share > 0 else "do not"
+    share = params.count(marks) / params.size(marks)
+    advice: Advice = "do not" if share == 0 else "go" if share >= fraction else "go with care"
     words = f"{share:.1%} of all entries show what was removed"
     words += {
         "go": ".",

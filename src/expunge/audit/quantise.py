@@ -40,6 +40,6 @@ def quantised(model: nn.Module, bits: int, *, per_channel: bool) -> nn.Module:
     model = copy.deepcopy(params.plain(model))
     with torch.no_grad():
         for p in model.parameters():
-            if p.ndim >= 2 and p.is_floating_point():
+            if p.ndim >= 2 and p.is_floating_point() and p.numel():
                 p.copy_(rounded(p, bits, per_channel=per_channel))
     return model

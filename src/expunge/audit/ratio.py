@@ -6,10 +6,8 @@ proportional to x. With several records a row is a mixture, unless a unit was ac
 happens with ReLU. Source: Phong et al. 2018, "Privacy-Preserving Deep Learning via Additively Homomorphic Encryption".
 """
 
-from dataclasses import dataclass
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from expunge.audit.finding import Finding, judged, peak_ratio
@@ -20,16 +18,8 @@ AGREE = 0.1  # of the spread: two rows that differ by less show the same record
 NO_NEWS = "what is left holds records as near, as after a correction of labels alone, so that nothing new is shown."
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The quotients dW_i / db_i of units well above the rounding floor, most accurate first."""
-
-    values: Float[Tensor, "rows inputs"]
-    units: Int[Tensor, " rows"]  # which output units
-
-
-def quotients(layer: Layer, spread: float) -> Rows:
-    """Divide, and keep what rounding leaves accurate to a tenth of how much records differ."""
+def quotients(layer: Layer, spread: float) -> Float[Tensor, "rows inputs"]:
+    """dW_i / db_i of the units that rounding leaves accurate to a tenth of how much records differ, best first."""
     assert layer.bias is not None
     assert layer.bias_floor is not None
     values = layer.weight / layer.bias[:, None]
@@ -38,7 +28,7 @@ def quotients(layer: Layer, spread: float) -> Rows:
     error = torch.where(size > layer.bias_floor, error / size, torch.inf)
     units = error.argsort()
     units = units[error[units] < AGREE * spread][:ROWS]
-    return Rows(values[units], units)
+    return values[units]
 
 
 def with_bias(layer: Layer, retain: Inputs, removed: Inputs | None, records: int) -> Finding:
@@ -55,34 +45,36 @@ def with_bias(layer: Layer, retain: Inputs, removed: Inputs | None, records: int
     rows = quotients(layer, retain.spread)
     place = layer.name + (" (the model's input)" if retain.is_model_input else "")
     attack = "ratio with bias"
-    numbers: dict[str, object] = {"units above the floor": len(rows.values), "units": len(layer.weight)}
-    if not len(rows.values):
+    numbers: dict[str, object] = {"units above the floor": len(rows), "units": len(layer.weight)}
+    if not len(rows):
         words = "No output unit's gradient stands far enough above rounding to divide by."
         return Finding(attack=attack, place=place, verdict="not shown", words=words, numbers=numbers)
-    distances = torch.cdist(rows.values, rows.values) / rows.values.shape[1] ** 0.5
+    distances = torch.cdist(rows, rows) / rows.shape[1] ** 0.5
     agreeing = (distances < AGREE * retain.spread).sum(1)
     most = int(agreeing.argmax())
     numbers |= {"units that agree": int(agreeing[most])}
     shape = retain.shape if retain.is_model_input else None
     if removed is None:
-        sure = int(agreeing[most]) >= 2 and layer.free_rows >= 2
+        # Behind a layer of few outputs all rows carry one mixture of several records.
+        one = records == 1 or float(torch.linalg.svdvals(layer.weight)[1:2].sum()) > noise_size(layer)
+        sure = int(agreeing[most]) >= 2 and layer.free_rows >= 2 and one
         words = (
-            f"{int(agreeing[most])} of {len(rows.values)} usable units give the same input to within rounding: that "
+            f"{int(agreeing[most])} of {len(rows)} usable units give the same input to within rounding: that "
             "of one removed record."
             if sure
-            else "No two units agree on an input. One of them may still show a record; only someone who knows the "
-            "records can tell."
+            else "No two units agree on an input that must be that of one record. One of them may still show a record; "
+            "only someone who knows the records can tell."
         )
-        shown = rows.values[most : most + 1] if sure else None
+        shown = rows[most : most + 1] if sure else None
         verdict = judged(0.0 if sure else 1.0)
         return Finding(
             attack=attack, place=place, verdict=verdict, words=words, numbers=numbers, recovered=shown, shape=shape
         )
     truth = removed.values
-    errors = torch.cdist(truth, rows.values) / truth.shape[1] ** 0.5 / retain.spread
+    errors = torch.cdist(truth, rows) / truth.shape[1] ** 0.5 / retain.spread
     closest, best = errors.min(1)
     lowest = news(closest, truth, retain)
-    recovered = rows.values[best]
+    recovered = rows[best]
     psnr = peak_ratio(recovered, truth, retain.span)
     exact, known = int((lowest <= AGREE).sum()), int(((closest <= AGREE) & lowest.isinf()).sum())
     numbers |= {
@@ -139,10 +131,12 @@ def without_bias(layer: Layer, retain: Inputs, removed: Inputs | None, records: 
     beside = float(sizes[1] / sizes[0]) * length / retain.values.shape[1] ** 0.5 / retain.spread
     shape = retain.shape if retain.is_model_input else None
     if removed is None:
-        alone = beside <= AGREE
+        alone = beside <= AGREE and records == 1
         words = (
             "All rows of the gradient are multiples of one vector: the input of one removed record, up to its scale."
             if alone
+            else "The rows of the gradient have a direction in common, which may be a mixture of several records."
+            if beside <= AGREE
             else "The rows of the gradient have no single direction in common."
         )
         verdict = judged(0.0 if alone else 1.0)

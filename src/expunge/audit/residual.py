@@ -16,10 +16,10 @@ from expunge.audit.quantise import quantised
 from expunge.batches import Batches, LossTerms
 from expunge.errors import NotFinite
 from expunge.metrics.classification import accuracy
-from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched, unit_of_losses
+from expunge.metrics.membership import loss_attack, matched_by_class, times_matched, unit_of_losses
 from expunge.metrics.outputs import Answers, Logits, Outputs, answers, average_loss, forward, images_and_labels, outputs
 from expunge.metrics.relearning import Relearning, relearn_time
-from expunge.metrics.roc import Attack
+from expunge.metrics.roc import FOLDS, Attack
 from expunge.training import Recipe, mean_loss
 
 Memory = Literal["a trace was found", "cannot tell", "no trace found"]

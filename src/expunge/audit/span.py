@@ -63,6 +63,9 @@ def records_in_span(layer: Layer, removed: Inputs, unseen: Inputs) -> Finding:
     if not found.proper:
         words = f"The gradient has rank {found.rank} of {found.most}: everything lies in its span, or nothing does."
         return Finding(attack=attack, place=layer.name, verdict="not shown", words=words, numbers=numbers)
+    if not removed.per_example or not unseen.per_example:
+        words = "The layer runs several times, or on rows of several records at once: nobody knows which are whose."
+        return Finding(attack=attack, place=layer.name, verdict="not shown", words=words, numbers=numbers)
     inside, outside = (_by_record(found.beside(each.values), each) for each in (removed, unseen))
     told = float((inside <= BESIDE).double().mean())
     mistaken = float((outside <= BESIDE).double().mean())
@@ -131,7 +134,7 @@ def _judged_text(place: str, read: list[list[int]], forget: Batches | None, numb
 
 def _by_record(beside: Float[Tensor, " rows"], inputs: Inputs) -> Float[Tensor, " records"]:
     """The median over a record's rows: the last token of a text has no target, and leaves no trace."""
-    return beside.view(-1, max(inputs.per_example, 1)).median(1).values
+    return beside.view(-1, inputs.per_example).median(1).values
 
 
 def vocabulary(evidence: Evidence) -> tuple[str, nn.Embedding] | None:
