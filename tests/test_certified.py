@@ -315,6 +315,26 @@ def test_settings_that_cannot_work(settings, message):
         Certified(**({"sigma": 1.0, "l2": 1e-3} | settings))
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_class_numbers_of_any_whole_type_are_the_same(classes):
+    features, labels = data(40, classes).tensors
+    fitted = [
+        certified.fit(Examples(features, labels.to(dtype)), GENEROUS, classes=classes, seed=0)
+        for dtype in (torch.int64, torch.uint8, torch.int32)
+    ]
+    assert all(torch.equal(fitted[0].head.weight, each.head.weight) for each in fitted)
+
+
+def test_a_head_goes_where_its_weights_go_and_stays_in_float64():
+    model = certified.fit(data(40), GENEROUS, classes=3, seed=0)
+    assert set(model.head.state_dict()) == {"weight"}
+    assert {buffer.device.type for buffer in model.head.to("meta").buffers()} == {"meta"}
+    model = certified.fit(data(40), GENEROUS, classes=3, seed=0).float()
+    for asked in (model.head.residual, lambda: model.remove(torch.tensor([3]))):
+        with pytest.raises(ConfigError, match=r"the head was made torch\.float32, and its bound holds in float64"):
+            asked()
+
+
 def test_data_that_cannot_work():
     features, labels = data(20).tensors
     for wrong, message in (

@@ -264,6 +264,7 @@ def test_what_cannot_work():
         ({"labels": given.labels[:-1]}, MismatchError, r"labels \(29,\).*must be \(n, features\)"),
         ({"edges": torch.tensor([[0, 30]])}, ConfigError, "an edge joins nodes that do not exist: nodes are 0 to 29"),
         ({"edges": torch.tensor([[-1, 3]])}, ConfigError, "an edge joins nodes that do not exist"),
+        ({"edges": torch.empty(0, 2)}, ConfigError, r"edges of type torch\.float32: give pairs of node numbers"),
         ({"features": given.features * 2}, ConfigError, r"row \d+ of the features is .* long"),
         ({"labels": given.labels + 1}, ConfigError, "classes=3 with labels of type torch.int64 from 1 to 3"),
         ({"train": given.train & False}, ConfigError, "train marks no node"),
@@ -272,6 +273,8 @@ def test_what_cannot_work():
             fitted(Graph(**(parts | changes)))
     with pytest.raises(ConfigError, match="steps=-1: must be 0 or more"):
         Propagation(steps=-1)
+    with without_type_checks(), pytest.raises(ConfigError, match=r"nodes of type torch\.bool: give their numbers"):
+        given.without_nodes(given.train)
 
 
 def test_removing_what_is_not_there_changes_nothing():

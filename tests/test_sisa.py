@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from expunge import Examples, Recipe, cross_entropy, train
-from expunge.errors import ConfigError, MismatchError, NotFinite
+from expunge.errors import ConfigError, MismatchError, NotFinite, UnsupportedModule
 from expunge.exact import sisa
 from expunge.exact.sisa import Sisa, assign, epochs_per_slice, expected_share
 from expunge.metrics.outputs import outputs
@@ -372,6 +372,26 @@ def test_a_shard_without_records_is_refused_before_anything_happens():
         ensemble.remove(torch.tensor([40]))
     assert len(ensemble.data) == 40
     assert all(torch.equal(before[name], value) for name, value in ensemble.state_dict().items())
+
+
+def test_a_shard_of_one_record_is_trained_with_its_statistics_as_they_are():
+    ensemble = fitted(data(), kind="batch-norm")
+    own = torch.cat([place(data(), 1, 0), place(data(), 1, 1)])
+    ensemble.remove(own[1:])
+    assert len(ensemble.data) == 21
+    assert same_bits(ensemble, fitted(data().without(own[1:]), kind="batch-norm"))
+
+
+def test_a_state_that_is_not_all_tensors_is_refused():
+    class Noted(nn.Linear):
+        def get_extra_state(self):
+            return {"version": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(UnsupportedModule, match="'_extra_state' of Noted is no tensor"):
+        sisa.fit(lambda _: Noted(4, 3), data(), cross_entropy, CONFIG, seed=0)
 
 
 def test_a_loss_that_is_not_finite_is_reported():

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from expunge import Examples, Recipe, cross_entropy
-from expunge.methods.together import Apart, Together, frozen_statistics, train_on_pairs
+from expunge.methods.together import Apart, Together, train_on_pairs
 from expunge.params import buffers_fingerprint
 from expunge.trace import Trace
+from expunge.training import frozen_statistics
 from tests.contract import same, state, world
 
 

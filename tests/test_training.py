@@ -185,6 +185,18 @@ def test_a_last_batch_of_one_example_works_with_batch_norm():
     assert [len(batch) for batch in loss.seen] == [4, 5]
 
 
+@pytest.mark.parametrize("kind", ["vectors", "images"])
+def test_one_example_alone_trains_the_weights_and_the_statistics_that_it_is_enough_for(kind):
+    layers = (nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2)) if kind == "images" else (nn.Linear(9, 2), nn.BatchNorm1d(2))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
+    one = Examples(torch.randn((2, 1, 3, 3) if kind == "images" else (2, 9)), torch.tensor([0, 2]))
+    model.eval()(one.tensors[0])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(model, one.only(torch.tensor([1])), cross_entropy, Recipe(epochs=2, lr=0.1), seed=0)
+    same = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, state[name])}
+    assert same == (set() if kind == "images" else {"1.running_mean", "1.running_var", "1.num_batches_tracked"})
+
+
 def test_a_data_loader_gives_the_bits_of_examples():
     models = [built(), built()]
     loader = DataLoader(TensorDataset(*examples().tensors), batch_size=7, shuffle=True)

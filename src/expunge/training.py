@@ -1,8 +1,8 @@
 """One training loop for everything that trains: the original, retraining from scratch, fine-tuning."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from expunge import distributed, params, progress, sharding
 from expunge.augmentation import augmentation
-from expunge.batches import Batch, Batches, LossTerms, micro_batches, positioned, to_device
+from expunge.batches import Batch, Batches, LossTerms, length_of, micro_batches, positioned, to_device
 from expunge.errors import ConfigError, NotFinite, UnsupportedModule
 from expunge.execution import Autocast, Compiled, Precision, ahead, channels_last
 from expunge.probe import checked_terms
@@ -279,7 +279,34 @@ def _terms(
     model: nn.Module, loss_terms: LossTerms, batch: Batch, autocast: Autocast, compiled: Compiled | None
 ) -> Tensor:
     with autocast.forward(), compiled.active() if compiled else nullcontext():
-        return checked_terms(loss_terms(model, batch))
+        return checked_terms(in_train_mode(model, loss_terms, batch))
+
+
+def in_train_mode(model: nn.Module, loss_terms: LossTerms, batch: Batch) -> Tensor:
+    """The loss terms of a batch; with frozen statistics where it is one example, and has too few values for them."""
+    if length_of(batch) != 1:
+        return loss_terms(model, batch)
+    counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+    counted = [counter.clone() for counter in counters]
+    try:
+        return loss_terms(model, batch)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+    for counter, count in zip(counters, counted, strict=True):  # a layer counts before it refuses
+        counter.copy_(count)
+    with frozen_statistics(model):
+        return loss_terms(model, batch)
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Train mode but for BatchNorm, which uses its statistics and does not change them."""
+    with params.restoring_modes(model):
+        for module in model.modules():
+            if getattr(module, "track_running_stats", False):
+                module.eval()
+        yield
 
 
 def _require_nothing_else_remembers(resume: Path | str, stop: StopRule | None, after_step: AfterStep | None) -> None:

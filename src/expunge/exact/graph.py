@@ -74,13 +74,15 @@ class Graph:
                 f"{tuple(self.labels.shape)}, train {tuple(self.train.shape)}: must be (n, features), (edges, 2), (n,) "
                 "and (n,)."
             )
+        if self.edges.is_floating_point():
+            raise ConfigError(f"edges of type {self.edges.dtype}: give pairs of node numbers, as edges.long().")
         object.__setattr__(self, "edges", canonical(self.edges))
         if len(self.edges) and not (int(self.edges.min()) >= 0 and int(self.edges.max()) < count):
             raise ConfigError(f"an edge joins nodes that do not exist: nodes are 0 to {count - 1}.")
 
     def without_nodes(self, nodes: Int[Tensor, " _"]) -> "Graph":
         """Nodes gone: no edges, features, label. Their numbers are not used again."""
-        bare = self.without_features(nodes)
+        bare = self.without_features(nodes)  # refuses what are no nodes
         touched = torch.isin(self.edges, nodes).any(1)
         return Graph(features=bare.features, edges=self.edges[~touched], labels=bare.labels, train=bare.train)
 
@@ -109,6 +111,10 @@ class Graph:
 
     def _require(self, nodes: Tensor) -> None:
         count = len(self.features)
+        if nodes.is_floating_point() or nodes.dtype == torch.bool:
+            raise ConfigError(
+                f"nodes of type {nodes.dtype}: give their numbers. Of a mask those are mask.nonzero()[:, 0]."
+            )
         if len(nodes) and not (int(nodes.min()) >= 0 and int(nodes.max()) < count):
             raise ConfigError(f"nodes {nodes.tolist()[:5]}: the graph has nodes 0 to {count - 1}.")
 

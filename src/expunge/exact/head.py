@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -76,13 +76,18 @@ class Head(nn.Module):
     """One-vs-rest logistic regression at the minimum of its perturbed loss, and how much of the budget is spent.
 
     The weights are its only parameter and all that ``state_dict`` holds. The features, the noise b and the amounts
-    spent are secrets: publish the weights only.
+    spent are secrets: publish the weights only. It computes in float64, which the bound is stated for.
     """
+
+    b: Float[Tensor, "features heads"]
+    features: Float[Tensor, "n features"]
+    signs: Float[Tensor, "n heads"]
+    spent: Float[Tensor, " heads"]  # of the budget
 
     def __init__(
         self,
         features: Float[Tensor, "n features"],
-        labels: Int[Tensor, " n"],
+        labels: Integer[Tensor, " n"],
         config: Certified,
         *,
         classes: int,
@@ -93,6 +98,8 @@ class Head(nn.Module):
         self.passed = 0  # examples that went through a gradient or a Hessian, so far
         shape = (features.shape[1], 1 if classes == 2 else classes)
         self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64, device=features.device), requires_grad=False)
+        for name in ("b", "features", "signs", "spent"):  # so that they go where the weights go
+            self.register_buffer(name, None, persistent=False)
         self.retrain(features, labels)
 
     def forward(self, features: Float[Tensor, "n features"]) -> Float[Tensor, "n classes"]:
@@ -102,11 +109,16 @@ class Head(nn.Module):
         return logits
 
     def residual(self) -> Float[Tensor, " heads"]:
-        """The norm of the gradient as it is now, which the bound bounds: one pass over the data."""
+        """The norm of the gradient as it is now, which the bound bounds: one pass over the data.
+
+        Raises:
+            ConfigError: The head was converted to another type.
+        """
+        self._require_float64()
         norms: Tensor = self._gradient(self.weight, self.features, self.signs).norm(dim=0)
         return norms
 
-    def retrain(self, features: Float[Tensor, "n features"], labels: Int[Tensor, " n"]) -> None:
+    def retrain(self, features: Float[Tensor, "n features"], labels: Integer[Tensor, " n"]) -> None:
         """Fit with fresh noise, to the smallest gradient that rounding allows.
 
         Raises:
@@ -146,7 +158,7 @@ class Head(nn.Module):
     def move(
         self,
         features: Float[Tensor, "n features"],
-        labels: Int[Tensor, " n"],
+        labels: Integer[Tensor, " n"],
         lost: Float[Tensor, "features heads"],
         *,
         radius: float = 1.0,
@@ -160,7 +172,11 @@ class Head(nn.Module):
             lost: Sum of the loss gradients that were in the old objective at the weights, less those in the new.
             radius: No feature vector can be longer.
             drift: Sum of the distances that the feature vectors of what is left have moved, at most.
+
+        Raises:
+            ConfigError: The head was converted to another type.
         """
+        self._require_float64()
         config, old, n = self.config, len(self.features), len(features)
         features, signs = features.to(self.weight), self._signs(labels)
         weight = self.weight.clone()
@@ -191,9 +207,16 @@ class Head(nn.Module):
             outcome = "refused"
         return Removal(outcome, *bounds, float(self.spent.norm()), config.budget)
 
-    def pull(self, features: Float[Tensor, "n features"], labels: Int[Tensor, " n"]) -> Tensor:
+    def pull(self, features: Float[Tensor, "n features"], labels: Integer[Tensor, " n"]) -> Tensor:
         """The sum of the loss gradients of records at the weights, without the penalty; (features, heads)."""
         return _pull(self.weight, features.to(self.weight), self._signs(labels))
+
+    def _require_float64(self) -> None:
+        if self.weight.dtype != torch.float64:
+            raise ConfigError(
+                f"the head was made {self.weight.dtype}, and its bound holds in float64. Keep it as it was built, and "
+                "convert a copy of its weights to answer with."
+            )
 
     def _gradient(self, weight: Tensor, features: Tensor, signs: Tensor) -> Tensor:
         self.passed += len(features)
@@ -215,6 +238,7 @@ class Head(nn.Module):
 
     def _signs(self, labels: Tensor) -> Tensor:
         """+1 for a record's class, -1 for the others; (n, heads)."""
+        labels = labels.long()  # bytes would wrap below 0
         each = labels[:, None] if self.classes == 2 else functional.one_hot(labels, self.classes)
         return (2 * each - 1).to(self.weight)
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from expunge import params
 from expunge.batches import Batches, Examples, LossTerms
-from expunge.errors import ConfigError
+from expunge.errors import ConfigError, UnsupportedModule
 from expunge.exact.checkpoints import Checkpoints
 from expunge.losses import name_of
 from expunge.seeds import derive, seeded, stream
@@ -87,6 +87,11 @@ class Ensemble(nn.Module):
         self._fresh, self._loss_terms = fresh, loss_terms
         self._checkpoints = Checkpoints(folder)
         self.models = nn.ModuleList(self._untrained(shard) for shard in range(config.shards))
+        if stray := [name for name, value in self.models[0].state_dict().items() if not isinstance(value, Tensor)]:
+            raise UnsupportedModule(
+                f"{stray[0]!r} of {type(self.models[0]).__name__} is no tensor, and checkpoints hold tensors alone. "
+                "Keep it out of get_extra_state()."
+            )
         # What the checkpoints are of, besides the data; how answers are aggregated changes none of them.
         settings = (repr(replace(config, aggregation="mean")), str(seed), name_of(loss_terms))
         self._roots = [_digest(params.fingerprint(model.state_dict()), *settings) for model in self.models]
@@ -190,6 +195,7 @@ def fit(
     Raises:
         ConfigError: Data that is not `Examples`, or a shard without any.
         MismatchError: The folder holds checkpoints of other settings.
+        UnsupportedModule: A model whose state is not all tensors.
         NotFinite: A loss became NaN or infinite.
     """
     if not isinstance(data, Examples):

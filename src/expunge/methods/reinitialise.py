@@ -14,7 +14,7 @@ from expunge.batches import positioned, to_device
 from expunge.params import Params
 from expunge.seeds import keeping_random_state, stream
 from expunge.trace import Trace
-from expunge.training import is_frozen_normalisation
+from expunge.training import in_train_mode, is_frozen_normalisation
 
 ResetTo = Literal[
     "fresh", "zero", "layer-mean", "kaiming-normal", "kaiming-uniform", "xavier-normal", "xavier-uniform", "normal"
@@ -108,7 +108,7 @@ def re_estimate_statistics_(model: nn.Module, given: Blind, batch_size: int, *, 
         for layer in layers:
             layer.train()
         for _, batch in positioned(given.retain, batch_size, stream(seed, "statistics"))[1]:
-            trace.forwarded += len(given.loss_terms(model, to_device(batch, device)))
+            trace.forwarded += len(in_train_mode(model, given.loss_terms, to_device(batch, device)))
     return len(layers)
 
 

@@ -1,18 +1,16 @@
 """Training on what is left and on the removed records at once, for methods that treat the two differently."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from expunge import params
-from expunge.batches import Batch, Batches, Indexed, LossTerms, drawn, indexed, plain, shuffled, tensors_of
+from expunge.batches import Batch, Batches, Indexed, LossTerms, drawn, indexed, plain, shuffled
 from expunge.methods.guard import MeanOfEpoch, taking_back
 from expunge.seeds import keeping_random_state, stream
 from expunge.trace import Trace
-from expunge.training import AfterStep, Recipe, StopRule, train
+from expunge.training import AfterStep, Recipe, StopRule, frozen_statistics, in_train_mode, train
 
 Pair = tuple[Batch | None, Batch | None]  # of what is left, of the removed records; never both None
 
@@ -133,11 +131,7 @@ def train_on_pairs(
         retain, forget = pair
         parts = []
         if retain is not None:
-            if len(tensors_of(retain)[0]) > 1:
-                terms = on_retain(model, retain)
-            else:  # BatchNorm cannot train on one example
-                with frozen_statistics(model):
-                    terms = on_retain(model, retain)
+            terms = in_train_mode(model, on_retain, retain)
             left.add(terms)
             parts.append(terms)
         if forget is not None:
@@ -151,16 +145,6 @@ def train_on_pairs(
         return diverged(model, training_loss) or (stop(model, training_loss) if stop else None)
 
     return train(model, pairs, both, recipe, seed=seed, trace=trace, stop=either, after_step=after_step)
-
-
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Train mode but for BatchNorm, which uses its statistics and does not change them."""
-    with params.restoring_modes(model):
-        for module in model.modules():
-            if getattr(module, "track_running_stats", False):
-                module.eval()
-        yield
 
 
 def _entries(data: Batches) -> int:
