@@ -223,8 +223,10 @@ def test_another_model_or_other_weights_are_refused():
 
 def test_records_that_no_logged_batch_held_are_refused():
     _, after, log = logged()
-    with pytest.raises(ConfigError, match=r"none of the 24 logged updates had one of the 2 records"):
+    with pytest.raises(ConfigError, match=r"position 60 \(2 such\) of 2 was in no batch of the 24 logged"):
         log.subtract(after, torch.tensor([60, 99]))
+    with pytest.raises(ConfigError, match=r"position 99 \(1 such\) of 2"):
+        log.subtract(after, torch.tensor([1, 99]))
 
 
 def test_data_without_positions_is_refused():

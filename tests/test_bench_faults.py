@@ -103,7 +103,7 @@ time.sleep(60)
     assert kept == "kept"
     process.kill()
     process.wait()
-    wait_for(lambda: not alive(int(number)), seconds=10)
+    wait_for(lambda: not alive(int(number)))
 
 
 def alive(number):

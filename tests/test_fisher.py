@@ -1,5 +1,7 @@
 """Fisher forgetting: its variances, its noise, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -99,6 +101,14 @@ def test_a_removed_class_keeps_nothing_in_the_last_layer():
     assert float(after[f"{last}.weight"][1].abs().max()) < 0.05
     assert float(after[f"{last}.bias"][1].abs()) < 0.05
     torch.testing.assert_close(after[f"{last}.weight"][0], before[f"{last}.weight"][0], rtol=0, atol=1e-3)
+
+
+def test_a_removed_class_whose_row_is_frozen_is_refused():
+    here = world()
+    model = copy.deepcopy(here.model)
+    model.layers.linear2.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"removed_classes=\(1,\): the last layer is frozen"):
+        unlearn(model, here.blind(), FisherForgetting(removed_classes=(1,)))
 
 
 def test_noise_that_destroys_the_model_is_taken_back_and_said():

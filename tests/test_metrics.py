@@ -267,9 +267,13 @@ def test_distances_between_measurements_on_other_examples_are_refused():
     model, other = splits(0), splits(1) | {"forget": some(3, count=21)}
     with pytest.raises(MismatchError, match="the same split"):
         distances(profile(model), profile(other))
+    with pytest.raises(MismatchError, match="measured on retain, forget, test and the other on retain, test"):
+        distances(profile(model), profile({name: part for name, part in splits(1).items() if name != "forget"}))
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([0.0, 1.0]), torch.tensor([0, 3]), torch.tensor([-1, 0])])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0.0, 1.0]), torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([True, False])]
+)
 def test_labels_that_are_no_class_numbers_are_refused(labels):
     with pytest.raises(ConfigError, match=r"labels .* for 3 logits: labels are class numbers"):
         outputs(nn.Linear(4, 3), Examples(torch.zeros(2, 4), labels))

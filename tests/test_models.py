@@ -8,6 +8,7 @@ from expunge.errors import ConfigError, MismatchError
 from expunge.methods.leaf_layers import last_layers
 from expunge.methods.per_example import squared_gradients
 from expunge.models import MODELS, build
+from expunge.models.mlp import MLP
 from expunge.models.resnet import BasicBlock, Bottleneck, ResNet18, ResNet20, ResNet50, Subsampled
 from expunge.models.vgg import VGG16
 from expunge.models.vit import Attention, Block, ViT
@@ -115,6 +116,11 @@ def test_squared_gradients_of_single_examples_are_those_of_a_loop(name):
 def test_networks_of_full_width_have_the_published_number_of_parameters(model, count):
     with torch.device("meta"):
         assert parameters(model()) == count
+
+
+def test_a_perceptron_has_inputs_and_outputs():
+    with pytest.raises(ConfigError, match=r"widths=\(64,\): give at least"):
+        MLP((64,))
 
 
 def test_a_hundred_classes_need_ninety_more_rows_in_the_head():

@@ -282,6 +282,13 @@ def test_models_of_texts_are_taken_apart_as_they_are(kind):
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
+def test_statistics_that_are_wider_than_what_is_normalised_are_no_obstacle():
+    model = network("batch-norm").bfloat16()
+    inputs, labels = classification(12).tensors
+    found = squared_gradients(model, cross_entropy, Examples(inputs.bfloat16(), labels))
+    assert all(tensor.isfinite().all() for tensor in found.values())
+
+
 def test_a_model_that_looks_at_values_goes_through_one_example_at_a_time():
     model, data = built(Looks).double(), classification(12)
     found, truth = squared_gradients(model, cross_entropy, data), one_by_one(model, cross_entropy, data)

@@ -159,6 +159,10 @@ def test_folders_are_classes_and_files_are_in_the_order_of_their_names(tmp_path)
     (tmp_path / "train" / "dog" / "notes.txt").write_text("no image")
     (tmp_path / "train" / "dog" / ".hidden.png").write_text("no image")
     (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / "fox").mkdir()
+    with pytest.raises(MissingData, match=r"fox has no image in it.* or take the folder away"):
+        read_folder(tmp_path)
+    (tmp_path / "train" / "fox").rmdir()
     data = read_folder(tmp_path)
     assert data.classes == ("cat", "dog")
     assert same(data.train, np.stack([c, a, b]).transpose(0, 3, 1, 2), [0, 1, 1])
@@ -242,6 +246,8 @@ def test_npz_files_with_objects_or_without_images_are_refused(tmp_path):
     np.savez(path, train_images=some(0, (4, 4)), train_labels=np.zeros(0, int))
     with pytest.raises(CorruptData, match=r"bad\.npz holds no training image"):
         read_npz(path)
+    np.savez(path, images=some(2, (4, 4)), labels=[0, 0], classes="only")
+    assert read_npz(path).classes == ("only",)
     np.savez(path, pictures=some(2))
     with pytest.raises(CorruptData, match="has none of train_images, x_train, images with their labels"):
         read_npz(path)

@@ -154,6 +154,11 @@ def test_settings_that_cannot_work_are_refused(changes, message):
         SalUn(**changes)
 
 
+def test_a_share_that_is_no_weight_is_refused():
+    with pytest.raises(ConfigError, match=r"share=0\.01 of 12 weights is none"):
+        mask({"weight": torch.randn(12)}, 0.01)
+
+
 def test_what_is_no_classifier_is_refused():
     here = world()
     x = here.original.tensors[0]

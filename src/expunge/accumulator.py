@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.errors import ConfigError
-from expunge.params import Params
+from expunge.params import WITHOUT_FLOAT64, Params
 
 _BOUNDARY = 16  # entries; every view of a flat buffer starts where an allocator might have put it
-WITHOUT_FLOAT64 = ("mps",)  # device types that cannot hold it
 
 
 Place = Literal["device", "cpu"]

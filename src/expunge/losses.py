@@ -149,7 +149,7 @@ def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _wide(logits: Tensor) -> Tensor:
     """In float64 where the device has it: of an example that is fitted well, 1 - p is all rounding in float32."""
-    return logits.float() if logits.device.type == "mps" else logits.double()
+    return logits.to(params.wide(logits.device))
 
 
 def name_of(loss_terms: object) -> str:

@@ -20,6 +20,7 @@ from expunge.errors import ConfigError, MismatchError, NotFinite
 Params = dict[str, Tensor]
 Select = Iterable[str] | Callable[[str, nn.Parameter], bool]
 
+WITHOUT_FLOAT64 = ("mps",)  # device types that cannot hold it
 COMPILED = "_orig_mod."  # what torch.compile puts in front of a name
 _PIECE = 1 << 18  # entries a streaming step looks at: small enough for a core's cache
 _SAMPLE = 1 << 18  # entries whose ranks bracket the threshold
@@ -126,6 +127,11 @@ def snapshot(parameters: Mapping[str, nn.Parameter]) -> Params:
 def state(model: nn.Module) -> Params:
     """Everything that a checkpoint keeps and that is a tensor: a module may have a state of its own besides."""
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The type to add up in: float64, where a device has it."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def size(params: Mapping[str, Tensor]) -> int:

@@ -97,7 +97,7 @@ def read_cifar100(folder: Path | str, *, labels: str = "fine") -> ImageData:
 
 def read(folder: Path | str, layouts: tuple[Layout, ...], column: int) -> ImageData:
     """The dataset in the first version that is there, with the labels of this column."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # "." has no name
     own = [layout for layout in layouts if layout.folder == folder.name]
     if own and folder.is_dir():
         folder, layouts = folder.parent, tuple(own)

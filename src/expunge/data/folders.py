@@ -23,7 +23,7 @@ def read_folder(folder: Path | str, *, channels: int = 3, size: tuple[int, int] 
 
     Raises:
         MissingExtra: Pillow is not installed.
-        MissingData: There is no such folder, or no image in a class.
+        MissingData: There is no such folder, or no training image of a class.
         CorruptData: A file is not an image, or is damaged.
         ConfigError: Images of different sizes or of more than 8 bits, another number of channels, or a test class that
             has no training images.
@@ -36,20 +36,29 @@ def read_folder(folder: Path | str, *, channels: int = 3, size: tuple[int, int] 
     if not classes:
         raise MissingData(f"{base} has no folders of images. It needs one for each class, with the images in it.")
     names = tuple(path.name for path in classes)
-    train = _read(base, names, channels, size)
+    train = _read(base, names, channels, size, all_of_them=True)
     tested = folder / "test"
     if base == folder or not tested.is_dir():
         return ImageData(folder.name, names, train)
     unknown = [path.name for path in _inside(tested, folders=True) if path.name not in names]
     if unknown:
         raise ConfigError(f"{tested} has the class {unknown[0]!r}, of which there are no training images.")
-    return ImageData(folder.name, names, train, _read(tested, names, channels, size))
+    return ImageData(folder.name, names, train, _read(tested, names, channels, size, all_of_them=False))
 
 
-def _read(base: Path, classes: tuple[str, ...], channels: int, size: tuple[int, int] | None) -> Images:
+def _read(
+    base: Path, classes: tuple[str, ...], channels: int, size: tuple[int, int] | None, *, all_of_them: bool
+) -> Images:
     files = [(path, label) for label, name in enumerate(classes) for path in _inside(base / name, folders=False)]
     if not files:
         raise MissingData(f"no folder of {base} has an image in it; images end with {', '.join(_SUFFIXES)}.")
+    empty = {*range(len(classes))} - {label for _, label in files}
+    if empty and all_of_them:
+        name = classes[min(empty)]
+        raise MissingData(
+            f"{base / name} has no image in it; images end with {', '.join(_SUFFIXES)}. Put some there, or take the "
+            "folder away, which would be a class that nothing is of."
+        )
     first = _pixels(files[0][0], channels, size)
     pixels = np.empty((len(files), *first.shape), dtype=np.uint8)
     for place, (path, _) in enumerate(files):

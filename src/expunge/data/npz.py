@@ -39,7 +39,9 @@ def read_npz(path: Path | str, *, channels_last: bool = True) -> ImageData:
     if not len(train):
         raise CorruptData(f"{path} holds no training image. Write it with numpy.savez(path, train_images=…, …).")
     most = max(int(part.labels.max()) for part in (train, test) if part is not None and len(part))
-    classes = tuple(map(str, arrays["classes"])) if "classes" in arrays else tuple(map(str, range(most + 1)))
+    classes = (
+        tuple(map(str, np.atleast_1d(arrays["classes"]))) if "classes" in arrays else tuple(map(str, range(most + 1)))
+    )
     return ImageData(path.stem, classes, train, test)
 
 

@@ -108,7 +108,8 @@ class Method:
         """Its settings with their defaults, as plain values; None where one must be given."""
         filled: dict[str, Any] = {}
         for setting in fields(self.config):
-            default = None if setting.default is MISSING else setting.default
+            made = setting.default_factory() if setting.default_factory is not MISSING else setting.default
+            default = None if made is MISSING else made
             filled[setting.name] = asdict(default) if is_dataclass(default) else default  # type: ignore[arg-type]
         return filled
 
@@ -231,7 +232,9 @@ def _require_usable(method: Method) -> None:
         ConfigError: A setting without default or annotation, a search space that does not fit, another signature.
     """
     config, named = method.config, {each.name for each in fields(method.config)}
-    stray = [n for n, v in vars(config).items() if not n.startswith("_") and n not in named and not callable(v)]
+    # Functions, properties and the like are no settings.
+    plain = {name: value for name, value in vars(config).items() if not hasattr(value, "__get__")}
+    stray = [name for name in plain if not name.startswith("_") and name not in named]
     if stray:
         raise ConfigError(
             f"{config.__name__}.{stray[0]} has no annotation, so it is no setting. Write one: {stray[0]}: float = …"

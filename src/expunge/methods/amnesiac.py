@@ -11,7 +11,6 @@ a bound is taken back. The relabelled records are held in memory.
 Needs: classifiers. (The log: any model, any loss, data with positions.)
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,9 @@ from torch import nn
 
 from expunge.access import Sighted
 from expunge.batches import Batches, Examples
-from expunge.errors import ConfigError, UnsupportedModule
+from expunge.errors import UnsupportedModule
 from expunge.methods.classifier import in_eval_mode, labelled, logits
+from expunge.methods.guard import require_bound
 from expunge.methods.together import Together, train_on_pairs
 from expunge.seeds import stream
 from expunge.space import Range, Space
@@ -40,8 +40,7 @@ class Amnesiac:
     loss_bound: float = 5.0  # mean loss of an epoch on what is left, nats a term, after which it is taken back
 
     def __post_init__(self) -> None:
-        if not 0 < self.loss_bound < math.inf:
-            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
+        require_bound(self.loss_bound)
 
 
 SPACE: Space = {"recipe.lr": Range(1e-5, 1e-2, log=True), "recipe.epochs": Range(1, 10)}

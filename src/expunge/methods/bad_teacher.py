@@ -111,6 +111,6 @@ def divergence(
 
     The factor T² keeps the size of gradients independent of the temperature (Hinton et al., 2015).
     """
-    wide = torch.float32 if said.device.type == "mps" else torch.float64
+    wide = params.wide(said.device)
     p, q = (functional.log_softmax(each.to(wide) / temperature, dim=1) for each in (wanted, said))
     return temperature**2 * (p.exp() * (p - q)).sum(1)

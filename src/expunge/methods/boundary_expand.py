@@ -10,7 +10,6 @@ boundary shrink.
 Needs: classifiers whose logits come from a last linear layer; the removal of whole classes, unless told otherwise.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from expunge import losses
 from expunge.access import Sighted
 from expunge.batches import Batch
-from expunge.errors import ConfigError
 from expunge.methods.classifier import (
     classifying_layer,
     embeddings,
@@ -30,7 +28,7 @@ from expunge.methods.classifier import (
     logits,
     require_whole_classes,
 )
-from expunge.methods.guard import a_few, taking_back
+from expunge.methods.guard import a_few, require_bound, taking_back
 from expunge.seeds import seeded
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -52,8 +50,7 @@ class BoundaryExpand:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.loss_bound < math.inf:
-            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
+        require_bound(self.loss_bound)
 
 
 SPACE: Space = {"recipe.lr": Range(1e-5, 0.1, log=True), "recipe.epochs": Range(1, 20)}

@@ -9,14 +9,13 @@ layer is in ``leaf_layers.py``.
 Needs: any loss.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from expunge.access import Blind
 from expunge.errors import ConfigError
-from expunge.methods.guard import keeping_what_is_left
+from expunge.methods.guard import keeping_what_is_left, require_bound
 from expunge.methods.leaf_layers import last_layers, only_training
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -38,8 +37,7 @@ class CFk:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"k={self.k}: at least 1 layer must be trained.")
-        if not 0 < self.loss_bound < math.inf:
-            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
+        require_bound(self.loss_bound)
 
 
 SPACE: Space = {"k": Range(1, 7), "recipe.lr": Range(0.003, 0.3, log=True)}

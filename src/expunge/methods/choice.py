@@ -5,7 +5,6 @@ tensor and then by position. A threshold takes every entry whose score is at mos
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
@@ -92,12 +91,10 @@ def choose(
     chosen = {n: chosen.get(n, torch.zeros_like(score, dtype=torch.bool)) for n, score in scores.items()}
     count = params.count(chosen)
     if count < wanted:
-        message = (
+        trace.warn(
             f"only {count} of the {wanted} entries that {asked} asks for stand above the rounding floor; the others "
             "were never touched by what was removed and keep their values (reset_untouched=True would reset them)."
         )
-        warnings.warn(message, stacklevel=3)
-        trace.warnings.append(message)
     both = params.count({name: chosen[name] & mask for name, mask in to_the_letter.items()})
     untouched = params.count({name: mask & ~touched[name].to(mask.device) for name, mask in to_the_letter.items()})
     trace.facts |= {

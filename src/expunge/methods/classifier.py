@@ -135,8 +135,8 @@ def classifying_layer(model: nn.Module, inputs: Tensor, method: str) -> nn.Linea
 
 
 @contextmanager
-def embeddings(layer: nn.Linear) -> Iterator[list[Tensor]]:
-    """Collect what goes into the classifying layer; take it out of the list after every forward pass."""
+def embeddings(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what goes into a layer, as the classifying one; take it out of the list after every forward pass."""
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:

@@ -7,14 +7,12 @@ epoch.
 Needs: any loss.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from expunge.access import Blind
-from expunge.errors import ConfigError
-from expunge.methods.guard import keeping_what_is_left
+from expunge.methods.guard import keeping_what_is_left, require_bound
 from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train
@@ -32,8 +30,7 @@ class FineTune:
     loss_bound: float = 5.0  # mean loss on what is left, nats a term, past which the end is taken back
 
     def __post_init__(self) -> None:
-        if not 0 < self.loss_bound < math.inf:
-            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
+        require_bound(self.loss_bound)
 
 
 SPACE: Space = {

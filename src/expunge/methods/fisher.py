@@ -68,7 +68,7 @@ def fisher(model: nn.Module, given: Blind, config: FisherForgetting, *, seed: in
 
     Raises:
         UnsupportedModule: No classifier, or one that `torch.func.vmap` cannot take apart into examples.
-        ConfigError: A removed class that the model does not have.
+        ConfigError: A removed class that the model does not have, or whose row is frozen.
     """
     theta = params.named_parameters(model)
 
@@ -104,8 +104,7 @@ def every_class(model: nn.Module, batch: Batch) -> Tensor:
     """sqrt(p_y) CE(x, y) for every class y, p_y held fixed: its squared gradients add up to Σ_y p_y (∇ CE(x, y))²."""
     inputs, _ = inputs_and_labels(batch, "fisher")
     said = logits(model, inputs, "fisher")
-    wide = torch.float32 if said.device.type == "mps" else torch.float64
-    log_p = said.to(wide).log_softmax(1)
+    log_p = said.to(params.wide(said.device)).log_softmax(1)
     return (-(log_p.detach() / 2).exp() * log_p).flatten()
 
 
@@ -157,4 +156,10 @@ def _last_layer(model: nn.Module, given: Blind, config: FisherForgetting, trace:
             f"removed_classes={config.removed_classes}: the model has classes 0 to {layer.out_features - 1}."
         )
     own = {id(p) for p in layer.parameters()}
-    return frozenset(name for name, p in params.named_parameters(model).items() if id(p) in own)
+    last = frozenset(name for name, p in params.named_parameters(model).items() if id(p) in own)
+    if config.removed_classes and not last:
+        raise ConfigError(
+            f"removed_classes={config.removed_classes}: the last layer is frozen, so that their rows cannot be "
+            "changed. Let it be trained (requires_grad_), or leave removed_classes out."
+        )
+    return last

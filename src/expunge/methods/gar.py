@@ -8,15 +8,14 @@ statistics stay as they are during the ascent, since the faulty records must not
 Needs: all of the original data beside what is left (or its corrected form); any loss.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from expunge.access import Sighted
 from expunge.batches import Batch
-from expunge.errors import ConfigError, ForgetSetAccessed
-from expunge.methods.guard import LESS_ASCENT, keeping_what_is_left, taking_back
+from expunge.errors import ForgetSetAccessed
+from expunge.methods.guard import LESS_ASCENT, keeping_what_is_left, require_bound, taking_back
 from expunge.seeds import derive
 from expunge.space import Range, Space
 from expunge.trace import Trace
@@ -36,8 +35,7 @@ class GAR:
     loss_bound: float = 5.0  # mean loss on the original data, nats a term, at which the ascent ends
 
     def __post_init__(self) -> None:
-        if not 0 < self.loss_bound < math.inf:
-            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
+        require_bound(self.loss_bound)
 
 
 SPACE: Space = {"ascent.lr": Range(1e-5, 0.3, log=True), "descent.lr": Range(1e-4, 0.3, log=True)}

@@ -8,15 +8,13 @@ without a class have on it (8 to 10 nats on the digits), and far below a wreck, 
 Needs: any loss.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from expunge.access import Sighted
 from expunge.batches import Batch
-from expunge.errors import ConfigError
-from expunge.methods.guard import LESS_ASCENT, taking_back
+from expunge.methods.guard import LESS_ASCENT, require_bound, taking_back
 from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, mean_loss, train
@@ -34,8 +32,7 @@ class GradientAscent:
     loss_bound: float = 15.0  # mean loss on the removed records, nats a term, at which to end: see above
 
     def __post_init__(self) -> None:
-        if not 0 < self.loss_bound < math.inf:
-            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
+        require_bound(self.loss_bound)
 
 
 SPACE: Space = {"recipe.lr": Range(1e-5, 0.1, log=True), "recipe.epochs": Range(1, 20)}

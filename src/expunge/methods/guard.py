@@ -1,5 +1,6 @@
 """The guard against destroying a model: what brought the loss past a bound is taken back, and that is noted."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from expunge import distributed, params
 from expunge.access import Blind
 from expunge.batches import Batch, Batches, shuffled
+from expunge.errors import ConfigError
 from expunge.seeds import keeping_random_state, stream
 from expunge.trace import Trace
 from expunge.training import StopRule, mean_loss
@@ -15,6 +17,16 @@ from expunge.training import StopRule, mean_loss
 SLOWER = "Lower the learning rate, or raise loss_bound if the loss is that large by nature."
 DESTROYED = "the model is destroyed"
 LESS_ASCENT = "Lower the learning rate of the ascent for a finer end."
+
+
+def require_bound(loss_bound: float) -> None:
+    """Refuse a bound on the loss that cannot be one.
+
+    Raises:
+        ConfigError: It is no positive number.
+    """
+    if not 0 < loss_bound < math.inf:
+        raise ConfigError(f"loss_bound={loss_bound}: must be a positive number of nats a term.")
 
 
 class MeanOfEpoch:
@@ -47,6 +59,8 @@ def taking_back(
     cure: str = SLOWER,
 ) -> StopRule:
     """A stop rule that restores the last good state, weights and buffers, once the loss passes the bound.
+
+    It looks at whole epochs. A loss that becomes NaN or infinite within one ends `train` with `NotFinite`.
 
     Args:
         model: The module that is trained; its state now is the first good one.
@@ -145,7 +159,7 @@ def note_what_was_lost(before: nn.Module, after: nn.Module, given: Blind, trace:
 
 def note_if_nothing_was_learned(trace: Trace) -> None:
     """Warn if a training from scratch ended no better than it began: there is no better state to go back to."""
-    if not trace.losses:
+    if len(trace.losses) < 2:  # of a single step only the loss before it is known
         return
     last_epoch = trace.losses[trace.epoch_ends[-2] if len(trace.epoch_ends) > 1 else 0 :]
     first, reached = trace.losses[0], sum(last_epoch) / len(last_epoch)

@@ -119,8 +119,7 @@ def _blocks(
 
 def _summed_products(x: Tensor, y: Tensor) -> Tensor:
     """Σ x yᵀ over examples and places, group by group."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    return (x.transpose(0, 1).flatten(1, 2).mT @ y.transpose(0, 1).flatten(1, 2)).to(wide)
+    return (x.transpose(0, 1).flatten(1, 2).mT @ y.transpose(0, 1).flatten(1, 2)).to(params.wide(x.device))
 
 
 def _each(

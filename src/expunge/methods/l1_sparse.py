@@ -17,7 +17,7 @@ from expunge import params
 from expunge.access import Blind
 from expunge.batches import Batch
 from expunge.errors import ConfigError
-from expunge.methods.guard import MeanOfEpoch, taking_back
+from expunge.methods.guard import MeanOfEpoch, require_bound, taking_back
 from expunge.space import Range, Space
 from expunge.trace import Trace
 from expunge.training import Recipe, train
@@ -38,8 +38,7 @@ class L1Sparse:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < math.inf:
             raise ConfigError(f"alpha={self.alpha}: must be 0 (plain fine-tuning) or positive.")
-        if not 0 < self.loss_bound < math.inf:
-            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
+        require_bound(self.loss_bound)
 
 
 SPACE: Space = {"alpha": Range(1e-6, 1e-2, log=True), "recipe.lr": Range(0.003, 0.3, log=True)}

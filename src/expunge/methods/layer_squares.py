@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
+from expunge import params
 from expunge.batches import Batch, LossTerms
 from expunge.params import Params
 
@@ -52,8 +53,7 @@ def layer_squares(
     ran = {layer: seen[0] for layer, seen in calls.items() if seen}
     if any(shape[:1] != (examples,) for call in ran.values() for shape in (call.entered.shape, call.shape)):
         return None
-    wide = torch.float32 if terms.device.type == "mps" else torch.float64
-    total = {name: torch.zeros(p.shape, dtype=wide, device=p.device) for name, p in theta.items()}
+    total = {name: torch.zeros(p.shape, dtype=params.wide(p.device), device=p.device) for name, p in theta.items()}
     outputs = [call.output for call in ran.values()]
     numbers = max(sum(call.shape.numel() for call in ran.values()), 1)
     at_once = max(1, SLOPES // numbers)
@@ -140,7 +140,10 @@ def _squared(each: Float[Tensor, "examples terms entries"]) -> Float[Tensor, " e
 
 def _batch_norm(layer: nn.Module, entered: Tensor, slopes: Slopes) -> Params:
     assert isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
-    normal = functional.batch_norm(entered, layer.running_mean, layer.running_var, eps=layer.eps)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    mean, variance = layer.running_mean.to(entered), layer.running_var.to(entered)  # which may be wider
+    normal = functional.batch_norm(entered, mean, variance, eps=layer.eps)
     return _by_channel(normal, slopes)
 
 

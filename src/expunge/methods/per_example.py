@@ -69,7 +69,7 @@ def squared_gradients(
     model = params.plain(model)
     theta = params.named_parameters(model)
     device = next(iter(theta.values())).device
-    total = {n: torch.zeros(p.shape, dtype=_wide(device), device=device) for n, p in theta.items()}
+    total = {n: torch.zeros(p.shape, dtype=params.wide(device), device=device) for n, p in theta.items()}
     with params.restoring_modes(model), keeping_random_state(), torch.enable_grad(), layer_by_layer():
         model.eval()
         probe(model, loss_terms, data, device)
@@ -135,7 +135,7 @@ def _squares_by_vmap(
         alone = map_tensors(batch, lambda _: next(tensors).unsqueeze(0))
         pulled: Any = vjp(lambda now: functional_call(loss, now, (alone,)), values)
         terms, pull = pulled
-        squares = {name: torch.zeros_like(p, dtype=_wide(p.device)) for name, p in theta.items()}
+        squares = {name: torch.zeros_like(p, dtype=params.wide(p.device)) for name, p in theta.items()}
         for directions in torch.eye(len(terms), dtype=terms.dtype, device=terms.device).split(chunk):
             (gradients,) = vmap(pull)(directions)
             squares = {n: own + gradients[f"model.{n}"].to(own.dtype).square().sum(0) for n, own in squares.items()}
@@ -169,7 +169,7 @@ def _squares_one_by_one(
         UnsupportedModule: Examples have no terms, or not all as many.
     """
     length, values = _length(batch), list(theta.values())
-    squares = {name: torch.zeros(p.shape, dtype=_wide(p.device), device=p.device) for name, p in theta.items()}
+    squares = {name: torch.zeros(p.shape, dtype=params.wide(p.device), device=p.device) for name, p in theta.items()}
     every = []
     for row in range(length):
         terms = loss_terms(model, _rows(batch, torch.tensor([row])))
@@ -245,10 +245,6 @@ def _length(batch: Batch) -> int:
             "an example. Give Examples(x, y), a Dataset, or batches of such tensors."
         )
     return lengths.pop()
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _require_positive(name: str, value: int | None) -> None:

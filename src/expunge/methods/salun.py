@@ -12,7 +12,6 @@ Needs: classifiers. The relabelled records are held in memory.
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from jaxtyping import Bool
@@ -23,6 +22,8 @@ from expunge.access import Sighted
 from expunge.errors import ConfigError
 from expunge.gradient import gradient
 from expunge.methods.amnesiac import relabelled
+from expunge.methods.choice import decimal
+from expunge.methods.guard import require_bound
 from expunge.methods.together import Together, train_on_pairs
 from expunge.params import Params
 from expunge.space import Range, Space
@@ -45,8 +46,7 @@ class SalUn:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ConfigError(f"share={self.share}: must be in (0, 1]; 1 lets every weight move.")
-        if not 0 < self.loss_bound < math.inf:
-            raise ConfigError(f"loss_bound={self.loss_bound}: must be a positive number of nats a term.")
+        require_bound(self.loss_bound)
 
 
 SPACE: Space = {"share": Range(0.1, 0.9), "recipe.lr": Range(1e-3, 0.1, log=True), "recipe.epochs": Range(1, 20)}
@@ -59,12 +59,13 @@ def salun(model: nn.Module, given: Sighted, config: SalUn, *, seed: int, trace: 
 
     Raises:
         UnsupportedModule: No classifier, or one of a single class.
+        ConfigError: A share that is no weight at all.
     """
     with trace.stage("mask", model):
         removed = gradient(model, given.loss_terms, given.forget)
         trace.backwarded += removed.count
         salient = mask(removed.total, config.share)
-        trace.facts["salient_count"] = sum(int(each.count_nonzero()) for each in salient.values())
+        trace.facts["salient_count"] = params.count(salient)
     with trace.stage("relabel", model):
         wrong = relabelled(model, given.forget, "salun", seed, trace)
     with trace.stage("train", model):
@@ -83,8 +84,16 @@ def salun(model: nn.Module, given: Sighted, config: SalUn, *, seed: int, trace: 
 
 
 def mask(removed: Params, share: float) -> dict[str, Bool[Tensor, "..."]]:
-    """Mark exactly this share of all entries: those with the largest absolute gradient."""
-    wanted = math.floor(Fraction(repr(float(share))) * params.size(removed))
+    """Mark exactly this share of all entries: those with the largest absolute gradient.
+
+    Raises:
+        ConfigError: It is none of them.
+    """
+    wanted = math.floor(decimal(share) * params.size(removed))
+    if not wanted:
+        raise ConfigError(
+            f"share={share} of {params.size(removed)} weights is none, and nothing would change. Raise it."
+        )
     return params.smallest({name: total.abs().neg_() for name, total in removed.items()}, wanted)
 
 

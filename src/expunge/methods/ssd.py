@@ -14,7 +14,6 @@ Needs: any loss.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from expunge import params
 from expunge.access import Sighted
-from expunge.batches import Batch, Batches, LossTerms, indexed, plain, require_reiterable, to_device
+from expunge.batches import Batches, LossTerms, in_rows, require_reiterable, to_device
 from expunge.errors import ConfigError
 from expunge.gradient import Origin
 from expunge.importance import Importance, Squares
@@ -104,7 +103,7 @@ def ssd(model: nn.Module, given: Sighted, config: SSD, *, seed: int, trace: Trac
         part = removed.mean()
         whole = {name: each.to(part[name]) for name, each in full.mean().items()}
         chosen = dampen_(theta, part, whole, config.selection, config.dampening)
-        count = sum(int(mask.count_nonzero()) for mask in chosen.values())
+        count = params.count(chosen)
         change = params.subtract(before, params.snapshot(theta))
         trace.facts |= {"dampened_count": count, "dampened_norm": params.norm(change)}
         trace.stopped = f"{count} of {params.size(chosen)} entries dampened"
@@ -171,11 +170,11 @@ def squared_batch_means(
     """The squared gradient of the mean loss of every batch, in eval mode, summed; and the number of batches."""
     theta = params.named_parameters(model)
     device = next(iter(theta.values())).device
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = params.wide(device)
     total = {name: torch.zeros_like(p, dtype=wide) for name, p in theta.items()}
     count = 0
     with in_eval_mode(model), torch.enable_grad():
-        for batch in _in_order(data, size):
+        for batch in in_rows(data, size):
             terms = loss_terms(model, to_device(batch, device))
             grads = torch.autograd.grad(terms.mean(), list(theta.values()), allow_unused=True)
             for name, grad in zip(theta, grads, strict=True):
@@ -197,11 +196,3 @@ def dampen_(
         factor = (dampening * full[name] / removed[name]).clamp(max=1)
         p.copy_(torch.where(chosen[name], p * factor, p))
     return chosen
-
-
-def _in_order(data: Batches, size: int) -> Iterator[Batch]:
-    known = indexed(data)
-    if known is None:
-        return iter(plain(data))
-    rows = range(0, len(known.positions), size)
-    return known.fetch([slice(start, start + size) for start in rows])

@@ -34,9 +34,9 @@ class Update:
 class UpdateLog:
     """The updates of a training whose batches held watched records.
 
-    ``train(model, …, after_step=log)`` with ``log = UpdateLog.of(model, watched)`` fills it, on the CPU. Every logged
-    step costs a copy of the weights, in memory and in the file. It is personal data like a gradient cache: an update
-    gives its batch away.
+    ``train(model, …, after_step=log)`` with ``log = UpdateLog.of(model, watched)`` fills it; updates are on the CPU.
+    Every logged step costs a copy of the weights, in memory and in the file. It is personal data like a gradient cache:
+    an update gives its batch away.
 
     Only weights are logged. BatchNorm's statistics keep what they saw, and so do later updates that followed from
     weights the removed records had moved; a short fine-tuning on what is left mends both.
@@ -94,10 +94,13 @@ class UpdateLog:
                 "the log. Log training with all records that may have to be removed, or unlearn with another method."
             )
         taken_back = [update for update in self.updates if bool(torch.isin(update.positions, positions).any())]
-        if not taken_back:
+        seen = [positions[:0], *(update.positions for update in taken_back)]
+        never = positions[~torch.isin(positions, torch.cat(seen))]
+        if len(never) or not taken_back:
+            which = f"position {int(never[0])} ({len(never)} such)" if len(never) else "any record"
             raise ConfigError(
-                f"none of the {len(self.updates)} logged updates had one of the {len(positions)} records in its batch. "
-                "Positions count from 0 in the data that was trained on; is this the log of that training?"
+                f"{which} of {len(positions)} was in no batch of the {len(self.updates)} logged updates. Positions "
+                "count from 0 in the data that was trained on; is this the log of that training?"
             )
         model = copy.deepcopy(params.plain(model))
         theta = params.named_parameters(model, self.weights)
@@ -144,7 +147,8 @@ class UpdateLog:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         except SafetensorError as error:
             raise CorruptCache(f"{path} cannot be read as safetensors ({error}). Restore it from a copy.") from error
-        count = int(header.get("updates", 0))
+        number = header.get("updates", "")
+        count = int(number) if number.isdecimal() else -1
         if header != _header(tensors, count):
             raise CorruptCache(f"{path} is no log of updates, or was altered since. Restore it from a copy.")
         weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}

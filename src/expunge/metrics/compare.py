@@ -5,13 +5,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from expunge.definitions import METRICS
+from expunge.errors import MismatchError
 from expunge.metrics.calibration import brier, expected_calibration_error
 from expunge.metrics.classification import accuracy, cross_entropy, same_examples, symmetric_kl
 from expunge.metrics.forgetting import against_unseen, signed_forgetting
-from expunge.metrics.membership import FOLDS, loss_attack, matched_by_class, times_matched, unit_of_losses
+from expunge.metrics.membership import loss_attack, matched_by_class, times_matched, unit_of_losses
 from expunge.metrics.outputs import Answers, Outputs, Predictions
 from expunge.metrics.regression import mean_squared_difference, mean_squared_error, r_squared, varies
 from expunge.metrics.representation import activation_distance
+from expunge.metrics.roc import FOLDS
 from expunge.rows import Row
 
 Splits = Mapping[str, Answers]  # any of "retain", "forget", "test", of a classifier also "triggered", "noisy", "domain"
@@ -111,6 +113,11 @@ def distances(model: Profile, retrained: Profile, *, full: bool = False) -> list
     Raises:
         MismatchError: The two were not measured on the same examples.
     """
+    if model.splits.keys() != retrained.splits.keys():
+        raise MismatchError(
+            f"one model was measured on {', '.join(model.splits)} and the other on {', '.join(retrained.splits)}. "
+            "Measure both on the same splits."
+        )
     found = []
     reference = {each.metric: each.value for each in retrained.values}
     for own in model.values:

@@ -7,11 +7,11 @@ from jaxtyping import Float, Int
 
 from expunge.errors import ConfigError, MissingExtra
 from expunge.metrics.outputs import Answers, Predictions
-from expunge.metrics.roc import Attack, area, balanced, judge, placements
+from expunge.metrics.roc import FOLDS, Attack, area, balanced, judge, placements
 from expunge.metrics.stats import Interval, require_finite
 from expunge.seeds import derive
 
-FOLDS, DRAWS = 5, 10
+DRAWS = 10
 _MANY = 10_000  # records a side, of which one sample says enough
 
 

@@ -122,7 +122,7 @@ def activations(
                     f"layer {name!r} runs more than once in a forward pass, so it has no single output for an example. "
                     "Name a layer that runs once, such as the one around it."
                 )
-            kept[name].append(output.detach().flatten(1).cpu().double().numpy())
+            kept[name].append(output.detach().reshape(len(output), -1).cpu().double().numpy())
 
         return hook
 

@@ -10,7 +10,7 @@ from expunge.errors import ConfigError
 from expunge.metrics.stats import Interval, require_finite, scipy_special, t_interval
 
 LOW_RATES = (0.01, 0.001)  # false-positive rates at which an attack that is right about a few records shows
-_FOLDS = 5
+FOLDS = 5  # of a threshold that is chosen and judged on other records
 Scores = Float[np.ndarray, " _"]
 Clusters = Int[np.ndarray, " _"]
 
@@ -80,8 +80,8 @@ def judge(
         NotFinite: NaN or infinity among the scores.
         MissingExtra: SciPy is not installed.
     """
-    if min(len(members), len(unseen)) < _FOLDS:
-        raise ConfigError(f"{len(members)} members and {len(unseen)} unseen records: an attack needs {_FOLDS} of each.")
+    if min(len(members), len(unseen)) < FOLDS:
+        raise ConfigError(f"{len(members)} members and {len(unseen)} unseen records: an attack needs {FOLDS} of each.")
     require_finite("scores", members, unseen)
     right = _right(members, unseen, threshold, seed)
     repeated = 1 if turns is None else len(np.unique(turns[0]))
@@ -176,9 +176,9 @@ def _right(members: Scores, unseen: Scores, threshold: float | None, seed: int) 
     if threshold is not None:
         return (members > threshold).astype(np.float64), (unseen <= threshold).astype(np.float64)
     generator = np.random.default_rng(seed)
-    fold = [generator.permutation(len(side)) % _FOLDS for side in (members, unseen)]
+    fold = [generator.permutation(len(side)) % FOLDS for side in (members, unseen)]
     found = np.empty(len(members)), np.empty(len(unseen))
-    for number in range(_FOLDS):
+    for number in range(FOLDS):
         chosen = _best_threshold(members[fold[0] != number], unseen[fold[1] != number])
         found[0][fold[0] == number] = members[fold[0] == number] > chosen
         found[1][fold[1] == number] = unseen[fold[1] == number] <= chosen

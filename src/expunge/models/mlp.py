@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from expunge.errors import ConfigError
+
 
 class MLP(nn.Module):
     """Linear layers with ReLU in between; inputs are flattened.
@@ -13,11 +15,16 @@ class MLP(nn.Module):
     Args:
         widths: Inputs, hidden units of each layer, outputs: at least two numbers.
 
+    Raises:
+        ConfigError: Fewer.
+
     Shapes: (batch, ...) with widths[0] numbers an example -> (batch, widths[-1]).
     """
 
     def __init__(self, widths: Sequence[int] = (64, 64, 10)) -> None:
         super().__init__()
+        if len(widths) < 2:
+            raise ConfigError(f"widths={tuple(widths)}: give at least the numbers of inputs and of outputs.")
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for number, (inputs, outputs) in enumerate(itertools.pairwise(widths), 1):
             if number > 1:

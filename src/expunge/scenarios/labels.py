@@ -29,7 +29,7 @@ def wrong_labels(
     if classes < 2:
         raise ConfigError(f"classes={classes}: a wrong label needs at least two classes.")
     faulty = random_removal(len(labels), fraction, seed)
-    shift = torch.randint(1, classes, (len(faulty),), generator=stream(seed, "wrong labels"))
+    shift = torch.randint(1, classes, (len(faulty),), generator=stream(seed, "wrong labels")).to(labels.device)
     changed = labels.clone()
     changed[faulty] = (labels[faulty] + shift) % classes
     return changed, faulty
