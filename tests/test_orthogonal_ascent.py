@@ -235,17 +235,27 @@ def test_a_margin_of_a_record_fitted_beyond_float32_is_finite_and_still_moves():
     assert moves.tolist() == [[-1.0, 0.5, 0.5]]
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_a_margin_of_one_logit_is_that_of_two(shape, dtype):
+    z, labels = torch.tensor([-2.0, 0.5, 3.0, -1.0]), torch.tensor([0, 1, 1, 1])
+    two = logit_margin(nn.Identity(), (torch.stack([torch.zeros(4), z], 1), labels))
+    for mine in (labels, labels.view(shape)):
+        torch.testing.assert_close(logit_margin(nn.Identity(), (z.view(shape), mine.to(dtype))), two)
+
+
 @pytest.mark.parametrize(
     ("logits", "labels"),
     [
-        (torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64)),
         (torch.zeros(4, 3), torch.zeros(4)),
         (torch.zeros(4, 3), torch.zeros(3, dtype=torch.int64)),
-        (torch.zeros(4), torch.zeros(4, dtype=torch.int64)),
+        (torch.zeros(4, 1), torch.full((4,), 2)),
+        (torch.zeros(4), torch.full((4,), 0.5)),
+        (torch.zeros(4), torch.zeros(4, 2)),
     ],
 )
 def test_labels_and_logits_without_margins_are_refused(logits, labels):
-    with pytest.raises(ConfigError, match="a margin takes class numbers, int64"):
+    with pytest.raises(ConfigError, match=r"a margin takes (class numbers, int64|0 or 1 for each example)"):
         logit_margin(Says(logits), (torch.zeros(4), labels))
 
 

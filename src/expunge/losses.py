@@ -48,19 +48,22 @@ def logit_margin(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
     """Classification: log((1 - p) / p) of the probability of the label, to be cached for orthogonal ascents.
 
     The gradient of cross-entropy is (1 - p) times this one: a record that is fitted well has hardly a part in it, and
-    here as much as any other. The batch is (inputs, class numbers), the model returns two or more logits. Nats an
-    example, without a lower bound: nothing to train with. Source: Carlini et al., "Membership Inference Attacks From
-    First Principles" (2022), with the opposite sign.
+    here as much as any other. The batch is (inputs, class numbers), the model returns a logit for each class; or one,
+    (examples,) or (examples, 1), that of class 1 of two, and the batch has 0 or 1 of any type. Nats an example, without
+    a lower bound: nothing to train with. Source: Carlini et al., "Membership Inference Attacks From First Principles"
+    (2022), with the opposite sign.
 
     Raises:
         ConfigError: The batch is something else, or labels and logits do not fit.
     """
     inputs, labels = _pair(batch)
     logits = model(inputs)
-    if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+    if tuple(logits.shape) in (labels.shape[:1], (*labels.shape[:1], 1)):
+        return _margin_of_one(logits, labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ConfigError(
             f"labels {described(labels)} do not fit logits {described(logits)}: a margin takes class numbers, int64 "
-            "of shape (examples,), and a model with logits for two classes or more."
+            "of shape (examples,), and a model with a logit for each class, or one for two."
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         raise ConfigError(
@@ -71,6 +74,16 @@ def logit_margin(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
     own = wide.gather(1, labels[:, None])
     others: Tensor = wide.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
     return others - own[:, 0]
+
+
+def _margin_of_one(logits: Tensor, labels: Tensor) -> Tensor:
+    z = _wide(logits.flatten())
+    if labels.shape not in (z.shape, logits.shape) or not bool(((labels == 0) | (labels == 1)).all()):
+        raise ConfigError(
+            f"labels {described(labels)} do not fit the single logit of {described(logits)}: a margin takes 0 or 1 for "
+            "each example, the classes that it is against and for."
+        )
+    return torch.where(labels.flatten() == 1, -z, z)
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Float[Tensor, " terms"]:
