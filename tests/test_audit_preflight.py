@@ -158,7 +158,7 @@ def test_a_loss_that_was_edited_after_the_cache_was_made_is_a_matter_of_care():
     edited.__qualname__ = "cross_entropy"  # the name is all that the cache has of it
     found = checks(preflight(model, edited, data.without(torch.arange(40)), full))["alignment"]
     assert found.advice == "go with care"
-    assert "If the loss 'cross_entropy' or the data is another, the difference means nothing" in found.words
+    assert "Are the model's code, the loss 'cross_entropy' or the preprocessing others? Then the" in found.words
 
 
 def test_a_difference_that_is_rounding_is_a_do_not():

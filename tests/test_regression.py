@@ -109,7 +109,11 @@ def test_errors_are_those_that_training_has(shape):
         (torch.zeros(3, 3), torch.tensor([0.5, 1.5, 2.5]), r"labels torch.float32 .* are class numbers"),
         (torch.zeros(3), torch.tensor([0.0, 1.0, 1.0]), r"all targets are 0 or 1: two classes.*return two"),
         (torch.zeros(3, 1), torch.tensor([[1.0], [-1.0], [1.0]]), r"all targets are -1 or 1: two classes.*return two"),
-        (torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [1.0, 1.0]]), r"0 or 1: two classes.*one of them at a time"),
+        (
+            torch.zeros(2, 2),
+            torch.tensor([[0.0, 1.0], [1.0, 1.0]]),
+            r"0 or 1: two classes.*measure one at a time, as two classes",
+        ),
         (torch.zeros(2, 2), torch.tensor([[0.25, 0.75], [0.9, 0.1]]), r"add up to 1, as probabilities of classes do"),
         (torch.zeros(2, 3), torch.eye(3)[:2], r"add up to 1, .* class numbers, targets\.argmax\(1\)"),
         (torch.zeros(2), torch.tensor([0.5, torch.nan]), r"targets are NaN or infinite for 1 of 2 .*Leave"),

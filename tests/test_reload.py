@@ -104,6 +104,7 @@ class TestWorkedExample:
             "target_loss": 15 / 4,
             "informative_share": 1.0,
             "relative_noise": pytest.approx(relative_noise),
+            "compared": 0,
             "reset_count": 1,
             "requested_count": 1,
             "untouched_in_paper_choice": 0.0,

@@ -56,6 +56,7 @@ FACTS: dict[str, str] = {
     "untouched_in_paper_choice": "share of the paper's choice below the rounding floor, which is kept here",
     "overlap_with_paper_choice": "overlap of the chosen entries with the paper's choice (Jaccard)",
     "removed_count": "loss terms that were removed; 0 after a correction",
+    "compared": "micro-batches whose losses tell whether model, loss and data are those of the cache",
     "cached_count": "loss terms that the cached gradient is of",
     "priming_length": "length of RELOAD's ascent, as a share of the norm of the weights",
     "ascent_share": "length of each ascent, as a share of the norm of the weights",

@@ -53,7 +53,7 @@ class Origin:
             raise MismatchError(
                 f"{what} was taken at weights {self.weights[:12]}…, the model has {now.weights[:12]}…. One more "
                 "update, a checkpoint in lower precision or a cast is enough. Load the weights that were cached, "
-                "bit for bit."
+                "bit for bit; after an unlearning cache again, of what was left."
             )
         if self.buffers != now.buffers:
             raise MismatchError(
@@ -177,9 +177,10 @@ class Gradient:
             first = int(moved.nonzero()[0])
             return (
                 f"{int(moved.sum())} of {len(before)} micro-batches with as many terms as in the cache have another "
-                f"loss than they had (the first {float(before[first]):.4g}, now {float(now[first]):.4g}). Were "
-                "positions counted anew after the deletion? Then nothing cancels exactly: give what is left with the "
-                f"positions it had. If the loss {name!r} or the data is another, the difference means nothing."
+                f"loss than they had (the first {float(before[first]):.4g}, now {float(now[first]):.4g}). Are the "
+                f"model's code, the loss {name!r} or the preprocessing others? Then the difference means nothing: "
+                "use those of the cache. Were positions counted anew after the deletion? Then nothing cancels exactly: "
+                "give what is left with the positions it had."
             )
         never_negative = bool((mine.losses >= 0).all() and (theirs.losses >= 0).all())
         if not len(before) and never_negative and self.loss < part.loss:
@@ -295,6 +296,7 @@ def take(
     only: Callable[[int], bool] | None = None,
 ) -> Gradient:
     """`gradient()` over some of the micro-batches, perhaps none: those whose number is wanted."""
+    losses.require_loss_terms(loss_terms)
     if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
         raise ConfigError(f"micro_batch={micro_batch}: it is a whole number of positions, at least one.")
     sharding.settle(model)

@@ -132,6 +132,20 @@ def causal_lm_documents(model: nn.Module, batch: Batch) -> Float[Tensor, " terms
     return (losses * targets).sum(1)
 
 
+def require_loss_terms(loss: object) -> None:
+    """Refuse a criterion of torch, which takes outputs and targets, and not a model and a batch.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if type(loss).__module__ == "torch.nn.modules.loss":
+        raise ConfigError(
+            f"{type(loss).__name__}() takes outputs and targets, and loss terms are called with (model, batch). Write "
+            "a function that returns one loss an example: def loss_terms(model, batch): inputs, targets = batch; "
+            "return torch.nn.functional.…(model(inputs), targets, reduction='none')."
+        )
+
+
 def _of_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss at each position of each document, and which positions have a target."""
     if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():

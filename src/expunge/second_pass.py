@@ -9,8 +9,10 @@ from torch import nn
 from expunge import params
 from expunge.accumulator import Place
 from expunge.batches import Batches, LossTerms, indexed
+from expunge.errors import MismatchError
 from expunge.gradient import MICRO_BATCH, Gradient, gradient, take
 from expunge.groups import Groups
+from expunge.losses import name_of
 from expunge.passes import MicroBatches
 
 
@@ -20,6 +22,7 @@ class SecondPass(NamedTuple):
     gradient: Gradient
     computed: int  # terms that went forward and backward
     groups: int  # of the cached gradient, that were computed; 0 if it has none
+    compared: int  # micro-batches that were computed with as many terms as they had, so that their losses can tell
 
 
 def second_pass(
@@ -29,7 +32,8 @@ def second_pass(
 
     If the cached one has groups, only those are computed of which something is missing or reads differently; the others
     are taken from it, and cancel exactly whatever machine computed them. They are still read, to be compared with
-    their hashes. The rounding floor of the result is then one from above: it counts the touched groups twice.
+    their hashes, and one micro-batch of them is computed, to be compared with its loss. The rounding floor of the
+    result is then one from above: it counts the touched groups twice.
 
     Args:
         full: Of all data.
@@ -42,7 +46,8 @@ def second_pass(
         What ``full - …`` subtracts, and how much of it was computed.
 
     Raises:
-        MismatchError: Other weights, buffers or loss than those of the cached gradient.
+        MismatchError: Other weights, buffers or loss than those of the cached gradient; a micro-batch of an untouched
+            group has another loss.
         ConfigError, OutOfMemory, NonDeterministicLoss, NotFinite: As of `gradient`.
     """
     known, groups = full.micro_batches, full.groups
@@ -55,11 +60,32 @@ def second_pass(
     }
     if known is None or groups is None or indexed(data) is None:
         whole = gradient(model, loss_terms, data, **alike)
-        return SecondPass(whole, whole.count, len(groups.totals) if groups is not None else 0)
+        pair = full.comparable(whole)
+        compared = len(pair[0]) if pair else 0
+        return SecondPass(whole, whole.count, len(groups.totals) if groups is not None else 0, compared)
     touched = groups.touched(data, size)
     part = take(model, loss_terms, data, **alike, only=lambda number: groups.of(number) in touched)
     full.origin.require(part.origin, "the cached gradient")
-    return SecondPass(_patched(full, part, known, groups, touched), part.count, len(touched))
+    pair, computed = full.comparable(part), part.count
+    compared = len(pair[0]) if pair else 0
+    kept = next((number for number in known.numbers.tolist() if groups.of(number) not in touched), None)
+    if kept is not None:
+        again = take(model, loss_terms, data, **alike, only=lambda number: number == kept)
+        _require_same_loss(known, again, loss_terms)
+        computed, compared = computed + again.count, compared + 1
+    return SecondPass(_patched(full, part, known, groups, touched), computed, len(touched), compared)
+
+
+def _require_same_loss(known: MicroBatches, again: Gradient, loss_terms: LossTerms) -> None:
+    """Refuse a micro-batch that reads as it did, bit for bit, and has another loss: by more than rounding elsewhere."""
+    assert again.micro_batches is not None
+    then, now = (float(losses) for losses in known.losses_of_as_many(again.micro_batches))
+    if not abs(then - now) <= 1e-3 * abs(then):
+        number, name = int(again.micro_batches.numbers), name_of(loss_terms)
+        raise MismatchError(
+            f"micro-batch {number} reads as it did when the gradient was cached, and its loss is {now:.4g}, where it "
+            f"was {then:.4g}: the model's code, or the loss {name!r}, is another. Use those of the cache."
+        )
 
 
 def _patched(full: Gradient, part: Gradient, known: MicroBatches, groups: Groups, touched: set[int]) -> Gradient:

@@ -22,6 +22,7 @@ from torch import nn
 
 from expunge.batches import Batches, LossTerms, require_reiterable
 from expunge.errors import ConfigError, ExpungeError
+from expunge.losses import require_loss_terms
 from expunge.metrics.outputs import Logits, images_and_labels
 from expunge.training import Recipe
 
@@ -114,6 +115,10 @@ class Setup:
         loss: LossTerms = self._get(name, example)
         if not callable(loss):
             raise ConfigError(f"{self.path}: {name} is {loss!r}, no function. Write {example}")
+        try:
+            require_loss_terms(loss)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {name}: {error}") from error
         return loss
 
     def _get(self, name: str, example: str) -> Any:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from expunge import Examples, gradient
 from expunge.cli import main, own_model
+from expunge.errors import ConfigError
 from tests.cli import RELOAD, SETUP, cached, unlearned
 
 
@@ -16,6 +19,31 @@ def test_a_loss_that_is_no_function_is_refused(folder, capsys):
     assert cached() == 2
     said = capsys.readouterr().err
     assert "setup.py: cached_loss is 'logit_margin', no function. Write def cached_loss(model, batch)" in said
+
+
+def test_a_criterion_of_torch_is_no_loss_of_terms(folder, capsys):
+    text = Path("setup.py").read_text(encoding="utf-8")
+    criterion = 'loss_terms = nn.CrossEntropyLoss(reduction="none")'
+    Path("setup.py").write_text(text.replace("loss_terms = cross_entropy", criterion), encoding="utf-8")
+    assert cached() == 2
+    said = "setup.py: loss_terms: CrossEntropyLoss() takes outputs and targets, and loss terms are called with (model"
+    assert said in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"MSELoss\(\) takes outputs and targets"):
+        gradient(nn.Linear(2, 1), nn.MSELoss(), Examples(torch.zeros(3, 2), torch.zeros(3, 1)))
+
+
+def test_a_cache_of_what_was_removed_before_is_a_matter_of_care(folder, capsys):
+    assert cached() == 0
+    unlearned(*RELOAD)
+    again = ["cache", "setup.py", "--weights", "u.safetensors", "--out", "d.safetensors"]
+    capsys.readouterr()
+    assert main(again) == 0
+    said = "u.safetensors was unlearned to 54 records, and original() returns 60. Cache the gradient of what was left"
+    assert said in capsys.readouterr().err
+    text = Path("setup.py").read_text(encoding="utf-8")
+    Path("setup.py").write_text(text.replace("    return data\n", "    return retain()\n"), encoding="utf-8")
+    assert main([*again, "--replace"]) == 0
+    assert "was unlearned to" not in capsys.readouterr().err
 
 
 def test_weights_replaced_while_they_are_loaded_are_named_and_nothing_is_written(folder, monkeypatch, capsys):

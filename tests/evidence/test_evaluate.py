@@ -232,7 +232,46 @@ def test_models_of_another_deletion_are_refused(folder, capsys):
     assert "r0.safetensors was made when 54 records were left" in capsys.readouterr().err
     for number in range(3):
         Path(f"r{number}.trace.json").unlink()
-    assert evaluate() == 0  # models of other programs say nothing
+    capsys.readouterr()
+    assert evaluate("--out", "foreign") == 0  # models of other programs say nothing
+    said = "r0.safetensors has no trace beside it: nothing tells on which records it was trained."
+    assert said in capsys.readouterr().err
+    assert any(said in gap for gap in not_shown("foreign"))
+
+
+def not_shown(run):
+    assert main(["evidence", run]) == 0
+    return json.loads(Path(run, "evidence.json").read_text(encoding="utf-8"))["not_shown"]
+
+
+def test_models_of_another_deletion_of_as_many_are_refused_as_long_as_their_salt_is_there(folder, capsys):
+    text = Path("setup.py").read_text(encoding="utf-8")
+    others = "\n\nfrom expunge import Examples\n\ndef retain():\n    return data.without(torch.arange(7, 13))\n"
+    Path("setup.py").write_text(text + others, encoding="utf-8")
+    for name in ("u", *(f"r{number}" for number in range(3))):
+        assert evaluate() == 2
+        told = f"{name}.safetensors was made when other records were left than those of retain(), as many"
+        assert told in capsys.readouterr().err
+        Path(f"{name}.safetensors.salt").unlink()
+    assert evaluate("--out", "unsalted") == 0
+    gaps = " ".join(not_shown("unsalted"))
+    assert gaps.count("records of retain() were left: its salt, ") == 4
+    assert "setup.py is not the setup file that u.safetensors was made with: its SHA-256 was " in gaps
+
+
+def test_of_a_deletion_as_it_was_nothing_is_doubted(folder):
+    assert evaluate("--out", "again") == 0
+    assert not any("nothing tells" in gap or "is not the setup file" in gap for gap in not_shown("again"))
+    known = [gap for gap in not_shown_of_facts("again", compared=0) if "model code, loss and preprocessing" in gap]
+    assert len(known) == 1
+
+
+def not_shown_of_facts(run, **facts):
+    path = Path(run, "trace.json")
+    trace = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(trace | {"facts": trace["facts"] | facts}), encoding="utf-8")
+    assert main(["evidence", run, "--replace"]) == 0
+    return json.loads(Path(run, "evidence.json").read_text(encoding="utf-8"))["not_shown"]
 
 
 def test_an_original_that_was_trained_by_retraining_may_be_measured(folder):
@@ -270,6 +309,13 @@ def test_of_a_correction_forget_has_what_is_left(folder, capsys):
     Path("setup.py").write_text(f"{text}\n\ndef forget():\n    return retain().only(torch.arange(6, 10))\n")
     assert evaluate("--out", "corrected") == 0
     assert "of forget() are in retain()" not in capsys.readouterr().err
+    assert main(["unlearn", "setup.py", "--weights", "w.safetensors", "--out", "f.safetensors", "fine-tune"]) == 0
+    capsys.readouterr()
+    command = ["evaluate", "setup.py", "--weights", "f.safetensors"]  # which does not know what was corrected
+    assert main(command) == 0
+    assert "4 of 4 records of forget() are in retain() as well, number for number. If they were corrected and not" in (
+        capsys.readouterr().err
+    )
 
 
 def test_what_the_unlearning_warned_of_stands_in_evidence(folder):

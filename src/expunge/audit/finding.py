@@ -80,7 +80,7 @@ def evidence(
         NotInformative: Nothing was removed since the cache was made: the retain data gives the cached gradient.
         MismatchError: Cache, model and data do not belong together.
     """
-    left = second_pass(full, model, loss_terms, retain).gradient
+    left, _, _, compared = second_pass(full, model, loss_terms, retain)
     removed = full - left
     if removed.count == 0 and not any(bool(mask.any()) for mask in removed.informative().values()):
         raise NotInformative(
@@ -88,7 +88,6 @@ def evidence(
             f"{NOTHING_REMOVED} To rehearse with records that you may keep, let retain() leave some out, and forget() "
             "return them."
         )
-    pair = full.comparable(left)
     return Evidence(
         model=model,
         loss_terms=loss_terms,
@@ -96,7 +95,7 @@ def evidence(
         removed=removed,
         logits=logits,
         doubts=full.doubts(left),
-        compared=len(pair[0]) if pair else 0,
+        compared=compared,
     )
 
 

@@ -21,7 +21,7 @@ from expunge.errors import ConfigError, MismatchError
 from expunge.files import write_text
 from expunge.methods import all_methods
 from expunge.metrics.compare import Measured, Profile, distances, measured_rows
-from expunge.provenance import record_hashes
+from expunge.provenance import position_hashes, record_hashes, together
 from expunge.report.summaries import FLOOR, ORIGINAL, REFERENCE
 from expunge.rows import EVALUATION, Row, write_csv, write_rows
 from expunge.weights import unlearned_with
@@ -47,7 +47,7 @@ class Evaluation:
     before: Profile | None
     references: tuple[Profile, ...]  # of `retrained`
     trace: Mapping[str, Any]  # of the unlearning; empty where there is none
-    doubts: tuple[str, ...] = ()  # of `copies_in_splits`
+    doubts: tuple[str, ...] = ()  # of `copies_in_splits` and `require_left`
 
     @property
     def method(self) -> str:
@@ -124,26 +124,58 @@ def retained(data: Batches) -> int | None:
     return None if known is None else len(known.positions)
 
 
-def require_left(weights: Path, data: Mapping[str, Batches]) -> None:
-    """Refuse weights that were retrained, or unlearned, when another number of records was left.
+def left_behind(weights: Path, data: Batches) -> dict[str, Any]:
+    """What a trace says of the records that were left: how many, and a hash of their positions.
+
+    The hash is keyed with a salt that is kept beside the weights (`inputs.salt_path`): without it, whoever knows the
+    order of the data could try who was removed.
+    """
+    count = retained(data)
+    return {"retained": count, "retained_salted": None if count is None else _of_positions(weights, data)}
+
+
+def require_left(weights: Path, data: Mapping[str, Batches]) -> str:
+    """Refuse weights that were retrained, or unlearned, when other records were left.
+
+    Returns:
+        Why nobody knows whether the same were left, "" where that is known.
 
     Raises:
-        MismatchError: The trace beside them says so.
+        MismatchError: The trace beside the weights says that others were.
     """
-    then, now = read_trace(weights).get("retained"), retained(data["retain"]) if "retain" in data else None
+    trace, now = read_trace(weights), retained(data["retain"]) if "retain" in data else None
+    then, salted = trace.get("retained"), trace.get("retained_salted")
     if then is not None and now is not None and then != now:
         raise MismatchError(
             f"{weights} was made when {then:,} records were left, and retain() has {now:,}: distances "
             "would be of another deletion. Unlearn again, and retrain models on what is left now."
         )
+    salt = inputs.salt_path(weights)
+    if not trace:
+        return f"{weights} has no trace beside it: nothing tells on which records it was trained."
+    if salted is None or now is None or not salt.exists():
+        return f"nothing tells whether {weights} was made when the records of retain() were left" + (
+            f": its salt, {salt.name}, is not beside it." if salted is not None and now is not None else "."
+        )
+    if _of_positions(weights, data["retain"]) != salted:
+        raise MismatchError(
+            f"{weights} was made when other records were left than those of retain(), as many: distances would be of "
+            "another deletion. Unlearn again, and retrain models on what is left now."
+        )
+    return ""
 
 
-def copies_in_splits(data: Mapping[str, Batches], corrects: bool) -> Iterator[str]:
+def _of_positions(weights: Path, data: Batches) -> str:
+    salt = inputs.salt_of(weights)
+    return together(position_hashes(data, salt), salt)
+
+
+def copies_in_splits(data: Mapping[str, Batches], corrects: bool | None) -> Iterator[str]:
     """Say where records of one split are, number for number, in another that should have others.
 
     Args:
         data: By split.
-        corrects: Whether forget() has records that were corrected, and are left.
+        corrects: Whether forget() has records that were corrected, and are left; None if nobody knows.
     """
     try:
         salt = secrets.token_hex()  # for this comparison alone
@@ -156,9 +188,11 @@ def copies_in_splits(data: Mapping[str, Batches], corrects: bool) -> Iterator[st
         there = set(hashes[other])
         copies = sum(each in there for each in hashes[one])
         if copies:
+            known = corrects is not None or one != "forget" or other != "retain" or copies < len(hashes[one])
             yield (
                 f"{copies:,} of {len(hashes[one]):,} records of {one}() are in {other}() as well, number for number. "
-                "What was measured on them says nothing, if they are the same records and not copies."
+                + ("" if known else "If they were corrected and not removed, that is as it should be. Otherwise: ")
+                + "What was measured on them says nothing, if they are the same records and not copies."
             )
 
 

@@ -66,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 args=arguments,
             )
     except (ExpungeError, OSError) as error:
-        print(f"expunge: {error}", file=sys.stderr)
-        return 2
+        return _said(error)
     except KeyboardInterrupt:
         print("expunge: interrupted; every file is either complete or as it was before.", file=sys.stderr)
         return 130
@@ -84,6 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("expunge: this is a mistake of ours. Please report it with the lines above.", file=sys.stderr)
         return 1
     return 0
+
+
+def _said(error: Exception) -> int:
+    if isinstance(error, BrokenPipeError):  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    print(f"expunge: {error}", file=sys.stderr)
+    return 2
 
 
 def _frames_of_the_user(error: Exception) -> list[traceback.FrameSummary] | None:

@@ -68,9 +68,15 @@ def evaluate(
         raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
 
     data = {split: loaded.data(split) for split in splits}
-    for path in retrained if trace.get("method") == "retrain" else (weights, *retrained):  # that may be the original
-        evaluation.require_left(path, data)
-    doubts = tuple(evaluation.copies_in_splits(data, corrects=trace.get("facts", {}).get("removed_count") == 0))
+    made_of_it = (
+        retrained if not trace or trace["method"] == "retrain" else (weights, *retrained)
+    )  # it may be the original
+    removed = trace.get("facts", {}).get("removed_count")
+    doubts = [*evaluation.copies_in_splits(data, corrects=None if removed is None else removed == 0)]
+    doubts += filter(None, (evaluation.require_left(path, data) for path in made_of_it))
+    then = trace.get("provenance", {}).get("files", {}).get("setup file", hashes[setup])
+    if then != hashes[setup]:
+        doubts.append(f"{setup} is not the setup file that {weights} was made with: its SHA-256 was {then}.")
     for doubt in doubts:
         warnings.warn(doubt, stacklevel=2)
     architecture = trained_model(loaded, weights, device)
@@ -95,7 +101,7 @@ def evaluate(
         before=None if original is None else measured(original),
         references=tuple(measured(path) for path in retrained),
         trace=trace,
-        doubts=doubts,
+        doubts=tuple(doubts),
     )
     rows = evaluation.rows(found)
     if out is not None:

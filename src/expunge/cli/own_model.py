@@ -18,6 +18,7 @@ from expunge import cache as cache_file
 from expunge import distributed, params, provenance
 from expunge.access import Blind, Sighted
 from expunge.accumulator import Place
+from expunge.batches import Batches
 from expunge.bench import chosen, evaluation, inputs
 from expunge.cli import printing, processes
 from expunge.cli.arguments import Flag, Maybe, SetupFile
@@ -113,10 +114,19 @@ def cache(
     loaded = load_setup(setup)
     model = trained_model(loaded, weights, device)
     kept = params.named_without(model, leave_out)
+    data = loaded.data("original")
+    told, there = evaluation.read_trace(weights), evaluation.retained(data)
+    if told.get("method") not in (None, "retrain") and there is not None and told.get("retained") not in (None, there):
+        warnings.warn(
+            f"{weights} was unlearned to {told['retained']:,} records, and original() returns {there:,}. Cache the "
+            "gradient of what was left then: of the others nothing is in the weights any more, and the next unlearning "
+            "would remove them once more.",
+            stacklevel=2,
+        )
     full = gradient(
         model,
         loaded.cached_terms,
-        loaded.data("original"),
+        data,
         parameters=kept,
         micro_batch=micro_batch,
         accumulate_on=accumulate_on,
@@ -176,7 +186,6 @@ def unlearn(
         distributed.by_the_first(lambda: require_writable(snapshots / "weights"))
     if out.exists() and not replace:
         raise ConfigError(f"{out} exists, and evidence of it may too: give another name, or --replace.")
-    story = evaluation.trace_path(out)
     read = {"setup file": setup, "weights before": weights}
     read |= {"cache": cache_file.file_of(cache)} if cache else {}
     read |= {"settings": settings} if settings else {}
@@ -203,9 +212,8 @@ def unlearn(
         "cached_loss": loaded.cached_terms,
     }
     given = Blind(**shared) if row.blind else _sighted(loaded, row, shared)
-    imported = {f"imported {file.relative_to(setup.resolve().parent).as_posix()}": file for file in loaded.imported()}
-    read |= imported
-    hashes |= inputs.hashes_of(imported.values())
+    read |= {f"imported {file.relative_to(setup.resolve().parent).as_posix()}": file for file in loaded.imported()}
+    hashes |= inputs.hashes_of(loaded.imported())
     inputs.require_unchanged(hashes)  # now that all is read; what happens to the files later is of no effect
     taken = 0
 
@@ -224,18 +232,24 @@ def unlearn(
         "environment": provenance.environment(),
         "files": {role: hashes[path] for role, path in read.items()} | {"weights after": provenance.file_hash(out)},
     }
-    left = evaluation.retained(shared["retain"])
-    trace = {**result.trace.as_dict(), **done_with, "retained": left, "provenance": origin}
-    distributed.by_the_first(lambda: write_text(story, printing.as_json(trace) + "\n"))
+    trace = {**result.trace.as_dict(), **done_with, "provenance": origin}
+    distributed.by_the_first(lambda: _write_trace(out, trace, shared["retain"]))
     if json:
         print(printing.as_json(trace))
         return
     _tell(result.trace, done_with["config"])
-    print(f"weights: {out}\ntrace:   {story}")
+    print(f"weights: {out}\ntrace:   {evaluation.trace_path(out)}")
+    if trace.get("retained_salted") is not None:  # of several processes the first has it
+        print(f"salt:    {inputs.salt_path(out)} (of the hash of what is left; keep it with the data's owner)")
     if cache is not None:
         print(
             f"The cache is personal data: cache again if more deletions may come, and destroy it now:{_listed(cache)}"
         )
+
+
+def _write_trace(out: Path, trace: dict[str, Any], retain: Batches) -> None:
+    trace.update(evaluation.left_behind(out, retain))
+    write_text(evaluation.trace_path(out), printing.as_json(trace) + "\n")
 
 
 def _not_as_trained(setup: Setup, row: Method, config: Any) -> Iterator[str]:

@@ -21,7 +21,8 @@ def difference(model: nn.Module, given: Blind, trace: Trace) -> tuple[Gradient, 
 
     ``trace.facts``: removed_count and cached_count (loss terms), of a cache with groups groups_computed and groups (how
     many were computed again, of how many), relative_noise (predicted relative error of the difference, an upper
-    estimate), informative_share (of entries above their rounding floor).
+    estimate), informative_share (of entries above their rounding floor), compared (micro-batches whose losses tell
+    whether model, loss and data are those of the cache).
 
     Raises:
         NotInformative: It shows nothing of what was removed.
@@ -29,7 +30,7 @@ def difference(model: nn.Module, given: Blind, trace: Trace) -> tuple[Gradient, 
         MismatchError: A cache and a retain set that do not belong together.
     """
     full = given.cached()
-    retain, computed, groups = second_pass(full, model, given.cached_terms, given.retain)
+    retain, computed, groups, compared = second_pass(full, model, given.cached_terms, given.retain)
     removed = full - retain
     trace.backwarded += computed
     if doubts := full.doubts(retain):
@@ -41,6 +42,7 @@ def difference(model: nn.Module, given: Blind, trace: Trace) -> tuple[Gradient, 
         "cached_count": full.count,
         "informative_share": share,
         "relative_noise": removed.relative_noise(),
+        "compared": compared,
     }
     if full.groups is not None:
         trace.facts |= {"groups_computed": groups, "groups": len(full.groups.totals)}

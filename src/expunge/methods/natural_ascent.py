@@ -119,8 +119,9 @@ def natural_ascent(model: nn.Module, given: Blind, config: NaturalAscent, *, see
         if share > WIDEST:
             trace.warn(
                 f"{trace.method}: what was removed has {share:.2g} of the information. The step is that of {WIDEST:g}, "
-                "since longer ones wrecked what is left. Whether it forgets, and does no harm, a rehearsal tells "
-                "(expunge rehearse); or retrain, since so much is to be forgotten."
+                "as longer ones wrecked what is left. Whether it forgets, and does no harm, a rehearsal tells (expunge "
+                "rehearse); or retrain, since so much is to be forgotten. If it cannot be so much, the model's code, "
+                "the loss or the preprocessing are not those of the cache."
             )
         sevenths = 7 * min(share, WIDEST)
     return in_turns(model, direction, given, config, sevenths, seed=seed, trace=trace)

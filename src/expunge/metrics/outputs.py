@@ -19,6 +19,10 @@ from expunge.seeds import keeping_random_state
 # -> logits (examples, classes) and labels (examples,), or predictions and targets, floating point and of one shape
 Logits = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 _ONE_LOGIT = " Of a classifier with one logit let logits(model, batch) return two (docs/own-model.md shows it)."
+_SEVERAL_LABELS = (
+    " Of several labels an example measure one at a time, as two classes: let logits(model, batch) return two logits "
+    "and the class numbers of that label (docs/own-model.md shows it)."
+)
 _NUMBERS = (
     " Of a regression predictions and targets are floating point and of one shape, or their difference would compare "
     "examples with each other: reshape one of them."
@@ -227,5 +231,5 @@ def _require_no_classes(targets: Float[np.ndarray, "examples numbers"]) -> None:
         )
     for one, other in ((0, 1), (-1, 1)):
         if np.isin(targets, (one, other)).all():
-            cure = _ONE_LOGIT if targets.shape[1] == 1 else " Measure one of them at a time, as two classes."
+            cure = _ONE_LOGIT if targets.shape[1] == 1 else _SEVERAL_LABELS
             raise ConfigError(f"all targets are {one} or {other}: two classes, and no regression.{cure}")

@@ -173,7 +173,14 @@ def _counts(run: Run, scenario: str, method: str | None) -> list[dict[str, Any]]
         if (fact.scenario, fact.method) == (scenario, method) and fact.fact in _ASKED:
             found.setdefault(fact.seed, {})[fact.fact] = int(float(fact.value))
     return [
-        {"seed": seed, **counts, "said": " of ".join(str(counts.get(name, "?")) for name in _ASKED)}
+        {
+            "seed": seed,
+            **counts,
+            "said": (
+                "corrections, 0 removed" if counts.get("removed_count") == 0 else str(counts.get("removed_count", "?"))
+            )
+            + f" of {counts.get('cached_count', '?')}",
+        }
         for seed, counts in found.items()
     ]
 
