@@ -255,6 +255,15 @@ def test_references_never_saw_the_set_and_differ():
     again = replace(problem, given=replace(problem.given, retain=strange))
     (twin,) = prepare(again, [torch.tensor([2, 3])], seed=0, recipe=recipe, retrain=2)
     assert np.array_equal(twin.references[0].left.logits, one.left.logits)
+    trained_on = []
+
+    def own_loop(_, data, seed):
+        trained_on.append((len(data), seed))
+
+    own = replace(problem, given=replace(problem.given, train_from_scratch=own_loop))
+    prepare(own, [torch.tensor([2, 3])], seed=0, retrain=2)
+    assert [count for count, _ in trained_on] == [52, 52]
+    assert len({seed for _, seed in trained_on}) == 2
 
 
 # Scores

@@ -29,6 +29,8 @@ class Blind:
     fresh: Callable[[int], nn.Module]  # seed -> untrained model: where re-initialised values come from
     full: Gradient | None = None  # of all data, cached at exactly the model's weights
     cached_loss: LossTerms | None = None  # what `full` is the gradient of, if that is not the loss of training
+    # Trains an untrained model on data in place, from a seed: a loop of one's own, for `Retrain` without a recipe.
+    train_from_scratch: Callable[[nn.Module, Batches, int], object] | None = None
 
     def __post_init__(self) -> None:
         require_reiterable(self.retain, "retain")

@@ -3,9 +3,9 @@
 It defines ``model(seed)`` and ``loss_terms``, and of the following what a command needs: ``original()`` to cache,
 ``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``validation()`` for SCRUB's
 rewind, ``test()`` for evaluation, ``candidates()`` and ``triggered()`` for audits, ``recipe`` to retrain, also in
-rehearsals, ``persons()`` for rehearsals with whole persons, ``logits(model, batch)`` where a batch is not (inputs,
-labels) or (inputs, targets), ``cached_loss`` if gradients are cached of another loss than that of training. Only what
-is needed is called.
+rehearsals, or ``train_from_scratch(model, data, seed)``, ``persons()`` for rehearsals with whole persons,
+``logits(model, batch)`` where a batch is not (inputs, labels) or (inputs, targets), ``cached_loss`` if gradients are
+cached of another loss than that of training. Only what is needed is called.
 """
 
 import importlib.util
@@ -77,6 +77,19 @@ class Setup:
                 f"{self.path}: recipe is a {type(recipe).__name__}. Write expunge.Recipe(epochs=…, lr=…)."
             )
         return recipe
+
+    @property
+    def train_from_scratch(self) -> Callable[[nn.Module, Batches, int], object] | None:
+        """How models are trained from scratch, if not by a recipe."""
+        if not hasattr(self.module, "train_from_scratch"):
+            return None
+        loop: Callable[[nn.Module, Batches, int], object] = self.module.train_from_scratch
+        if not callable(loop):
+            raise ConfigError(
+                f"{self.path}: train_from_scratch is a {type(loop).__name__}, no function. Write def "
+                "train_from_scratch(model, data, seed): …, which trains the model in place."
+            )
+        return loop
 
     def has(self, split: str) -> bool:
         """Whether the file defines a split: original, retain, forget, validation or test."""

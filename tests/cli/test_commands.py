@@ -69,6 +69,41 @@ def test_human_output_names_what_was_written_and_warns_of_the_cache(folder, caps
     assert "defines no test(): nothing was measured on unseen records.\n" in out
 
 
+LOOP = """
+
+def train_from_scratch(model, data, seed):
+    with open("calls.txt", "a") as file:
+        print(seed, len(data), model.training, file=file)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data.tensors), batch_size=16, shuffle=True)
+    for _ in range(2):
+        for batch in loader:
+            optimizer.zero_grad()
+            loss_terms(model, batch).mean().backward()
+            optimizer.step()
+"""
+
+
+def test_retraining_takes_a_loop_of_ones_own(folder, capsys):
+    text = Path("setup.py").read_text(encoding="utf-8").replace("recipe = Recipe(epochs=3, lr=0.05)", "")
+    Path("setup.py").write_text(text + LOOP, encoding="utf-8")
+    for out in ("a", "b"):
+        assert unlearned("retrain", cache=None, out=f"{out}.safetensors") == 0
+    assert unlearned("--seed", "1", "retrain", cache=None, out="c.safetensors") == 0
+    calls = Path("calls.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split() for line in calls] == [[seed, "54", "True"] for seed in "001"]
+    a, b, c = (load_file(f"{out}.safetensors") for out in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)  # global generators are seeded
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+    trace = json.loads(Path("a.trace.json").read_text(encoding="utf-8"))
+    assert (trace["method"], trace["config"]["recipe"]) == ("retrain", None)
+    assert unlearned("retrain", "--resume", "r.safetensors", cache=None, out="d.safetensors") == 2
+    assert "a loop of your own keeps its own state" in capsys.readouterr().err
+    Path("setup.py").write_text(text + "train_from_scratch = 3", encoding="utf-8")
+    assert unlearned("retrain", cache=None, out="d.safetensors") == 2
+    assert "train_from_scratch is a int, no function" in capsys.readouterr().err
+
+
 def test_the_trace_is_where_the_output_says_it_is(folder, capsys):
     assert main(["unlearn", *weights_of_nobody(folder), "--out", "model.v2", "retrain"]) == 0
     named = re.search(r"^trace:\s+(\S+)$", capsys.readouterr().out, re.M)

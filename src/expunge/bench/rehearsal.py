@@ -57,7 +57,7 @@ def prepare(
         problem: What it is about.
         sets: Rows of `problem.given.retain`.
         seed: Of unlearning and of retraining.
-        recipe: How the model was trained; needed to retrain.
+        recipe: How the model was trained; None: with the loop of one's own in what is given.
         retrain: How many models to retrain for each set; 0: judge against unseen records.
 
     Raises:
@@ -74,10 +74,11 @@ def prepare(
             f"retrain={retrain}: nobody knows how far two retrained models are apart. Take {LEAST_REFERENCES} or "
             "more, or 0 to judge against test()."
         )
-    if retrain and recipe is None:
+    if retrain and recipe is None and problem.given.train_from_scratch is None:
         raise ConfigError(
             f"retrain={retrain}: the setup file defines no recipe, so that nothing can be retrained. Add recipe = "
-            "expunge.Recipe(epochs=…, lr=…), with what the model was trained with."
+            "expunge.Recipe(epochs=…, lr=…), with what the model was trained with, or a loop of your own, def "
+            "train_from_scratch(model, data, seed)."
         )
     found = []
     with progress.task("rehearsals", len(sets) * max(retrain, 1)) as advance:
@@ -87,7 +88,6 @@ def prepare(
             bare = Rehearsal(given, forget, own, see(problem, problem.model, given.retain, forget), ())
             references = []
             for k in range(retrain):
-                assert recipe is not None
                 done = unlearn(problem.model, given, Retrain(recipe=recipe), seed=derive(own, "retrain", k) % 2**31)
                 references.append(see(problem, done.model, given.retain, forget))
                 advance()

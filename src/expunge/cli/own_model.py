@@ -37,7 +37,7 @@ from expunge.weights import load_weights, save_weights
 
 @dataclass(frozen=True, kw_only=True)
 class AsTrained:
-    """Train an untrained model on what is left, with the recipe of the setup file."""
+    """Train an untrained model on what is left, as the setup file says: with its recipe or its train_from_scratch."""
 
     resume: Maybe[str] = None  # a file from which a retraining that was interrupted goes on
 
@@ -45,7 +45,7 @@ class AsTrained:
 def method_argument(methods: Iterable[Method]) -> Any:
     """The type of an argument that is one of these methods with its settings.
 
-    Retraining takes its recipe, which is that of the original, from the setup file.
+    Retraining takes its recipe or loop, which is that of the original, from the setup file.
     """
     each = (
         Annotated[AsTrained, tyro.conf.subcommand(m.name)]
@@ -169,7 +169,7 @@ def unlearn(
 
     Args:
         setup: Python file with model(seed), retain() and loss_terms; forget() for methods that are not blind, recipe
-            for retrain.
+            or train_from_scratch for retrain.
         method: The method and its settings.
         weights: The trained weights that the cache was made at.
         out: Where the unlearned weights go.
@@ -195,7 +195,8 @@ def unlearn(
     hashes = inputs.hashes_of(path for path in read.values() if path.is_file())
     loaded = load_setup(setup)
     if isinstance(method, AsTrained):
-        method = Retrain(recipe=loaded.recipe, resume=method.resume)
+        own_loop = loaded.train_from_scratch is not None
+        method = Retrain(recipe=None if own_loop else loaded.recipe, resume=method.resume)
     doubts: list[str] = []  # for the trace, too
     if settings:
         method = chosen.read_settings(settings, method, doubts.append)
@@ -207,6 +208,7 @@ def unlearn(
     shared: dict[str, Any] = {
         "retain": loaded.data("retain"),
         "loss_terms": loaded.loss_terms,
+        "train_from_scratch": loaded.train_from_scratch,
         "fresh": loaded.model,
         "full": full,
         "cached_loss": loaded.cached_terms,

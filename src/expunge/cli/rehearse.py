@@ -101,7 +101,7 @@ def rehearse(
     Methods that need the removed records cannot be rehearsed, nor can those without settings to choose.
 
     Args:
-        setup: Python file with model(seed), retain(), loss_terms, and test() or recipe.
+        setup: Python file with model(seed), retain(), loss_terms, and test(), recipe or train_from_scratch.
         method: The method and the settings to start from; what it does not tune stays so, fine_tune.epochs for example.
         weights: The trained weights that the cache was made at.
         cache: The gradient cache: it says how many records were removed. Without it, give --records.
@@ -208,6 +208,7 @@ def _stage(loaded: Setup, weights: Path, device: str, asked: _Asked) -> Stage:
             fresh=loaded.model,
             full=left,
             cached_loss=loaded.cached_terms,
+            train_from_scratch=loaded.train_from_scratch,
         ),
         unseen=unseen,
         logits=loaded.logits,
@@ -233,7 +234,8 @@ def _stage(loaded: Setup, weights: Path, device: str, asked: _Asked) -> Stage:
         assert removed is not None
         classes = pseudo_sets.removed_of_each_class(model, problem.given, removed, loaded.logits)
     drawn = pseudo_sets.draw(labels, asked.like, count, asked.sets + 1, asked.seed, persons, classes)
-    recipe = loaded.recipe if asked.retrain and loaded.has("recipe") else None
+    by_recipe = asked.retrain and loaded.has("recipe") and loaded.train_from_scratch is None
+    recipe = loaded.recipe if by_recipe else None
     prepared = rehearsal.prepare(problem, drawn, seed=asked.seed, recipe=recipe, retrain=asked.retrain)
     about: dict[str, Any] = {
         "like": asked.like,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from expunge import params, sharding
 from expunge.access import Blind
-from expunge.errors import MismatchError
+from expunge.errors import ConfigError, MismatchError
 from expunge.methods.guard import note_if_nothing_was_learned
+from expunge.seeds import seeded
 from expunge.space import Space
 from expunge.trace import Trace
 from expunge.training import Recipe, is_frozen_normalisation, train
@@ -21,10 +22,18 @@ from expunge.training import Recipe, is_frozen_normalisation, train
 
 @dataclass(frozen=True, kw_only=True)
 class Retrain:
-    """Train an untrained model on what is left, with the recipe of the original."""
+    """Train an untrained model on what is left, as the original was trained.
 
-    recipe: Recipe
+    Raises:
+        ConfigError: A file to resume from beside a loop of one's own.
+    """
+
+    recipe: Recipe | None = None  # of the original; None: with the loop of one's own in `Blind.train_from_scratch`
     resume: str | None = None  # a file from which a retraining that was interrupted goes on, see `train`
+
+    def __post_init__(self) -> None:
+        if self.recipe is None and self.resume is not None:
+            raise ConfigError(f"resume={self.resume!r}: a loop of your own keeps its own state. Leave it out.")
 
 
 SPACE: Space = {}  # the recipe is that of the original
@@ -90,7 +99,13 @@ def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace
 
     Raises:
         MismatchError: ``fresh`` builds another architecture, or other values for parameters that were frozen since.
+        ConfigError: Neither a recipe nor a loop of one's own.
     """
+    if config.recipe is None and given.train_from_scratch is None:
+        raise ConfigError(
+            "recipe=None: how the original was trained is not known. Give Retrain(recipe=Recipe(epochs=…, lr=…)), or "
+            "Blind(train_from_scratch=…), a loop of your own."
+        )
     untrained = given.fresh_model(seed, model)
     freeze_alike_(untrained, model)
     note_statistics_of_frozen(untrained, model, trace)
@@ -99,6 +114,10 @@ def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace
     else:
         model = untrained.to(next(model.parameters()).device).train(model.training)
     with trace.stage("train", model):
-        train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, resume=config.resume)
-        note_if_nothing_was_learned(trace)
+        if config.recipe is not None:
+            train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, resume=config.resume)
+            note_if_nothing_was_learned(trace)
+        elif given.train_from_scratch is not None:
+            with params.restoring_modes(model), seeded(seed, "train from scratch"), torch.enable_grad():
+                given.train_from_scratch(model.train(), given.retain, seed)
     return model
