@@ -68,12 +68,11 @@ def evaluate(
         raise ConfigError(f"{setup} defines none of retain(), forget(), test(): there is nothing to measure on.")
 
     data = {split: loaded.data(split) for split in splits}
-    made_of_it = (
-        retrained if not trace or trace["method"] == "retrain" else (weights, *retrained)
-    )  # it may be the original
+    # The model in question may be an original, which retraining made of all records or of none that are known of.
+    of_what_is_left = retrained if trace.get("method", "retrain") == "retrain" else (weights, *retrained)
     removed = trace.get("facts", {}).get("removed_count")
     doubts = [*evaluation.copies_in_splits(data, corrects=None if removed is None else removed == 0)]
-    doubts += filter(None, (evaluation.require_left(path, data) for path in made_of_it))
+    doubts += filter(None, (evaluation.require_left(path, data) for path in of_what_is_left))
     then = trace.get("provenance", {}).get("files", {}).get("setup file", hashes[setup])
     if then != hashes[setup]:
         doubts.append(f"{setup} is not the setup file that {weights} was made with: its SHA-256 was {then}.")

@@ -165,7 +165,8 @@ def unlearn(
 ) -> None:
     """Remove what was deleted, or corrected, since the weights were trained.
 
-    Writes the unlearned weights to OUT and what was done to OUT with the ending .trace.json.
+    Writes the unlearned weights to OUT, what was done to OUT with the ending .trace.json, and beside them the salt of
+    the hash in it that says which records were left.
 
     Args:
         setup: Python file with model(seed), retain() and loss_terms; forget() for methods that are not blind, recipe
