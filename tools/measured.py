@@ -104,7 +104,9 @@ def _kept(path: Path, profile: str) -> str:
 def finding(name: str) -> str:
     """The figures that docs/findings.md speaks of, from the rows that were kept: mean ± sd over seeds."""
     kept = FINDINGS[name]
-    rows = [row for row in read_rows(ROOT / "results" / f"{kept.rows_of}-cpu.csv") if kept.scenario in row.scenario]
+    words = re.compile(rf"(?<![\w-]){re.escape(kept.scenario)}(?![\w-])")  # "class" is not "in-class"
+    every = read_rows(ROOT / "results" / f"{kept.rows_of}-cpu.csv")
+    rows = [row for row in every if words.search(row.scenario)]
     found = {(each.method, each.metric): f"{each.mean:.2f} ± {each.sd:.2f}" for each in summarise(rows)}
     listed = kept.methods or tuple(dict.fromkeys(method for method, _ in found))
     lines = [f"| method | {' | '.join(kept.metrics)} |", f"|---|{'--:|' * len(kept.metrics)}"]
@@ -348,8 +350,10 @@ FINDINGS: dict[str, Finding] = {
         "natural", (), ("NA", "TA", "TA with trigger", "Acc_corr", "FSKL", "NSKL", "Work", "Cost"), scenario="backdoor"
     ),
     **{f"grid-{kind}": Finding(
-        "grid", (), ("NA", "TA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"), scenario=kind,
-    ) for kind in ("class", "neighbours")},
+        "grid", (), ("NA", "TA", "FA", "ΔFA", "ΔFE", "ΔFMIA", "FSKL", "NSKL", "Work"), scenario=scenario,
+    ) for kind, scenario in (
+        ("class", "class"), ("quarter", "in-class 25"), ("half", "in-class 50"), ("neighbours", "neighbours"),
+    )},
     **{f"labels-{kind}": Finding(
         "labels", (), ("NA", "TA", "Accuracy on corrected", "FSKL", "NSKL", "Work", "Cost"), scenario=kind,
     ) for kind in ("random", "flipped")},
