@@ -2,7 +2,8 @@
 
 Claim: none is made in advance.
 Setting: as table2_cifar10.py. *Class*: all images of a class, another for each seed; what is judged besides are the
-classes that are left. *In-class*: a share of a class, at random. *Neighbours*: a random image and those nearest to it in the pixels that the model sees.
+classes that are left. *In-class*: a share of a class, at random. *Neighbours*: a random image and those nearest to it
+in the pixels that the model sees.
 Fairness: nothing is tuned, all have their defaults.
 Cost: on the cpu profile 24 trainings beside those of the tables, and 48 unlearnings: 50 minutes on two cores.
 Expected: a retrained model is never right on a removed class; fine-tuning alone hardly forgets either removal.
