@@ -218,6 +218,7 @@ def test_the_trace_says_what_the_flat_vector_says(trained, reset_untouched):
         "eps": pytest.approx(expected.eps, rel=1e-6, abs=0),
         "relative_noise": pytest.approx(float(expected.noise.norm() / expected.removed.norm()), rel=1e-6, abs=0),
         "informative_share": pytest.approx(float(informative.double().mean()), abs=1e-12),
+        "compared": len({row // SIZE for row in range(len(labels))} - {row // SIZE for row in REMOVED.tolist()}),
         "reset_count": int(chosen.sum()),
         "requested_count": wanted,
         "untouched_in_paper_choice": pytest.approx(int((paper & ~informative).sum()) / wanted),

@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 import random
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -67,8 +67,9 @@ def rebuild(kind: type[Any], values: dict[str, Any]) -> Any:
     """A config from what JSON made of it."""
     hints, settings = get_type_hints(kind), {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            settings[name] = rebuild(hints[name], value)
+        nested = next(filter(dataclasses.is_dataclass, (hints[name], *get_args(hints[name]))), None)
+        if nested is not None and value is not None:
+            settings[name] = rebuild(nested, value)
         else:
             settings[name] = tuple(value) if isinstance(value, list) else value
     return kind(**settings)
