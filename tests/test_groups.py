@@ -69,12 +69,13 @@ def test_a_deletion_equals_the_full_second_pass_and_computes_touched_groups_only
         left = Examples(left.tensors[0], labels, positions=left.positions)
         touched.add(corrected)
     loss_terms, seen = counting(MODEL)
-    mine, computed, again, compared = second_pass(FULL, MODEL, loss_terms, left)
+    mine, computed, looked_at, again, compared = second_pass(FULL, MODEL, loss_terms, left)
     assert again == len(touched)
     groups = torch.searchsorted(FULL.groups.starts, left.positions // SIZE, right=True) - 1
     untouched = [number for number in FULL.micro_batches.numbers.tolist() if FULL.groups.of(number) not in touched]
     asked = int((left.positions // SIZE == untouched[0]).sum()) if untouched else 0  # to see that the loss is the same
-    assert computed == sum(seen) == sum(int((groups == group).sum()) for group in touched) + asked
+    assert computed == sum(seen) == sum(int((groups == group).sum()) for group in touched)
+    assert looked_at == asked
     assert compared >= bool(untouched)
     plain = gradient(MODEL, cross_entropy, left, micro_batch=SIZE)
     assert torch.allclose(flat(mine.total), flat(plain.total), rtol=1e-12, atol=1e-14)
@@ -88,10 +89,10 @@ def test_a_deletion_equals_the_full_second_pass_and_computes_touched_groups_only
     assert torch.allclose(flat(difference.noise), flat(expected.noise), rtol=1e-6)
 
 
-def test_nothing_removed_computes_one_micro_batch_and_differs_by_nothing():
+def test_nothing_removed_computes_nothing_but_a_loss_and_differs_by_nothing():
     loss_terms, seen = counting(MODEL)
-    again, computed, groups, compared = second_pass(FULL, MODEL, loss_terms, DATA)
-    assert (computed, groups, sum(seen), compared) == (SIZE, 0, SIZE, 1)
+    again, computed, looked_at, groups, compared = second_pass(FULL, MODEL, loss_terms, DATA)
+    assert (computed, seen, looked_at, groups, compared) == (0, [], SIZE, 0, 1)
     assert torch.equal(flat(FULL.total), flat(again.total))
     assert params.norm((FULL - again).total) == 0
 
@@ -139,13 +140,13 @@ def test_groups_with_a_record_missing_are_not_read_for_their_hash_and_texts_coun
     pairs = Pairs()
     full = gradient(MODEL, on_pairs, DataLoader(pairs, batch_size=7), micro_batch=SIZE, groups=GROUPS)
     assert torch.equal(flat(full.total), flat(FULL.total))
-    assert second_pass(full, MODEL, on_pairs, pairs)[1] == SIZE
+    assert second_pass(full, MODEL, on_pairs, pairs)[1] == 0
     pairs.read.clear()
     left = Subset(pairs, [index for index in range(COUNT) if index != 3])
-    assert second_pass(full, MODEL, on_pairs, left)[1] == 15 + SIZE
-    assert (pairs.read.count(50), pairs.read.count(15)) == (1, 5)  # for its hash; for the pass, and by two probes
+    assert second_pass(full, MODEL, on_pairs, left)[1] == 15
+    assert (pairs.read.count(50), pairs.read.count(15)) == (1, 3)  # for its hash; for the pass, and twice by the probe
     noted = Pairs(["", "changed", *[""] * (COUNT - 2)])
-    assert second_pass(full, MODEL, on_pairs, noted)[1] == 16 + SIZE
+    assert second_pass(full, MODEL, on_pairs, noted)[1] == 16
 
 
 def test_reload_takes_groups_by_itself_and_counts_what_it_computed():
@@ -158,7 +159,7 @@ def test_reload_takes_groups_by_itself_and_counts_what_it_computed():
         given_ = Blind(retain=left, loss_terms=cross_entropy, fresh=lambda seed: network("mlp", 9).float(), full=full)
         results.append(unlearn(model, given_, Reload(reset_fraction=0.2, fine_tune=Recipe(epochs=0, lr=1))))
     plain, grouped = results
-    assert (plain.trace.backwarded, grouped.trace.backwarded) == (88, 18 + SIZE)
+    assert (plain.trace.backwarded, grouped.trace.backwarded) == (88, 18)
     for name, value in plain.model.state_dict().items():
         assert torch.allclose(value, grouped.model.state_dict()[name], rtol=1e-5, atol=1e-7)
     assert grouped.trace.reset == plain.trace.reset
@@ -177,8 +178,8 @@ def test_other_weights_are_refused():
 
 
 def test_data_without_positions_is_computed_as_a_whole():
-    again, computed, groups, compared = second_pass(FULL, MODEL, cross_entropy, [DATA.tensors])
-    assert (computed, groups, compared) == (COUNT, GROUPS, 0)
+    again, computed, looked_at, groups, compared = second_pass(FULL, MODEL, cross_entropy, [DATA.tensors])
+    assert (computed, looked_at, groups, compared) == (COUNT, 0, GROUPS, 0)
     assert again.micro_batches is None
 
 
@@ -208,7 +209,7 @@ def test_a_group_may_be_empty_from_the_start():
     full = gradient(MODEL, cross_entropy, gap, micro_batch=SIZE, groups=GROUPS)
     assert full.groups.examples.tolist() == [16, 0, 16, 20, 18]
     assert params.norm(full.groups.totals[1]) == 0
-    assert second_pass(full, MODEL, cross_entropy, gap)[1:] == (SIZE, 0, 1)
+    assert second_pass(full, MODEL, cross_entropy, gap)[1:] == (0, SIZE, 0, 1)
 
 
 def test_groups_that_could_not_cancel_are_not_kept_and_that_is_said(monkeypatch):

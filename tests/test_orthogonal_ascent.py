@@ -165,7 +165,7 @@ def test_of_a_cache_with_groups_only_the_touched_ones_are_computed():
         results[groups] = unlearn(model, given("mlp", model, full=full, retain=data.without(gone)), config)
     trace = results[5].trace
     assert (trace.facts["groups_computed"], trace.facts["groups"]) == (1, 5)
-    assert trace.backwarded == results[None].trace.backwarded - 32 + 8  # and one of the others
+    assert trace.backwarded == results[None].trace.backwarded - 32
     a, b = (flat(results[groups].model.parameters()) for groups in (None, 5))
     assert torch.allclose(a, b, rtol=1e-9)
 

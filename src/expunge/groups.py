@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from expunge.batches import Batch, Batches, Indexed, indexed, micro_batches
@@ -35,6 +35,11 @@ class Groups:
     def of(self, number: int) -> int:
         """The group of a micro-batch."""
         return _group_of(self.starts, number)
+
+    def among(self, numbers: Int[Tensor, " _"], groups: set[int]) -> Bool[Tensor, " _"]:
+        """Which micro-batches are in one of some groups."""
+        own = torch.searchsorted(self.starts, numbers, right=True) - 1
+        return torch.isin(own, torch.tensor(sorted(groups), dtype=own.dtype))
 
     def touched(self, data: Batches, size: int) -> set[int]:
         """The groups of which something is missing or reads differently now.

@@ -8,12 +8,14 @@ from torch import nn
 
 from expunge import params
 from expunge.accumulator import Place
-from expunge.batches import Batches, LossTerms, indexed
+from expunge.batches import Batches, LossTerms, indexed, micro_batches, to_device
 from expunge.errors import MismatchError
 from expunge.gradient import MICRO_BATCH, Gradient, gradient, take
 from expunge.groups import Groups
 from expunge.losses import name_of
-from expunge.passes import MicroBatches
+from expunge.passes import MicroBatches, exact_kernels
+from expunge.probe import checked_terms
+from expunge.seeds import keeping_random_state
 
 
 class SecondPass(NamedTuple):
@@ -21,6 +23,7 @@ class SecondPass(NamedTuple):
 
     gradient: Gradient
     computed: int  # terms that went forward and backward
+    looked_at: int  # terms that went forward alone
     groups: int  # of the cached gradient, that were computed; 0 if it has none
     compared: int  # micro-batches that were computed with as many terms as they had, so that their losses can tell
 
@@ -32,7 +35,7 @@ def second_pass(
 
     If the cached one has groups, only those are computed of which something is missing or reads differently; the others
     are taken from it, and cancel exactly whatever machine computed them. They are still read, to be compared with
-    their hashes, and one micro-batch of them is computed, to be compared with its loss. The rounding floor of the
+    their hashes, and one micro-batch of them goes forward, to be compared with its loss. The rounding floor of the
     result is then one from above: it counts the touched groups twice.
 
     Args:
@@ -62,33 +65,40 @@ def second_pass(
         whole = gradient(model, loss_terms, data, **alike)
         pair = full.comparable(whole)
         compared = len(pair[0]) if pair else 0
-        return SecondPass(whole, whole.count, len(groups.totals) if groups is not None else 0, compared)
+        return SecondPass(whole, whole.count, 0, len(groups.totals) if groups is not None else 0, compared)
     touched = groups.touched(data, size)
     part = take(model, loss_terms, data, **alike, only=lambda number: groups.of(number) in touched)
     full.origin.require(part.origin, "the cached gradient")
-    pair, computed = full.comparable(part), part.count
-    compared = len(pair[0]) if pair else 0
-    kept = next((number for number in known.numbers.tolist() if groups.of(number) not in touched), None)
-    if kept is not None:
-        again = take(model, loss_terms, data, **alike, only=lambda number: number == kept)
-        _require_same_loss(known, again, loss_terms)
-        computed, compared = computed + again.count, compared + 1
-    return SecondPass(_patched(full, part, known, groups, touched), computed, len(touched), compared)
+    pair, kept = full.comparable(part), known.where(~groups.among(known.numbers, touched))
+    compared, looked_at = len(pair[0]) if pair else 0, 0
+    if len(kept.numbers):
+        compared, looked_at = compared + 1, _require_same_loss(kept, model, loss_terms, data)
+    return SecondPass(_patched(full, part, kept, groups, touched), part.count, looked_at, len(touched), compared)
 
 
-def _require_same_loss(known: MicroBatches, again: Gradient, loss_terms: LossTerms) -> None:
-    """Refuse a micro-batch that reads as it did, bit for bit, and has another loss: by more than rounding elsewhere."""
-    assert again.micro_batches is not None
-    then, now = (float(losses) for losses in known.losses_of_as_many(again.micro_batches))
+def _require_same_loss(kept: MicroBatches, model: nn.Module, loss_terms: LossTerms, data: Batches) -> int:
+    """Refuse a first micro-batch that has another loss, though it reads as it did: by more than rounding elsewhere.
+
+    Returns:
+        How many terms it has.
+    """
+    number, then = int(kept.numbers[0]), float(kept.losses[0])
+    device = next(model.parameters()).device
+    ((_, batch),) = micro_batches(data, kept.size, lambda each: each == number)[1]
+    with exact_kernels(device), params.restoring_modes(model), keeping_random_state(), torch.no_grad():
+        model.eval()
+        terms = checked_terms(loss_terms(model, to_device(batch, device)))
+    now = float(terms.sum(dtype=params.wide(terms.device)))
     if not abs(then - now) <= 1e-3 * abs(then):
-        number, name = int(again.micro_batches.numbers), name_of(loss_terms)
         raise MismatchError(
             f"micro-batch {number} reads as it did when the gradient was cached, and its loss is {now:.4g}, where it "
-            f"was {then:.4g}: the model's code, or the loss {name!r}, is another. Use those of the cache."
+            f"was {then:.4g}: the model's code, or the loss {name_of(loss_terms)!r}, is another. Use those of the "
+            "cache."
         )
+    return len(terms)
 
 
-def _patched(full: Gradient, part: Gradient, known: MicroBatches, groups: Groups, touched: set[int]) -> Gradient:
+def _patched(full: Gradient, part: Gradient, untouched: MicroBatches, groups: Groups, touched: set[int]) -> Gradient:
     """The whole, with the touched groups as they are now."""
     assert full.noise is not None
     assert part.noise is not None
@@ -96,8 +106,6 @@ def _patched(full: Gradient, part: Gradient, known: MicroBatches, groups: Groups
     for group in sorted(touched):
         for name, tensor in groups.totals[group].items():
             removed[name].add_(tensor.to(removed[name].device))
-    kept = torch.tensor([groups.of(number) not in touched for number in known.numbers.tolist()])
-    untouched = known.where(kept)
     return Gradient(
         total=params.subtract(full.total, removed),
         count=int(untouched.counts.sum()) + part.count,

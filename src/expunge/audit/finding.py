@@ -80,7 +80,7 @@ def evidence(
         NotInformative: Nothing was removed since the cache was made: the retain data gives the cached gradient.
         MismatchError: Cache, model and data do not belong together.
     """
-    left, _, _, compared = second_pass(full, model, loss_terms, retain)
+    left, *_, compared = second_pass(full, model, loss_terms, retain)
     removed = full - left
     if removed.count == 0 and not any(bool(mask.any()) for mask in removed.informative().values()):
         raise NotInformative(

@@ -30,9 +30,10 @@ def difference(model: nn.Module, given: Blind, trace: Trace) -> tuple[Gradient, 
         MismatchError: A cache and a retain set that do not belong together.
     """
     full = given.cached()
-    retain, computed, groups, compared = second_pass(full, model, given.cached_terms, given.retain)
+    retain, computed, looked_at, groups, compared = second_pass(full, model, given.cached_terms, given.retain)
     removed = full - retain
     trace.backwarded += computed
+    trace.forwarded += looked_at
     if doubts := full.doubts(retain):
         trace.warn(f"{trace.method}: {doubts}")
     marked = removed.informative()
