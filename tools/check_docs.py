@@ -1,6 +1,6 @@
 """Check the documentation against the code, or refresh its generated parts.
 
-python tools/check_docs.py           links, commands, names and generated parts; exit code 1 if anything is wrong
+python tools/check_docs.py           links, commands, names, generated parts and planted bugs; exit code 1 if anything is wrong
 python tools/check_docs.py --write   write the generated parts anew
 """
 
@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 import textwrap
+import tomllib
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -205,13 +206,27 @@ def _broken(page: Path, target: str) -> Iterator[str]:
             yield f"link to {target}: no such heading"
 
 
+def _planted_bugs() -> Iterator[str]:
+    """Code that `mutants.py` would change is there, once, and so are the tests that should see it."""
+    for bug in tomllib.loads((ROOT / "tools" / "mutants.toml").read_text(encoding="utf-8"))["mutant"]:
+        where = f"tools/mutants.toml: {bug['name']!r}"
+        times = (ROOT / "src" / "expunge" / bug["file"]).read_text(encoding="utf-8").count(bug["old"])
+        if times != 1:
+            yield f"{where}: its code is in {bug['file']} {times} times"
+        for test in bug["tests"].split():
+            file, _, function = test.partition("::")
+            path = ROOT / "tests" / file
+            if not path.exists() or f"def {function}" not in path.read_text(encoding="utf-8"):
+                yield f"{where}: there is no {test}"
+
+
 def main(arguments: list[str]) -> int:
     """Check or write; the exit code says whether all is well."""
     if arguments == ["--write"]:
         for page in PAGES:
             text = page.read_text(encoding="utf-8")
             page.write_text(refreshed(text), encoding="utf-8")
-    found = list(problems())
+    found = [*problems(), *_planted_bugs()]
     print("\n".join(found) or f"{len(PAGES)} pages agree with the code.")
     return 1 if found else 0
 
