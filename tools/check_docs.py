@@ -1,6 +1,6 @@
 """Check the documentation against the code, or refresh its generated parts.
 
-python tools/check_docs.py           links, commands, names, generated parts and planted bugs; exit code 1 if anything is wrong
+python tools/check_docs.py           links, commands, names, generated parts and planted bugs; 1 if anything is wrong
 python tools/check_docs.py --write   write the generated parts anew
 """
 
