@@ -34,11 +34,11 @@ class Groups:
 
     def of(self, number: int) -> int:
         """The group of a micro-batch."""
-        return _group_of(self.starts, number)
+        return int(_groups_of(self.starts, number))
 
     def among(self, numbers: Int[Tensor, " _"], groups: set[int]) -> Bool[Tensor, " _"]:
         """Which micro-batches are in one of some groups."""
-        own = torch.searchsorted(self.starts, numbers, right=True) - 1
+        own = _groups_of(self.starts, numbers)
         return torch.isin(own, torch.tensor(sorted(groups), dtype=own.dtype))
 
     def touched(self, data: Batches, size: int) -> set[int]:
@@ -70,7 +70,7 @@ class Reader:
     def passing(self, batches: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         """The same batches."""
         for number, batch in batches:
-            digest = self._digests[_group_of(self._starts, number)]
+            digest = self._digests[int(_groups_of(self._starts, number))]
             digest.update(f"{number}\0".encode())
             _update(digest, batch)
             yield number, batch
@@ -125,7 +125,7 @@ def in_groups(
         The sums over all groups, and those of each, on the CPU.
     """
     reader = Reader(starts)
-    stream = itertools.groupby(reader.passing(batches), lambda pair: _group_of(starts, pair[0]))
+    stream = itertools.groupby(reader.passing(batches), lambda pair: int(_groups_of(starts, pair[0])))
     totals: dict[int, Params] = {}
     whole: Sums | None = None
     for group, part in stream:
@@ -141,13 +141,12 @@ def in_groups(
     return whole, Groups(starts, examples, reader.contents(), each)
 
 
-def _group_of(starts: Int[Tensor, " groups"], number: int) -> int:
-    return int(torch.searchsorted(starts, number, right=True)) - 1
+def _groups_of(starts: Int[Tensor, " groups"], numbers: Int[Tensor, "*_"] | int) -> Int[Tensor, "*_"]:
+    return torch.searchsorted(starts, numbers, right=True) - 1
 
 
 def _examples(known: Indexed, starts: Tensor, size: int) -> Tensor:
-    groups = torch.searchsorted(starts, known.positions // size, right=True) - 1
-    return torch.bincount(groups, minlength=len(starts))
+    return torch.bincount(_groups_of(starts, known.positions // size), minlength=len(starts))
 
 
 def _update(digest: Any, value: Batch) -> None:

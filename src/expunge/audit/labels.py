@@ -2,8 +2,8 @@
 
 With cross-entropy the head's bias gradient is Σ (p - y) over the removed records: for one record only the entry of its
 label is negative, and without a bias only the row of its label points the other way, which in two classes either may
-be. For more records the attacker
-computes from kept records what one of each class contributes, and solves for how many of each there were.
+be. For more records the attacker computes from kept records what one of each class contributes, and solves for how many
+of each there were.
 Source: Zhao et al. 2020, "iDLG"; the counts are in the spirit of Wainakh et al. 2021, "LLG".
 """
 

@@ -74,15 +74,16 @@ def _cell(first: Summary | None, second: Summary | None, p: float | None) -> Cel
     either = first or second
     assert either is not None
     named = (either.scenario, either.method, either.metric, either.unit)
-    seeds = [set() if each is None else set(each.seeds) for each in (first, second)]
-    mine, theirs = (tuple(sorted(own - other)) for own, other in (seeds, reversed(seeds)))
-    state: State = "only in A" if second is None else "only in B" if first is None else "no seed in both"
-    if first is None or second is None or not seeds[0] & seeds[1]:
+    seeds, others = (set() if each is None else set(each.seeds) for each in (first, second))
+    alone = (tuple(sorted(seeds - others)), tuple(sorted(others - seeds)))
+    state: State
+    if first is None or second is None or not seeds & others:
+        state = "only in A" if second is None else "only in B" if first is None else "no seed in both"
         means = (None if each is None else each.mean for each in (first, second))
-        return Cell(*named, state, 0, (mine, theirs), *means)
+        return Cell(*named, state, 0, alone, *means)
     one, other = _pairs(first, second)
     state = "beyond noise" if p is not None and p <= LEVEL else "changed" if _moved(one, other) else "identical"
-    return Cell(*named, state, len(one), (mine, theirs), fmean(one), fmean(other), p)
+    return Cell(*named, state, len(one), alone, fmean(one), fmean(other), p)
 
 
 def _pairs(first: Summary, second: Summary) -> tuple[list[float], list[float]]:

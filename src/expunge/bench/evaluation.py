@@ -188,7 +188,8 @@ def copies_in_splits(data: Mapping[str, Batches], corrects: bool | None) -> Iter
         there = set(hashes[other])
         copies = sum(each in there for each in hashes[one])
         if copies:
-            known = corrects is not None or one != "forget" or other != "retain" or copies < len(hashes[one])
+            all_removed = (one, other) == ("forget", "retain") and copies == len(hashes[one])
+            known = corrects is not None or not all_removed
             yield (
                 f"{copies:,} of {len(hashes[one]):,} records of {one}() are in {other}() as well, number for number. "
                 + ("" if known else "If they were corrected and not removed, that is as it should be. Otherwise: ")

@@ -210,9 +210,8 @@ def _require_classes(values: Tensor, labels: Tensor) -> None:
             f"logits of shape {tuple(values.shape)} with labels of shape {tuple(labels.shape)}: metrics need "
             f"(examples, classes) and (examples,). Give logits=… to say where they are in your batches.{advice}"
         )
-    numbers = not labels.is_floating_point() and labels.dtype != torch.bool
-    wrong = not numbers or bool(((labels < 0) | (labels >= values.shape[1])).any())
-    if wrong:
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    if not whole or bool(((labels < 0) | (labels >= values.shape[1])).any()):
         if bool((labels == -100).any()):
             advice = " Where there is no target (-100) leave logits and label out."
         raise ConfigError(

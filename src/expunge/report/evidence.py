@@ -172,17 +172,12 @@ def _counts(run: Run, scenario: str, method: str | None) -> list[dict[str, Any]]
     for fact in run.facts:
         if (fact.scenario, fact.method) == (scenario, method) and fact.fact in _ASKED:
             found.setdefault(fact.seed, {})[fact.fact] = int(float(fact.value))
-    return [
-        {
-            "seed": seed,
-            **counts,
-            "said": (
-                "corrections, 0 removed" if counts.get("removed_count") == 0 else str(counts.get("removed_count", "?"))
-            )
-            + f" of {counts.get('cached_count', '?')}",
-        }
-        for seed, counts in found.items()
-    ]
+    return [{"seed": seed, **counts, "said": _said(**counts)} for seed, counts in found.items()]
+
+
+def _said(removed_count: int | None = None, cached_count: int | None = None) -> str:
+    removed = "corrections, 0 removed" if removed_count == 0 else removed_count or "?"
+    return f"{removed} of {cached_count or '?'}"
 
 
 def _line(line: tuple[object, ...]) -> dict[str, object]:
