@@ -396,6 +396,15 @@ def test_settings_are_not_written_over(folder, capsys):
     assert Path("w.safetensors").read_bytes() == before
 
 
+def test_settings_are_tried_with_a_loop_of_ones_own(folder):
+    loop = '\n\ndef train_further(model, data, recipe, seed):\n    print(recipe.lr, file=open("calls.txt", "a"))\n'
+    setup = Path("setup.py")
+    setup.write_text(setup.read_text(encoding="utf-8") + loop, encoding="utf-8")
+    assert rehearsed("--trials", "2", "--sets", "2") == 0
+    tried = Path("calls.txt").read_text(encoding="utf-8").split()
+    assert len(set(tried)) == 2  # learning rates of two trials
+
+
 def test_any_blind_method_can_be_rehearsed(folder):
     assert rehearsed("--trials", "1", "--sets", "2", method=("fine-tune", "--recipe.epochs", "1")) == 0
     assert json.loads(Path("settings.json").read_text(encoding="utf-8"))["method"] == "fine-tune"

@@ -14,6 +14,7 @@ from expunge.gradient import Gradient
 from expunge.importance import Importance
 from expunge.params import Params
 from expunge.seeds import derive, seeded
+from expunge.training import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class Blind:
     cached_loss: LossTerms | None = None  # what `full` is the gradient of, if that is not the loss of training
     # Trains an untrained model on data in place, from a seed: a loop of one's own, for `Retrain` without a recipe.
     train_from_scratch: Callable[[nn.Module, Batches, int], object] | None = None
+    # Trains the model further on data in place, in a loop of one's own, for as many epochs and with the learning rate
+    # of a recipe, from a seed; for fine-tuning on what is left.
+    train_further: Callable[[nn.Module, Batches, Recipe, int], object] | None = None
 
     def __post_init__(self) -> None:
         require_reiterable(self.retain, "retain")

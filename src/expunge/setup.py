@@ -3,9 +3,10 @@
 It defines ``model(seed)`` and ``loss_terms``, and of the following what a command needs: ``original()`` to cache,
 ``retain()`` to unlearn, ``forget()`` for methods that are not blind and for evaluation, ``validation()`` for SCRUB's
 rewind, ``test()`` for evaluation, ``candidates()`` and ``triggered()`` for audits, ``recipe`` to retrain, also in
-rehearsals, or ``train_from_scratch(model, data, seed)``, ``persons()`` for rehearsals with whole persons,
-``logits(model, batch)`` where a batch is not (inputs, labels) or (inputs, targets), ``cached_loss`` if gradients are
-cached of another loss than that of training. Only what is needed is called.
+rehearsals, or ``train_from_scratch(model, data, seed)``, ``train_further(model, data, recipe, seed)`` to fine-tune in a
+loop of one's own, ``persons()`` for rehearsals with whole persons, ``logits(model, batch)`` where a batch is not
+(inputs, labels) or (inputs, targets), ``cached_loss`` if gradients are cached of another loss than that of training.
+Only what is needed is called.
 """
 
 import importlib.util
@@ -81,15 +82,12 @@ class Setup:
     @property
     def train_from_scratch(self) -> Callable[[nn.Module, Batches, int], object] | None:
         """How models are trained from scratch, if not by a recipe."""
-        if not hasattr(self.module, "train_from_scratch"):
-            return None
-        loop: Callable[[nn.Module, Batches, int], object] = self.module.train_from_scratch
-        if not callable(loop):
-            raise ConfigError(
-                f"{self.path}: train_from_scratch is a {type(loop).__name__}, no function. Write def "
-                "train_from_scratch(model, data, seed): …, which trains the model in place."
-            )
-        return loop
+        return self._loop("train_from_scratch", "model, data, seed")
+
+    @property
+    def train_further(self) -> Callable[[nn.Module, Batches, Recipe, int], object] | None:
+        """How a trained model is trained further, if not by a recipe alone."""
+        return self._loop("train_further", "model, data, recipe, seed")
 
     def has(self, split: str) -> bool:
         """Whether the file defines a split: original, retain, forget, validation or test."""
@@ -122,6 +120,17 @@ class Setup:
                 )
         numbers: Int[np.ndarray, " records"] = np.unique(names, return_inverse=True)[1]
         return numbers
+
+    def _loop(self, name: str, arguments: str) -> Callable[..., object] | None:
+        if not hasattr(self.module, name):
+            return None
+        loop: Callable[..., object] = getattr(self.module, name)
+        if not callable(loop):
+            raise ConfigError(
+                f"{self.path}: {name} is a {type(loop).__name__}, no function. Write def {name}({arguments}): …, which "
+                "trains the model in place."
+            )
+        return loop
 
     def _loss(self, name: str) -> LossTerms:
         example = f"def {name}(model, batch): …, one loss a term"

@@ -90,6 +90,12 @@ def unlearn(model: nn.Module, given: Blind, config: object, *, seed: int = 0, wa
     sharding.settle(unlearned)
     unlearned.zero_grad(set_to_none=True)
     params.require_finite(_tensors(unlearned, infinite), f"the result of {method.name}")
+    if given.train_further is not None and trace.losses and method.name != "retrain":
+        trace.warn(
+            f"{method.name}: it trained by its own recipe, at least in part, and not with train_further: its loss is "
+            "another than that of training, or it trains some layers alone. fine-tune, reload and the ascents leave "
+            "all training to a loop of one's own."
+        )
     if not sharded:
         note_what_was_lost(inner, unlearned, given, trace)
     return Unlearned(unlearned, trace)

@@ -104,6 +104,36 @@ def test_retraining_takes_a_loop_of_ones_own(folder, capsys):
     assert "train_from_scratch is a int, no function" in capsys.readouterr().err
 
 
+FURTHER = """
+
+def train_further(model, data, recipe, seed):
+    with open("calls.txt", "a") as file:
+        print(len(data), recipe.epochs, recipe.lr, file=file)
+"""
+
+
+def test_fine_tuning_takes_a_loop_of_ones_own(folder, capsys):
+    text = Path("setup.py").read_text(encoding="utf-8").replace("epochs=3, lr=0.05", "epochs=3, lr=0.05, batch_size=20")
+    Path("setup.py").write_text(text + FURTHER, encoding="utf-8")
+    cached()
+    assert unlearned("fine-tune", "--recipe.epochs", "2", "--recipe.lr", "0.25", cache=None) == 0
+    assert Path("calls.txt").read_text(encoding="utf-8") == "54 2 0.25\n"
+    a, b = (load_file(f"{name}.safetensors") for name in "uw")
+    assert all(torch.equal(a[name], b[name]) for name in a)  # a loop that does nothing
+    trace = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))
+    assert (trace["stopped"], trace["warnings"]) == ("the loop of one's own ended", [])
+    assert unlearned("--replace", "reload", "--reset-fraction", "0.2") == 0
+    warned = json.loads(Path("u.trace.json").read_text(encoding="utf-8"))["warnings"]
+    assert not any("its default" in each for each in warned)  # which train_further does not follow
+    assert unlearned("cf-k", "--k", "1", cache=None, out="d.safetensors") == 0
+    assert "cf-k: it trained by its own recipe" in capsys.readouterr().err
+    Path("setup.py").write_text(text + "train_further = 3", encoding="utf-8")
+    assert unlearned("fine-tune", cache=None, out="e.safetensors") == 2
+    assert "train_further is a int, no function. Write def train_further(model, data, recipe, seed)" in (
+        capsys.readouterr().err
+    )
+
+
 def test_the_trace_is_where_the_output_says_it_is(folder, capsys):
     assert main(["unlearn", *weights_of_nobody(folder), "--out", "model.v2", "retrain"]) == 0
     named = re.search(r"^trace:\s+(\S+)$", capsys.readouterr().out, re.M)

@@ -170,7 +170,7 @@ def unlearn(
 
     Args:
         setup: Python file with model(seed), retain() and loss_terms; forget() for methods that are not blind, recipe
-            or train_from_scratch for retrain.
+            or train_from_scratch for retrain; train_further to fine-tune in a loop of your own.
         method: The method and its settings.
         weights: The trained weights that the cache was made at.
         out: Where the unlearned weights go.
@@ -210,6 +210,7 @@ def unlearn(
         "retain": loaded.data("retain"),
         "loss_terms": loaded.loss_terms,
         "train_from_scratch": loaded.train_from_scratch,
+        "train_further": loaded.train_further,
         "fresh": loaded.model,
         "full": full,
         "cached_loss": loaded.cached_terms,
@@ -260,7 +261,7 @@ def _not_as_trained(setup: Setup, row: Method, config: Any) -> Iterator[str]:
 
     Methods that were published with AdamW keep it, and RELOAD its batches of 256 where a model has the usual 128.
     """
-    for setting in fields(config) if setup.has("recipe") else ():
+    for setting in fields(config) if setup.has("recipe") and setup.train_further is None else ():
         own, trained = getattr(config, setting.name), setup.recipe
         if not isinstance(own, Recipe) or own != setting.default:
             continue

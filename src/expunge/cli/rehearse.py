@@ -101,7 +101,8 @@ def rehearse(
     Methods that need the removed records cannot be rehearsed, nor can those without settings to choose.
 
     Args:
-        setup: Python file with model(seed), retain(), loss_terms, and test(), recipe or train_from_scratch.
+        setup: Python file with model(seed), retain(), loss_terms, and test(), recipe or train_from_scratch, and
+            train_further to fine-tune in a loop of your own.
         method: The method and the settings to start from; what it does not tune stays so, fine_tune.epochs for example.
         weights: The trained weights that the cache was made at.
         cache: The gradient cache: it says how many records were removed. Without it, give --records.
@@ -209,6 +210,7 @@ def _stage(loaded: Setup, weights: Path, device: str, asked: _Asked) -> Stage:
             full=left,
             cached_loss=loaded.cached_terms,
             train_from_scratch=loaded.train_from_scratch,
+            train_further=loaded.train_further,
         ),
         unseen=unseen,
         logits=loaded.logits,

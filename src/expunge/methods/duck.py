@@ -22,6 +22,7 @@ from expunge.access import Sighted
 from expunge.batches import Batch, Batches, shuffled, to_device
 from expunge.errors import ConfigError
 from expunge.methods.classifier import classifying_layer, embeddings, in_eval_mode, inputs_and_labels, labelled, logits
+from expunge.methods.further import train_further
 from expunge.methods.guard import keeping_what_is_left, taking_back
 from expunge.seeds import derive, stream
 from expunge.space import Range, Space
@@ -114,7 +115,7 @@ def duck(model: nn.Module, given: Sighted, config: Duck, *, seed: int, trace: Tr
     with trace.stage("repair", model):
         again = keeping_what_is_left(model, given, config.loss_bound, trace, config.repair.epochs)
         once_more = derive(seed, "repair")
-        train(model, given.retain, given.loss_terms, config.repair, seed=once_more, trace=trace, stop=again)
+        train_further(model, given, config.repair, seed=once_more, trace=trace, stop=again)
     return model
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from expunge.access import Blind
+from expunge.methods.further import train_further
 from expunge.methods.guard import keeping_what_is_left, require_bound
 from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
-from expunge.training import Recipe, train
+from expunge.training import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,5 +44,5 @@ def fine_tune(model: nn.Module, given: Blind, config: FineTune, *, seed: int, tr
     """Training, from where the model is."""
     with trace.stage("train", model):
         stop = keeping_what_is_left(model, given, config.loss_bound, trace, config.recipe.epochs)
-        train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, stop=stop)
+        train_further(model, given, config.recipe, seed=seed, trace=trace, stop=stop)
     return model

@@ -29,6 +29,7 @@ from expunge.errors import ConfigError, UnsupportedModule
 from expunge.gradient import Gradient
 from expunge.methods.choice import Masks, Scope, at_most, choose, decimal, smallest_share
 from expunge.methods.difference import difference
+from expunge.methods.further import train_further
 from expunge.methods.kronecker import diagonal_fisher, kronecker_fisher
 from expunge.methods.reinitialise import (
     ResetTo,
@@ -42,7 +43,7 @@ from expunge.params import Params
 from expunge.selectors import SECOND_ORDER, SELECTORS, Evidence, Name
 from expunge.space import Choice, Range, Space
 from expunge.trace import Trace
-from expunge.training import Recipe, train, until_converged
+from expunge.training import Recipe, until_converged
 
 Departure = Literal["absolute-direction", "batch-means", "normal-1d", "scaled-fraction"]
 PUBLISHED_CODE: tuple[Departure, ...] = get_args(Departure)
@@ -175,7 +176,7 @@ def reload(model: nn.Module, given: Blind, config: Reload, *, seed: int, trace: 
             patience=config.patience,
             trace=trace,
         )
-        train(model, given.retain, given.loss_terms, config.fine_tune, seed=seed, trace=trace, stop=stop)
+        train_further(model, given, config.fine_tune, seed=seed, trace=trace, stop=stop)
     return model
 
 

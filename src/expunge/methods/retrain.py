@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from expunge import params, sharding
 from expunge.access import Blind
 from expunge.errors import ConfigError, MismatchError
+from expunge.methods.further import own_loop
 from expunge.methods.guard import note_if_nothing_was_learned
-from expunge.seeds import seeded
 from expunge.space import Space
 from expunge.trace import Trace
 from expunge.training import Recipe, is_frozen_normalisation, train
@@ -118,6 +118,6 @@ def retrain(model: nn.Module, given: Blind, config: Retrain, *, seed: int, trace
             train(model, given.retain, given.loss_terms, config.recipe, seed=seed, trace=trace, resume=config.resume)
             note_if_nothing_was_learned(trace)
         elif given.train_from_scratch is not None:
-            with params.restoring_modes(model), seeded(seed, "train from scratch"), torch.enable_grad():
-                given.train_from_scratch(model.train(), given.retain, seed)
+            with own_loop(model, seed, "train from scratch"):
+                given.train_from_scratch(model, given.retain, seed)
     return model

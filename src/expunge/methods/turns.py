@@ -8,10 +8,11 @@ from torch import nn
 from expunge import params
 from expunge.access import Blind
 from expunge.errors import ConfigError
+from expunge.methods.further import train_further
 from expunge.params import Params
 from expunge.seeds import derive
 from expunge.trace import Trace
-from expunge.training import Recipe, train
+from expunge.training import Recipe
 
 WIDEST = 0.25  # share of the records, up to which it was measured that a step should grow
 
@@ -106,6 +107,7 @@ def in_turns(
         with trace.stage("fine-tune", model):
             ends = [fine_tune.epochs * each // rounds for each in (number, number + 1)]
             recipe = fine_tune.shortened(ends[1] - ends[0])
-            train(model, given.retain, given.loss_terms, recipe, seed=derive(seed, "round", number), trace=trace)
-    trace.stopped = f"all {fine_tune.epochs} epochs done"
+            train_further(model, given, recipe, seed=derive(seed, "round", number), trace=trace)
+    if given.train_further is None:
+        trace.stopped = f"all {fine_tune.epochs} epochs done"
     return model

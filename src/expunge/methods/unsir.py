@@ -19,6 +19,7 @@ from expunge.access import Sighted
 from expunge.batches import Batch, LossTerms
 from expunge.errors import ConfigError, UnsupportedModule
 from expunge.methods.classifier import floating, in_eval_mode, inputs_and_labels, labelled, require_whole_classes
+from expunge.methods.further import train_further
 from expunge.methods.guard import taking_back
 from expunge.seeds import derive, stream
 from expunge.space import Range, Space
@@ -110,7 +111,7 @@ def unsir(model: nn.Module, given: Sighted, config: Unsir, *, seed: int, trace: 
         apart, recipe = derive(seed, "impair"), config.impair
         train(model, given.retain, with_noise, recipe, seed=apart, trace=trace, freeze_statistics=True)
     with trace.stage("repair", model):
-        train(model, given.retain, given.loss_terms, config.repair, seed=derive(seed, "repair"), trace=trace)
+        train_further(model, given, config.repair, seed=derive(seed, "repair"), trace=trace)
         trace.stopped = original(model, math.nan) or trace.stopped
     return model
 
