@@ -16,7 +16,7 @@ from expunge.metrics import membership
 from expunge.metrics.classification import accuracy, cross_entropy, symmetric_kl
 from expunge.metrics.compare import Measured, distances, profile
 from expunge.metrics.membership import loss_attack
-from expunge.metrics.outputs import Outputs, outputs
+from expunge.metrics.outputs import Outputs, answers, outputs
 from tests.contract import same, state, world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,11 +119,15 @@ def test_logits_that_are_not_finite_are_refused():
     inputs[3], inputs[5] = float("nan"), float("inf")
     with pytest.raises(NotFinite, match="logits are NaN or infinite for 2 of 60 examples"):
         outputs(here.model, Examples(inputs, here.original.tensors[1]))
+    with pytest.raises(NotFinite, match=r"^test: the model's logits are NaN"):
+        answers(here.model, {"retain": here.retain, "test": Examples(inputs, here.original.tensors[1])})
 
 
 def test_an_empty_split_is_refused():
     with pytest.raises(ConfigError, match="the split to measure on is empty"):
         outputs(world().model, [])
+    with pytest.raises(ConfigError, match=r"^forget: the split to measure on is empty"):
+        answers(world().model, {"retain": world().retain, "forget": []})
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,12 @@ def answers(
             are classes.
         NotFinite: NaN or infinity in what the model returns.
     """
-    found = {name: forward(model, data, logits, batch_size=batch_size) for name, data in splits.items()}
+    found: dict[str, Answers] = {}
+    for name, data in splits.items():
+        try:
+            found[name] = forward(model, data, logits, batch_size=batch_size)
+        except (ConfigError, NotFinite) as error:
+            raise type(error)(f"{name}: {error}" if len(splits) > 1 else str(error)) from error
     classes = {name: each for name, each in found.items() if isinstance(each, Outputs)}
     numbers = {name: each for name, each in found.items() if isinstance(each, Predictions)}
     if classes and numbers:
