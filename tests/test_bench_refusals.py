@@ -148,7 +148,10 @@ def test_a_task_that_cannot_be_is_refused(values, message):
         ({"tuned": 1}, "tuned=1: write True, False or 'blind'"),
         ({"entry": "ssd", "tuned": "blind"}, "tuned='blind': ssd needs the removed records"),
         ({"entry": "fine-tune", "cached_loss": "logit_margin"}, "fine-tune uses no cached gradient. Leave it out"),
-        ({"cached_loss": "mse"}, "cached_loss='mse': choose from cross_entropy, logit_margin, or leave it out"),
+        (
+            {"cached_loss": "mse"},
+            "cached_loss='mse': choose from cross_entropy, logit_margin, tempered_margin, or leave it out",
+        ),
     ],
 )
 def test_a_contender_that_cannot_be_is_refused(values, message):

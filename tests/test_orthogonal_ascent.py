@@ -17,6 +17,7 @@ from expunge import (
     cross_entropy,
     gradient,
     logit_margin,
+    tempered_margin,
     train,
     unlearn,
 )
@@ -225,6 +226,25 @@ def test_a_margin_is_the_log_odds_against_the_label_and_its_gradient_that_of_cro
             torch.autograd.grad(loss(model, one).sum(), weight)[0] for loss in (logit_margin, cross_entropy)
         )
         assert torch.allclose(wrong[row] * margin, entropy)
+
+
+def test_a_tempered_margin_has_the_gradient_of_cross_entropy_with_the_root_of_its_weight():
+    z = torch.tensor([-12.0, -2.0, 0.0, 3.0, 30.0], dtype=torch.float64)
+    labels = torch.ones(5)
+    p = z.sigmoid()
+    torch.testing.assert_close(tempered_margin(nn.Identity(), (z, labels)), 2 * (1 - p).sqrt().atanh())
+    for loss, power in ((cross_entropy, 1.0), (tempered_margin, 0.5), (logit_margin, 0.0)):
+        logits = torch.stack([torch.zeros_like(z), z], 1).requires_grad_()
+        loss(nn.Identity(), (logits, labels.long())).sum().backward()
+        torch.testing.assert_close(-logits.grad[:, 1], (1 - p) ** power)
+
+
+def test_tempered_margins_are_finite_where_a_label_is_certain_or_impossible():
+    z = torch.tensor([-200.0, 200.0]).requires_grad_()
+    found = tempered_margin(nn.Identity(), (z, torch.ones(2)))
+    torch.testing.assert_close(found.detach().float(), torch.tensor([200 + 2 * math.log(2), 0.0]))
+    found.sum().backward()
+    torch.testing.assert_close(z.grad, torch.tensor([-1.0, 0.0]))
 
 
 def test_a_margin_of_a_record_fitted_beyond_float32_is_finite_and_still_moves():

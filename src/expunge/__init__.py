@@ -5,7 +5,7 @@ from expunge.access import Blind, Sighted
 from expunge.batches import Batches, Examples, LossTerms
 from expunge.gradient import Gradient, gradient
 from expunge.importance import Importance
-from expunge.losses import causal_lm, causal_lm_documents, cross_entropy, logit_margin, squared_error
+from expunge.losses import causal_lm, causal_lm_documents, cross_entropy, logit_margin, squared_error, tempered_margin
 from expunge.methods import all_methods
 from expunge.methods.amnesiac import Amnesiac
 from expunge.methods.bad_teacher import BadTeacher
@@ -84,6 +84,7 @@ __all__ = [
     "selectors",
     "squared_error",
     "stream",
+    "tempered_margin",
     "train",
     "unlearn",
 ]

@@ -17,7 +17,7 @@ from expunge.bench.entries import SHORT, Entry, entries
 from expunge.bench.required import is_whole, nearest, require, require_settings
 from expunge.bench.tasks import Scenario, Task
 from expunge.errors import ConfigError
-from expunge.losses import cross_entropy, logit_margin, name_of
+from expunge.losses import cross_entropy, logit_margin, name_of, tempered_margin
 from expunge.methods import method_of
 from expunge.space import settings_of, with_settings
 from expunge.training import Recipe
@@ -28,7 +28,8 @@ STEPS: tuple[Step, ...] = get_args(Step)
 # Only the file of a method counts by itself. A hash of the whole library would throw away days of training after a
 # change of a comment; env.json of every stage has that hash, and `bench status` says when results mix.
 VERSIONS: dict[Step, int] = dict.fromkeys(STEPS, 1) | {"evaluate": 2}
-LOSSES = {name_of(loss): loss for loss in (cross_entropy, logit_margin)}  # that gradients are cached of
+CACHED = (cross_entropy, logit_margin, tempered_margin)  # losses that gradients are cached of
+LOSSES = {name_of(loss): loss for loss in CACHED}
 PSEUDO_SETS = 2  # that a blind tuning tries every setting on
 STANDARDS = ("original", "retrain", "retrain again")  # models that are evaluated beside those that unlearned
 
