@@ -58,8 +58,8 @@ def test_a_correction_removes_nothing_and_has_the_step_itself(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_milestones_of_a_recipe_move_with_the_epochs_of_a_round(method, monkeypatch):
-    recipes, train = [], turns.train
-    monkeypatch.setattr(turns, "train", lambda *given, **named: recipes.append(given[3]) or train(*given, **named))
+    recipes, train = [], turns.train_further
+    monkeypatch.setattr(turns, "train_further", lambda *g, **named: recipes.append(g[2]) or train(*g, **named))
     data, model = classification(40), network("mlp")
     full = gradient(model, cross_entropy, data, micro_batch=8)
     left = data.without(torch.arange(4))
